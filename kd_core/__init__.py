@@ -1,0 +1,1 @@
+"""Losses and optimizers of knowledge distillation. Needs torch and fvcore only."""

@@ -1,0 +1,21 @@
+"""Packaging of decoupled-kd. Nothing here imports torch: an sdist or wheel builds on a machine that has none."""
+
+from setuptools import find_packages, setup
+
+# detectron2 stands in no extra: it is on no package index under its own name. tools/install_detectron2.py brings it.
+DET = ["torchvision", "iopath", "pycocotools", "yacs", "tabulate", "termcolor", "tensorboard", "scikit-learn", "scikit-image"]
+CLS = ["torchvision", "timm>=1.0", "yacs", "tabulate", "tensorboard", "scikit-learn", "safetensors"]
+DEV = ["pytest>=8", "hypothesis", "ruff", "matplotlib"]
+
+setup(
+    name="decoupled-kd",
+    version="0.1.0",
+    description="Knowledge distillation of detectors and classifiers through their logits: DKD, DeepKD, GDKD, AEKT",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["kd_core*", "kd_det*", "kd_cls*"]),
+    install_requires=["torch>=2.1", "fvcore"],
+    extras_require={"det": DET, "cls": CLS, "dev": DET + CLS + DEV},
+)
