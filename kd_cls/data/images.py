@@ -1,0 +1,74 @@
+"""Images in class folders and in lists: RGB whatever the file holds, and an error that names what is broken."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from timm.data import create_dataset
+from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+
+def read_rgb(path: str | Path) -> Image.Image:
+    """The image at `path` as RGB; grey, palette and CMYK images are converted.
+
+    Raises:
+        ValueError: the file cannot be read or decoded; the message names it. (timm's own data set would train on the next
+            image in its place.)
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL raises SyntaxError for a broken PNG
+        raise ValueError(f"{path} is no readable image ({error}): replace it or take it out of the data set") from error
+
+
+class ImageList(Dataset):
+    """Images given by path and class index, for data sets whose split or labels stand in text files.
+
+    Args:
+        samples: (path, class index) pairs.
+        classes: the names of all classes, in order of their index.
+        transform: applied to each RGB image.
+    """
+
+    def __init__(self, samples: Sequence[tuple[str, int]], classes: list[str], transform: Callable | None = None) -> None:
+        self.samples, self.classes, self.transform = list(samples), list(classes), transform
+
+    @property
+    def targets(self) -> list[int]:
+        """The class index of every image."""
+        return [target for _, target in self.samples]
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        path, target = self.samples[index]
+        image = read_rgb(path)
+        return (image if self.transform is None else self.transform(image)), target
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+def class_folder(path: Path, expected: str) -> Dataset:
+    """The images under `path/<class>/`, at any depth, classes in alphabetical order (torchvision's `ImageFolder`).
+
+    `ImageFolder` and not timm's reader, which takes the innermost folder for the class: in Tiny-ImageNet that is `images`.
+
+    Raises:
+        ValueError: `path` is missing or has no class folders (the message says what is `expected`), or a class folder
+            has no image (the message names it).
+    """
+    if not path.is_dir():
+        raise ValueError(f"no folder {path}: {expected}")
+    classes = sorted(entry for entry in path.iterdir() if entry.is_dir())
+    if not classes:
+        raise ValueError(f"no class folders in {path}: {expected}")
+    empty = [str(folder) for folder in classes if not _has_image(folder)]
+    if empty:
+        raise ValueError(f"class folder without an image: {', '.join(empty)}. Add images or remove the folder")
+    return create_dataset("torch/image_folder", root=str(path), search_split=False, loader=read_rgb)
+
+
+def _has_image(folder: Path) -> bool:
+    return any(path.suffix.lower() in IMG_EXTENSIONS for path in folder.rglob("*"))

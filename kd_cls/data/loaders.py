@@ -1,0 +1,107 @@
+"""timm's loaders, in an order that is a function of (seed, epoch) and can be taken up again at any batch."""
+
+from typing import Any, NamedTuple
+
+import torch
+from timm.data import create_loader
+from timm.data.loader import PrefetchLoader
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .reproducible import ReproducibleDataset
+from .sampler import EpochSampler
+from .transforms import build_transforms
+
+
+class Loaders(NamedTuple):
+    """timm's `PrefetchLoader`s: they yield (images (N, 3, H, W) normalised, target (N,) int64), both on the device."""
+
+    train: PrefetchLoader
+    val: PrefetchLoader
+
+
+def create_loaders(
+    train_set: Dataset,
+    val_set: Dataset,
+    *,
+    augmentation: str,
+    input_size: tuple[int, int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    batch_size: int,
+    val_batch_size: int = 0,
+    seed: int = 0,
+    num_workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+    reproducible: bool = True,
+    augmentation_epochs: int = 0,
+    shuffle: bool = True,
+    drop_last: bool = False,
+    timm_options: dict[str, Any] | None = None,
+) -> Loaders:
+    """The loaders of both splits.
+
+    Args:
+        augmentation, input_size, timm_options: see `build_transforms`.
+        mean, std: of the student, in units where a white pixel is 1; a teacher of other statistics renormalises.
+        batch_size: training images per rank and step; `val_batch_size` 0 means the same.
+        seed: of the order and, with `reproducible`, of the augmentation.
+        reproducible: draw augmentations from (seed, epoch, index), see `ReproducibleDataset`.
+        drop_last: drop a last training batch that is not full; the papers' code keeps it.
+
+    Raises:
+        ValueError: an unknown augmentation, a batch size < 1, an empty split, or no full batch under `drop_last`.
+    """
+    for split, images in (("training", train_set), ("validation", val_set)):
+        if len(images) == 0:
+            raise ValueError(f"the {split} split has no images")
+    if batch_size < 1 or val_batch_size < 0:
+        raise ValueError(f"a batch needs at least one image, got batch_size {batch_size}, val_batch_size {val_batch_size}")
+    train_transform, val_transform = build_transforms(augmentation, input_size, **(timm_options or {}))
+    if reproducible:
+        train_set = ReproducibleDataset(train_set, seed, augmentation_epochs)
+    common = {
+        "input_size": input_size,
+        "mean": mean,
+        "std": std,
+        "num_workers": num_workers,
+        "device": torch.device(device),
+        "pin_memory": torch.device(device).type == "cuda",
+    }
+    train = create_loader(train_set, batch_size=batch_size, is_training=True, **common)
+    val = create_loader(val_set, batch_size=val_batch_size or batch_size, **common)
+    train_set.transform, val_set.transform = train_transform, val_transform
+    sampler = EpochSampler(
+        len(train_set), batch_size, seed=seed, rank=rank, world_size=world_size, shuffle=shuffle, drop_last=drop_last
+    )
+    return Loaders(_with_sampler(train, sampler, seed), _with_sampler(val, range(rank, len(val_set), world_size), seed))
+
+
+def _with_sampler(loader: PrefetchLoader, sampler: Sampler | range, seed: int) -> PrefetchLoader:
+    """timm's loader, its inner `DataLoader` built once more with `sampler`, for which `create_loader` has no argument.
+
+    timm's own samplers take their order from the global generator (one process) or from seed 0 (several), and count the
+    images that pad the validation set to a multiple of the ranks twice. A generator of its own keeps the start of an
+    epoch from moving the global one, so a resumed run draws what an undisturbed run draws.
+    """
+    inner = loader.loader
+    loader.loader = DataLoader(
+        inner.dataset,
+        batch_size=inner.batch_size,
+        sampler=sampler,
+        num_workers=inner.num_workers,
+        collate_fn=inner.collate_fn,
+        pin_memory=inner.pin_memory,
+        worker_init_fn=inner.worker_init_fn,
+        persistent_workers=inner.persistent_workers,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    return loader
+
+
+def set_epoch(loader: PrefetchLoader, epoch: int, start_batch: int = 0) -> None:
+    """Make the next iteration over a training loader that of `epoch`, from its batch `start_batch` on."""
+    loader.sampler.set_epoch(epoch, start_batch)
+    if isinstance(loader.dataset, ReproducibleDataset):
+        loader.dataset.set_epoch(epoch)

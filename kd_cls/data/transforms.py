@@ -1,0 +1,87 @@
+"""The papers' augmentations. timm's `create_transform` where it has them, torchvision's pad-and-crop where it does not.
+
+They end in a uint8 tensor (3, H, W): timm's `fast_collate` and `PrefetchLoader` normalise whole batches, on the device.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.data import create_transform
+from timm.data.transforms import MaybePILToTensor
+from torchvision import transforms as T
+
+Transform = Callable[[Any], torch.Tensor]
+Size = tuple[int, int]
+
+
+def _at_size(size: Size, *augmentations: Callable) -> T.Compose:
+    """Images that are not `size` yet are resized (bilinear) and cropped first; at their own size nothing is touched."""
+    return T.Compose([_FitSize(size), *augmentations, MaybePILToTensor()])
+
+
+class _FitSize:
+    """Shorter side to `size`, centre crop; the identity for an image that has that size."""
+
+    def __init__(self, size: Size) -> None:
+        self.size = size
+        self._fit = T.Compose([T.Resize(min(size) if size[0] == size[1] else size), T.CenterCrop(size)])
+
+    def __call__(self, image: Any) -> Any:
+        return image if (image.height, image.width) == tuple(self.size) else self._fit(image)
+
+    def __repr__(self) -> str:
+        return f"FitSize({self.size})"
+
+
+def cifar(size: Size, is_training: bool) -> Transform:
+    """Pad by 4, crop at random, flip (He et al., arXiv 1512.03385, section 4.2; the released code of every paper here)."""
+    if not is_training:
+        return _at_size(size)
+    return _at_size(size, T.RandomCrop(size, padding=4), T.RandomHorizontalFlip())
+
+
+def digits(size: Size, is_training: bool) -> Transform:
+    """Pad by 4, crop at random (ours): as for CIFAR, less the flip, which makes no digit of a digit."""
+    return _at_size(size, T.RandomCrop(size, padding=4)) if is_training else _at_size(size)
+
+
+def tiny_imagenet_64(size: Size, is_training: bool) -> Transform:
+    """Rotate by up to 20°, flip: Tiny-ImageNet at its own 64 px, as in the released code of DOT."""
+    return _at_size(size, T.RandomRotation(20), T.RandomHorizontalFlip()) if is_training else _at_size(size)
+
+
+def imagenet(size: Size, is_training: bool, **timm_options: Any) -> Transform:
+    """Random resized crop and flip, no colour jitter; validation: shorter side to size / 0.875 (256 for 224), centre crop.
+
+    The papers' released code for ImageNet, and GDKD's for Tiny-ImageNet and CUB-200-2011 too. `timm_options` go to
+    timm's `create_transform` (auto_augment, color_jitter, scale, crop_pct, interpolation, …).
+    """
+    options = {"interpolation": "bilinear", "color_jitter": None, "crop_pct": 0.875} | timm_options
+    return create_transform(size, is_training=is_training, use_prefetcher=True, **options)
+
+
+def none(size: Size, is_training: bool) -> Transform:
+    """No augmentation: training images are treated as validation images."""
+    return _at_size(size)
+
+
+AUGMENTATIONS: dict[str, Callable[..., Transform]] = {
+    function.__name__: function for function in (cifar, digits, imagenet, tiny_imagenet_64, none)
+}
+
+
+def build_transforms(augmentation: str, input_size: tuple[int, int, int], **timm_options: Any) -> tuple[Transform, Transform]:
+    """The transforms (training, validation) of an augmentation for images of `input_size` (3, H, W).
+
+    Raises:
+        ValueError: an unknown name (the message lists the known ones), or timm options for another than "imagenet".
+    """
+    if augmentation not in AUGMENTATIONS:
+        raise ValueError(f"unknown augmentation {augmentation!r}: choose one of {', '.join(sorted(AUGMENTATIONS))}")
+    if timm_options and augmentation != "imagenet":
+        raise ValueError(
+            f"augmentation {augmentation!r} takes no options, but got {sorted(timm_options)}: only 'imagenet', timm's own, does"
+        )
+    build, size = AUGMENTATIONS[augmentation], tuple(input_size[-2:])
+    return build(size, is_training=True, **timm_options), build(size, is_training=False, **timm_options)
