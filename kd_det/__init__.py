@@ -1,1 +1,16 @@
-"""The detectron2 extension."""
+"""The detectron2 extension: detectors distilled through their ROI classification logits.
+
+Importing it registers the meta-architecture `DistilledRCNN` and the data sets `digits_train` and `digits_val`.
+"""
+
+try:
+    import detectron2  # noqa: F401
+except ImportError as error:
+    raise ImportError("kd_det needs detectron2: run `python tools/install_detectron2.py`, or install an upstream build.") from error
+
+from . import data  # noqa: F401  (registers the built-in data sets)
+from .config import add_kd_config
+from .meta_arch import DistilledRCNN
+from .teacher import Teacher
+
+__all__ = ["DistilledRCNN", "Teacher", "add_kd_config"]

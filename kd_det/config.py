@@ -1,0 +1,115 @@
+"""Every config key that kd_det adds to detectron2's, each with what it means, and the ways to read a config."""
+
+import difflib
+from typing import Any
+
+from detectron2.config import CfgNode, get_cfg
+from torch import nn
+
+from kd_core.losses import add_loss_config, build_loss
+
+
+def add_kd_config(cfg: CfgNode) -> None:
+    """Add kd_det's keys to a detectron2 config, with their defaults."""
+    cfg.KD = CfgNode()
+    # The distillation loss and its parameters; the keys are those of kd_core.losses, shared with kd_cls.
+    cfg.KD.LOSS = CfgNode()
+    add_loss_config(cfg.KD.LOSS)
+    # Iterations over which the distillation loss rises linearly from 0 to its full weight.
+    cfg.KD.LOSS.WARMUP_ITERS = 0
+
+    cfg.KD.TEACHER = CfgNode()
+    # A complete detectron2 yaml: a path, or a name in detectron2's model zoo.
+    cfg.KD.TEACHER.CONFIG_FILE = ""
+    # The teacher's weights: a path, an URL or a detectron2:// name. The yaml's own MODEL.WEIGHTS is never used.
+    cfg.KD.TEACHER.WEIGHTS = ""
+    # Accept a teacher with random weights. For tests only.
+    cfg.KD.TEACHER.ALLOW_RANDOM = False
+    # Report the teacher's AP on DATASETS.TEST before training starts.
+    cfg.KD.TEACHER.EVALUATE = False
+
+    # COCO-format data sets of one's own: a list of [name, json file, image folder].
+    cfg.DATASETS.REGISTER = []
+
+
+def kd_defaults() -> CfgNode:
+    """detectron2's default config with kd_det's keys."""
+    cfg = get_cfg()
+    add_kd_config(cfg)
+    return cfg
+
+
+def build_box_loss(cfg: CfgNode) -> nn.Module | None:
+    """The loss of `cfg.KD.LOSS`, its warm-up turned from iterations into a share of SOLVER.MAX_ITER; None for "none"."""
+    node = cfg.KD.LOSS.clone()
+    node.defrost()
+    node.WARMUP = min(cfg.KD.LOSS.WARMUP_ITERS / max(cfg.SOLVER.MAX_ITER, 1), 1.0)
+    return build_loss(node)
+
+
+def merge_file(cfg: CfgNode, path: str) -> None:
+    """Merge a yaml file and its `_BASE_` files into `cfg`.
+
+    Raises:
+        ValueError: a key that does not exist, with the nearest that does, or a value of the wrong type.
+    """
+    loaded = CfgNode(CfgNode.load_yaml_with_base(path, allow_unsafe=False))
+    if loaded.get("VERSION", cfg.VERSION) != cfg.VERSION:
+        cfg.merge_from_file(path, allow_unsafe=False)  # detectron2 upgrades configs of older versions
+        return
+    coerce_numbers(loaded, cfg)
+    merge_checked(cfg, lambda: cfg.merge_from_other_cfg(loaded), path)
+
+
+def merge_list(cfg: CfgNode, options: list[str]) -> None:
+    """Merge `KEY VALUE` pairs of a command line into `cfg`; errors as in `merge_file`."""
+    if len(options) % 2:
+        raise ValueError(f"Overrides come as KEY VALUE pairs, but {' '.join(options)!r} has an odd number of words")
+    values = [f"{value}.0" if is_int(value) and isinstance(lookup(cfg, key), float) else value
+              for key, value in zip(options[::2], options[1::2], strict=True)]
+    pairs = [word for pair in zip(options[::2], values, strict=True) for word in pair]
+    merge_checked(cfg, lambda: cfg.merge_from_list(pairs), "the command line")
+
+
+def merge_checked(cfg: CfgNode, merge: Any, source: str) -> None:
+    """Run `merge` and say in one sentence what yacs found wrong, and where."""
+    try:
+        merge()
+    except KeyError as error:
+        key = str(error.args[0]).split(": ")[-1]
+        near = difflib.get_close_matches(key, list(all_keys(cfg)), n=1, cutoff=0.6)
+        raise ValueError(f"{source}: unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")) from error
+    except AssertionError as error:  # yacs asserts on unknown keys of an override
+        raise ValueError(f"{source}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def coerce_numbers(loaded: CfgNode, cfg: CfgNode) -> None:
+    """Turn whole numbers into floats where the default is a float: yacs refuses `BETA: 8`."""
+    for key, value in loaded.items():
+        default = cfg.get(key)
+        if isinstance(value, CfgNode) and isinstance(default, CfgNode):
+            coerce_numbers(value, default)
+        elif isinstance(default, float) and type(value) is int:
+            loaded[key] = float(value)
+
+
+def is_int(word: str) -> bool:
+    return word.lstrip("+-").isdigit()
+
+
+def lookup(cfg: CfgNode, key: str) -> Any:
+    """The value under a dotted key, None where there is none."""
+    value: Any = cfg
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, CfgNode) else None
+    return value
+
+
+def all_keys(cfg: CfgNode, prefix: str = "") -> Any:
+    """Every dotted key of `cfg`."""
+    for key, value in cfg.items():
+        yield prefix + key
+        if isinstance(value, CfgNode):
+            yield from all_keys(value, f"{prefix}{key}.")

@@ -1,0 +1,144 @@
+"""The training data loader, which can start at any iteration with the batches an undisturbed run would see there.
+
+detectron2's own loader draws the augmentation from whatever state the random generators are in, and groups images by aspect
+ratio as they come out of the workers: a resumed run cannot know either. Here both are functions of the sampler's position.
+"""
+
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetFromList, DatasetMapper, MapDataset, get_detection_dataset_dicts
+from detectron2.data.build import trivial_batch_collator, worker_init_reset_seed
+from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+
+@contextmanager
+def seeded(*entropy: int) -> Iterator[None]:
+    """Draw from `random`, numpy and torch as from generators seeded with `entropy`; afterwards they go on where they were."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  (detectron2's augmentations draw from numpy's global generator)
+    torch.random.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])
+
+
+class PositionedDataset(Dataset):
+    """Maps (position, index) to the sample `index`, augmented as a function of (seed, position) alone.
+
+    Args:
+        dataset: map-style, with augmentation.
+        seed: None leaves the augmentation to the generators' state.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int | None) -> None:
+        self.dataset = dataset
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
+        position, index = item
+        if self.seed is None:
+            return self.dataset[index]
+        with seeded(self.seed, position):
+            return self.dataset[index]
+
+
+class GroupedBatches:
+    """Batches of (position, index) whose images are all wide or all tall, so that padding wastes little.
+
+    Args:
+        sampler: yields this rank's indices without end, the same ones each time it is iterated.
+        groups: the group of every index: a batch holds indices of one group. None: any indices in their order.
+        batch_size: images of this rank.
+        rank, world_size: make positions unique over all ranks.
+        start: number of leading batches to leave out. They cost a few microseconds each: only indices are drawn.
+    """
+
+    def __init__(
+        self, sampler: Sampler, groups: list[int] | None, batch_size: int, rank: int = 0, world_size: int = 1, start: int = 0
+    ) -> None:
+        self.sampler, self.groups, self.batch_size = sampler, groups, batch_size
+        self.rank, self.world_size, self.start = rank, world_size, start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return islice(self._all(), self.start, None)
+
+    def _all(self) -> Iterator[list[tuple[int, int]]]:
+        buckets: dict[int, list[tuple[int, int]]] = {}
+        for count, index in enumerate(self.sampler):
+            bucket = buckets.setdefault(self.groups[index] if self.groups else 0, [])
+            bucket.append((count * self.world_size + self.rank, index))
+            if len(bucket) == self.batch_size:
+                yield list(bucket)
+                bucket.clear()
+
+
+class TrainLoader:
+    """An endless iterable of batches (lists of mapped dicts) that begins at batch `start`.
+
+    `start` is read when the first batch is asked for, after a trainer has found out where it resumes.
+    """
+
+    def __init__(self, dataset: PositionedDataset, batches: GroupedBatches, num_workers: int) -> None:
+        self.dataset, self.batches, self.num_workers = dataset, batches, num_workers
+        self.start = 0
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        self.batches.start = self.start
+        yield from DataLoader(
+            self.dataset,
+            batch_sampler=self.batches,
+            num_workers=self.num_workers,
+            collate_fn=trivial_batch_collator,
+            worker_init_fn=worker_init_reset_seed,
+        )
+
+
+def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict] | None = None) -> TrainLoader:
+    """The loader of `cfg.DATASETS.TRAIN`, with detectron2's data sets, mapper and samplers.
+
+    With SEED ≥ 0 the batches are a function of (SEED, rank, iteration), whatever the number of workers.
+    """
+    dicts = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
+        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+    )
+    seed = cfg.SEED if cfg.SEED >= 0 else None
+    world_size = comm.get_world_size()
+    if cfg.SOLVER.IMS_PER_BATCH % world_size or cfg.SOLVER.IMS_PER_BATCH <= 0:
+        raise ValueError(f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} must be a positive multiple of the {world_size} processes")
+    groups = [int(d["width"] > d["height"]) for d in dicts] if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None
+    batches = GroupedBatches(
+        build_sampler(cfg, dicts, seed), groups, cfg.SOLVER.IMS_PER_BATCH // world_size, comm.get_rank(), world_size
+    )
+    dataset = MapDataset(DatasetFromList(dicts, copy=False), mapper or DatasetMapper(cfg, True))
+    return TrainLoader(PositionedDataset(dataset, seed), batches, cfg.DATALOADER.NUM_WORKERS)
+
+
+def build_sampler(cfg: CfgNode, dicts: Iterable[dict], seed: int | None) -> Sampler:
+    """The sampler that DATALOADER.SAMPLER_TRAIN names."""
+    name = cfg.DATALOADER.SAMPLER_TRAIN
+    if name == "TrainingSampler":
+        return TrainingSampler(len(dicts), seed=seed)
+    if name == "RepeatFactorTrainingSampler":
+        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(dicts, cfg.DATALOADER.REPEAT_THRESHOLD)
+        return RepeatFactorTrainingSampler(factors, seed=seed)
+    raise ValueError(f"DATALOADER.SAMPLER_TRAIN is {name!r}: expected TrainingSampler or RepeatFactorTrainingSampler")

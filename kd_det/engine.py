@@ -1,0 +1,131 @@
+"""The trainer: detectron2's DefaultTrainer, made exact on resume and clear about what goes wrong."""
+
+import logging
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, TrainerBase
+from detectron2.evaluation import DatasetEvaluator, verify_results
+from detectron2.utils import comm
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .checkpoint import WholeCheckpointer
+from .data.loader import TrainLoader, build_train_loader
+from .evaluation import build_evaluator
+from .hooks import SaveStudentConfig, SeedEachStep, cut_metrics
+from .meta_arch import DistilledRCNN
+from .teacher import teacher_config
+
+logger = logging.getLogger(__name__)
+
+
+class DistillationTrainer(DefaultTrainer):
+    """`DefaultTrainer` for a `DistilledRCNN`, or any detector.
+
+    It adds: the teacher is built, and its errors shown, before training; `--resume` continues to the bit (weights, optimizer,
+    schedules, random draws, position in the data) when SEED ≥ 0; checkpoints are whole or absent; `student.yaml` is written
+    beside them; a loss that is not finite names the iteration and the terms.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        TrainerBase.__init__(self)  # DefaultTrainer's own would wrap the model for CUDA and start the loader at iteration 0
+        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        model = self.build_model(cfg)
+        if isinstance(model, DistilledRCNN):
+            model.load_teacher()
+        optimizer = self.build_optimizer(cfg, model)
+        self.loader = self.build_train_loader(cfg)
+        self._trainer = SimpleTrainer(distribute(model), self.loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = WholeCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.register_hooks(self.build_hooks())
+
+    def build_hooks(self) -> list[HookBase]:
+        """DefaultTrainer's hooks, ours before them."""
+        seeding = [SeedEachStep(self.cfg.SEED)] if self.cfg.SEED >= 0 else []
+        return [*seeding, SaveStudentConfig(self.cfg), *super().build_hooks()]
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """As DefaultTrainer's; a resumed training also takes the data and the log up where the checkpoint was written."""
+        super().resume_or_load(resume=resume)
+        self.loader.start = self.start_iter
+        if self.start_iter and comm.is_main_process():
+            cut_metrics(Path(self.cfg.OUTPUT_DIR, "metrics.json"), self.start_iter)
+
+    def train(self) -> dict[str, Any] | None:
+        """Run the training; returns the last evaluation's results."""
+        model = self.checkpointer.model
+        if self.cfg.KD.TEACHER.EVALUATE and self.start_iter == 0 and isinstance(model, DistilledRCNN) and model.teacher:
+            self.evaluate_teacher(model)
+        super().train()
+        return getattr(self, "_last_eval_results", None)
+
+    @classmethod
+    def evaluate_only(cls, cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
+        """AP of MODEL.WEIGHTS on DATASETS.TEST, or of the last checkpoint of OUTPUT_DIR with `resume`; needs no teacher."""
+        model = cls.build_model(cfg)
+        if not cfg.MODEL.WEIGHTS and not resume:
+            logger.warning("MODEL.WEIGHTS is empty: evaluating random weights")
+        WholeCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+        results = cls.test(cfg, model)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+
+    def evaluate_teacher(self, model: DistilledRCNN) -> None:
+        """Log the teacher's AP on the student's test sets, under the teacher's own input settings."""
+        cfg = teacher_config(self.cfg)
+        cfg.DATASETS.TEST, cfg.OUTPUT_DIR = self.cfg.DATASETS.TEST, str(Path(self.cfg.OUTPUT_DIR, "teacher"))
+        logger.info("Evaluating the teacher (KD.TEACHER.EVALUATE)")
+        self.test(cfg, model.teacher.model)
+
+    def run_step(self) -> None:
+        """One iteration; errors of the numbers say where training stood."""
+        try:
+            super().run_step()
+        except FloatingPointError as error:
+            raise FloatingPointError(self.describe_failure(error)) from error
+
+    def describe_failure(self, error: FloatingPointError) -> str:
+        """Iteration, learning rate, the last logged terms and the way back."""
+        terms = {k: round(v[0], 4) for k, v in self.storage.latest().items() if "loss" in k}
+        last = self.checkpointer.get_checkpoint_file() if self.checkpointer.has_checkpoint() else "none written yet"
+        return (f"Training stopped at iteration {self.iter}, learning rate {self.optimizer_lr:g}: {error}\n"
+                f"Terms of the iteration before: {terms}\nLast checkpoint: {last}. "
+                "Lower SOLVER.BASE_LR, lengthen the warm-up or clip gradients (SOLVER.CLIP_GRADIENTS), then run with --resume.")
+
+    @property
+    def optimizer_lr(self) -> float:
+        """Learning rate of the first parameter group."""
+        return float(self._trainer.optimizer.param_groups[0]["lr"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Iteration, hooks (schedules) and optimizer, under the names that detectron2's main branch uses."""
+        return {**TrainerBase.state_dict(self), "_trainer": self._trainer.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        TrainerBase.load_state_dict(self, state_dict)
+        self._trainer.load_state_dict(state_dict["_trainer"])
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
+        return build_train_loader(cfg)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        return build_evaluator(cfg, dataset_name)
+
+
+def distribute(model: nn.Module) -> nn.Module:
+    """DistributedDataParallel where there is more than one process, on CPU as on CUDA."""
+    if comm.get_world_size() == 1:
+        return model
+    devices = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)

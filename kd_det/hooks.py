@@ -1,0 +1,81 @@
+"""What hangs on the training loop."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+
+from .checkpoint import write_whole
+
+
+class SeedEachStep(HookBase):
+    """Makes every iteration's random draws (proposal sampling, dropout) a function of (seed, rank, iteration).
+
+    So a resumed run draws what an undisturbed one would, whatever evaluation or a teacher drew in between.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def before_step(self) -> None:
+        entropy = np.random.SeedSequence((self.seed, comm.get_rank(), self.trainer.iter))
+        # 31 bits: seed_all_rng also feeds numpy's legacy generator
+        seed_all_rng_quietly(int(entropy.generate_state(1)[0]) >> 1)
+
+
+def seed_all_rng_quietly(seed: int) -> None:
+    """detectron2's `seed_all_rng`, which says nothing when the seed is given."""
+    seed_all_rng(seed)
+
+
+class SaveStudentConfig(HookBase):
+    """Writes `student.yaml`, with which plain detectron2 loads the checkpoints of this training."""
+
+    def __init__(self, cfg: CfgNode) -> None:
+        self.cfg = cfg
+
+    def before_train(self) -> None:
+        if comm.is_main_process():
+            text = student_config(self.cfg).dump()
+            write_whole(Path(self.cfg.OUTPUT_DIR, "student.yaml"), lambda file: file.write(text.encode()))
+
+
+def student_config(cfg: CfgNode) -> CfgNode:
+    """`cfg` without the keys of ours that plain detectron2 would refuse: a GeneralizedRCNN with the final weights."""
+    plain = get_cfg()
+    copy_shared(cfg, plain)
+    if plain.MODEL.META_ARCHITECTURE == "DistilledRCNN":
+        plain.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
+    plain.MODEL.WEIGHTS = str(Path(cfg.OUTPUT_DIR, "model_final.pth"))
+    return plain
+
+
+def copy_shared(source: CfgNode, target: CfgNode) -> None:
+    """Copy the values of every key that both configs have."""
+    for key, value in target.items():
+        if isinstance(value, CfgNode):
+            copy_shared(source[key], value)
+        else:
+            target[key] = source[key]
+
+
+def cut_metrics(path: Path, start: int) -> None:
+    """Drop the lines of `metrics.json` from iteration `start` on: after a kill, a resumed run writes them again."""
+    if not path.is_file():
+        return
+    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if before(line, start)]
+    write_whole(path, lambda file: file.write("".join(f"{line}\n" for line in kept).encode()))
+
+
+def before(line: str, start: int) -> bool:
+    """Whether a line of metrics.json is whole and stems from an iteration before `start`."""
+    try:
+        entry: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return False
+    return entry.get("iteration", 0) < start

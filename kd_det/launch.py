@@ -1,0 +1,88 @@
+"""From a command line to a running process: arguments, config, device and process group."""
+
+import argparse
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from detectron2.config import CfgNode
+from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.utils import comm
+
+from .checks import check_before_training, check_data
+from .config import kd_defaults, merge_file, merge_list
+
+TIMEOUT = timedelta(minutes=30)  # a rank may wait for another's evaluation
+
+
+def argument_parser(usage: str) -> argparse.ArgumentParser:
+    """detectron2's own parser, opened by what the tool does and how it is called."""
+    parser = default_argument_parser(epilog=" ")
+    parser.description = usage
+    return parser
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """The frozen config of the command line, checked; logging, seeds and OUTPUT_DIR made ready.
+
+    Raises:
+        ValueError: what is wrong with the config file, a key, a data set or the weights, before anything is built.
+    """
+    cfg = read_config(args.config_file, args.opts)
+    choose_device(cfg, args.num_gpus)
+    cfg.freeze()
+    check_data(cfg)
+    if not args.eval_only:
+        check_before_training(cfg, resume=args.resume)
+    default_setup(cfg, args)
+    return cfg
+
+
+def read_config(path: str, options: list[str]) -> CfgNode:
+    """kd_det's defaults, the yaml file and the overrides of the command line, in that order."""
+    cfg = kd_defaults()
+    if path:
+        if not os.path.isfile(path):
+            raise ValueError(f"--config-file: there is no file {path}")
+        merge_file(cfg, path)
+    merge_list(cfg, options)
+    return cfg
+
+
+def choose_device(cfg: CfgNode, num_gpus: int) -> None:
+    """CUDA where there is one and --num-gpus is not 0, else the CPU."""
+    if cfg.MODEL.DEVICE.startswith("cuda") and (num_gpus == 0 or not torch.cuda.is_available()):
+        cfg.MODEL.DEVICE = "cpu"
+
+
+def launch_training(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> Any:
+    """Run `main(args)` in every process: those torchrun has started, else those that detectron2's `launch` starts.
+
+    Raises:
+        ValueError: several machines without GPUs, which `launch` would run as separate trainings.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        join_process_group()
+        return main(args)
+    if args.num_gpus == 0 and args.num_machines > 1:
+        raise ValueError(f"--num-machines {args.num_machines} with --num-gpus 0 would run {args.num_machines} separate trainings: start "
+                         f"CPU processes with `torchrun --nnodes {args.num_machines} --nproc-per-node 1 tools/train_net.py … --num-gpus 0`")
+    return launch(main, args.num_gpus, num_machines=args.num_machines, machine_rank=args.machine_rank, dist_url=args.dist_url,
+                  args=(args,))
+
+
+def join_process_group() -> None:
+    """Join torchrun's processes: NCCL with a GPU each, gloo on CPU."""
+    rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    per_machine = int(os.environ["LOCAL_WORLD_SIZE"])
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", rank=rank, world_size=world, timeout=TIMEOUT)
+    for machine in range(world // per_machine):  # every process must take part in making every group
+        ranks = list(range(machine * per_machine, (machine + 1) * per_machine))
+        group = dist.new_group(ranks)
+        if rank in ranks:
+            comm._LOCAL_PROCESS_GROUP = group

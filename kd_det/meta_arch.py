@@ -1,0 +1,92 @@
+"""`DistilledRCNN`: detectron2's `GeneralizedRCNN` whose box head also learns from a teacher."""
+
+from collections.abc import Callable
+from typing import Any
+
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+
+from .capture import BoxStage, capture_box_stages
+from .config import build_box_loss
+from .teacher import Teacher
+
+
+@META_ARCH_REGISTRY.register()
+class DistilledRCNN(GeneralizedRCNN):
+    """A GeneralizedRCNN trained on its own losses plus a distillation loss on its ROI classification logits.
+
+    The student's RPN proposals, as its ROI heads sampled and labelled them, are pooled from the teacher's features and
+    classified by the teacher's box head (DKD, arXiv 2203.08679, detection code). With N sampled proposals over all images and
+    C = foreground classes + background,
+
+        losses = GeneralizedRCNN's losses + {loss_kd_<term>: term(student_logits (N, C), teacher_logits (N, C), gt_classes (N,))}
+
+    A cascade head distils every stage, as `loss_kd_<term>_stage<k>`. The student's logits are those of the forward pass that
+    happens anyway. Boxes, masks and keypoints are not distilled. In eval mode, and with `loss=None`, it is a GeneralizedRCNN
+    to the bit, and needs no teacher.
+
+    Args:
+        loss: maps (student_logits, teacher_logits, target, progress) to named scalar terms; None for plain training.
+        teacher: the frozen detector; not part of `parameters()`, `state_dict()` or `train()`.
+        max_iter: length of the training, for `progress` = iteration / max_iter; None hands the loss no progress.
+        kwargs: those of GeneralizedRCNN.
+    """
+
+    @configurable
+    def __init__(
+        self, *, loss: nn.Module | None = None, teacher: Teacher | None = None, max_iter: int | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        if loss is not None and teacher is None:
+            raise ValueError("A distillation loss needs a teacher: pass teacher=Teacher(model), or loss=None")
+        self.loss = loss
+        self.teacher = teacher
+        self.max_iter = max_iter
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        loss = build_box_loss(cfg)
+        return {
+            **super().from_config(cfg),
+            "loss": loss,
+            "teacher": Teacher.from_config(cfg) if loss is not None else None,
+            "max_iter": cfg.SOLVER.MAX_ITER,
+        }
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
+        """As GeneralizedRCNN's: in training a dict of scalar losses, in eval mode the detections."""
+        if not self.training or self.loss is None:
+            return super().forward(batched_inputs)
+        with capture_box_stages(self.roi_heads) as stages:
+            losses = super().forward(batched_inputs)
+        losses.update(self.distillation_losses(batched_inputs, stages))
+        return losses
+
+    def distillation_losses(self, batched_inputs: list[dict[str, Any]], stages: list[BoxStage]) -> dict[str, Tensor]:
+        """The weighted terms of the distillation loss on every stage of the box head."""
+        self.load_teacher()
+        teacher_logits = self.teacher.box_logits(batched_inputs, self.input_format, [stage.boxes for stage in stages])
+        losses = {}
+        for k, (stage, logits) in enumerate(zip(stages, teacher_logits, strict=True)):
+            terms = self.loss(stage.student_logits, logits, stage.gt_classes, self.progress)
+            suffix = f"_stage{k}" if len(stages) > 1 else ""
+            losses.update((f"loss_kd_{term}{suffix}", value) for term, value in terms.items())
+        return losses
+
+    @property
+    def progress(self) -> float | None:
+        """Share of the training that is done, from the trainer's own counter."""
+        return None if self.max_iter is None else get_event_storage().iter / self.max_iter
+
+    def load_teacher(self) -> None:
+        """Build and load the teacher, once; a trainer calls it early, so that what is wrong shows before training starts."""
+        if self.teacher is not None:
+            self.teacher.load(self.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "DistilledRCNN":
+        super()._apply(fn, *args, **kwargs)
+        if self.__dict__.get("teacher") is not None:
+            self.teacher.apply(fn)
+        return self
