@@ -1,26 +1,27 @@
 """Data sets, augmentation and loaders, timm's wherever timm has them.
 
-    data = create_datasets("digits")                                    # or "cifar100", "imagenet", "tiny_imagenet", "cub200",
-    train_set, val_set, num_classes = data                              # "folder", or any name of timm's create_dataset
-    loaders = create_loaders(data.train, data.val, augmentation="digits", input_size=(3, 32, 32), mean=mean, std=std,
+    data = create_datasets("digits")         # "cifar100", "imagenet", "tiny_imagenet", "cub200", "folder", timm's names
+    train_set, val_set, num_classes = data
+    loaders = create_loaders(train_set, val_set, augmentation="digits", input_size=(3, 32, 32), mean=mean, std=std,
                              batch_size=64, seed=1, reproducible=True)
     for epoch in range(epochs):
-        set_epoch(loaders.train, epoch, start_batch=0)                  # start_batch > 0: resume in the middle of an epoch
-        for images, target in loaders.train: ...                        # normalised, on the device; target (N,) int64
+        set_epoch(loaders.train, epoch, start_batch=0)     # start_batch > 0 resumes in the middle of an epoch
+        for images, target in loaders.train:               # (N, 3, H, W) normalised, (N,) int64, both on the device
+            ...
 
-*Data sets* are map-style: `dataset[i]` is (image, class index), the image an RGB `PIL.Image` unless `dataset.transform` is
-set; `dataset.classes` names the classes. The images of both splits share one list of classes. `register_dataset` adds a name.
+*Data sets* are map-style: `dataset[i]` is (image, class index), the image an RGB `PIL.Image` unless `dataset.transform`
+is set; `dataset.classes` names the classes, the same list in both splits. `register_dataset` adds a name.
 
-*Augmentation* is one of `AUGMENTATIONS`: "digits", "cifar", "imagenet", "tiny_imagenet_64", "none"; `default_augmentation(name)`
-is a data set's own. Keyword arguments of timm's `create_transform` refine "imagenet".
+*Augmentation* is one of `AUGMENTATIONS`: "digits", "cifar", "imagenet", "tiny_imagenet_64", "none";
+`default_augmentation(name)` is a data set's own. Options of timm's `create_transform` refine "imagenet".
 
-*Order* is `EpochSampler`'s: a pure function of (seed, epoch), split between ranks without overlap, and it can start at any
-batch. `loaders.train.sampler.batch_indices(epoch, batch)` are the images of one batch, for a cache of teacher logits.
-Validation visits each image exactly once over all ranks: their batch counts may differ by one, so nothing collective
-may run inside that loop.
+*Order* is `EpochSampler`'s: a pure function of (seed, epoch), split between ranks without overlap, and it can start at
+any batch. `loaders.train.sampler.batch_indices(epoch, batch)` are the images of one batch, for a cache of teacher
+logits. Validation visits each image exactly once over all ranks: their batch counts may differ by one, so nothing
+collective may run inside that loop.
 
 *Randomness*: with `reproducible=True` an augmented image is a pure function of (seed, epoch, index), whatever the number
-of workers and ranks; `augmentation_epochs=n` repeats the augmentation after n epochs, which makes a finite cache possible.
+of workers and ranks; `augmentation_epochs=n` repeats the augmentation after n epochs: a finite cache.
 """
 
 from .datasets import (
