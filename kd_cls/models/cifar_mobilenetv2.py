@@ -1,0 +1,88 @@
+"""MobileNetV2 for 32 px, expansion T = 6, width w = 0.5 (Sandler et al., arXiv 1801.04381).
+
+Layers and names are those of `mobile_half` in the code released with CRD (RepDistiller) and DKD (mdistiller), whose
+checkpoints load as they are. It departs from the paper: ReLU for ReLU6, channels int(w·c) not rounded to multiples of 8,
+a first block with an (unexpanding) 1×1 convolution, strides 2, 1, 1, 2, 2, 1, 2, 1, and a residual around block 1 never.
+"""
+
+import torch
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
+
+from .cifar_net import PooledClassifier, cifar_cfg, conv1x1, conv3x3, init_weights
+
+default_cfgs = generate_default_cfgs({"cifar_mobilenetv2": cifar_cfg("classifier.0", "conv1.0")})
+
+# Expansion (None: the network's T), channels at width 1, blocks, stride of the first: the paper's table 2 with strides for 32 px.
+STAGES = ((1, 16, 1, 1), (None, 24, 2, 1), (None, 32, 3, 2), (None, 64, 4, 2), (None, 96, 3, 1), (None, 160, 3, 2), (None, 320, 1, 1))
+
+
+class InvertedResidual(nn.Module):
+    """Expand 1×1, depthwise 3×3, project 1×1; added to the input where stride is 1 and channels are kept."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        hidden = in_channels * expansion
+        self.is_residual = stride == 1 and in_channels == channels
+        self.conv = nn.Sequential(
+            *_conv_bn_relu(conv1x1(in_channels, hidden)),
+            *_conv_bn_relu(conv3x3(hidden, hidden, stride, groups=hidden)),
+            conv1x1(hidden, channels),
+            nn.BatchNorm2d(channels),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, in_channels, H, W) → (N, channels, H / stride, W / stride)."""
+        return x + self.conv(x) if self.is_residual else self.conv(x)
+
+
+class CifarMobileNetV2(PooledClassifier):
+    """Stem of stride 2, the seven stages of `STAGES`, 1×1 to 1280 channels, `classifier`.
+
+    Args:
+        expansion: T.
+        width: w, which scales every count of channels but the last.
+        num_classes, in_chans, drop_rate: see `PooledClassifier`.
+    """
+
+    CLASSIFIER = "classifier"
+
+    def __init__(
+        self, expansion: int = 6, width: float = 0.5, num_classes: int = 100, in_chans: int = 3, drop_rate: float = 0.0
+    ) -> None:
+        super().__init__(int(1280 * max(width, 1)), num_classes, in_chans, drop_rate)
+        in_channels = int(32 * width)
+        self.conv1 = nn.Sequential(*_conv_bn_relu(conv3x3(in_chans, in_channels, stride=2)))
+        self.blocks = nn.ModuleList()
+        for factor, channels, blocks, stride in STAGES:
+            channels = int(channels * width)
+            shapes = [(in_channels, channels, stride)] + [(channels, channels, 1)] * (blocks - 1)
+            self.blocks.append(nn.Sequential(*(InvertedResidual(*shape, factor or expansion) for shape in shapes)))
+            in_channels = channels
+        self.conv2 = nn.Sequential(*_conv_bn_relu(conv1x1(in_channels, self.num_features)))
+        self.classifier = self._new_classifier(num_classes)
+        init_weights(self.modules(), linear_std=0.01)
+
+    def _new_classifier(self, num_classes: int) -> nn.Module:
+        return nn.Sequential(super()._new_classifier(num_classes))  # the published name is classifier.0
+
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer."""
+        return self.classifier[0]
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, in_chans, 32, 32) → (N, 1280, 2, 2)."""
+        x = self.conv1(x)
+        for stage in self.blocks:
+            x = stage(x)
+        return self.conv2(x)
+
+
+def _conv_bn_relu(conv: nn.Conv2d) -> tuple[nn.Module, nn.Module, nn.Module]:
+    return conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU(inplace=True)
+
+
+@register_model
+def cifar_mobilenetv2(pretrained: bool = False, **kwargs) -> CifarMobileNetV2:
+    """MobileNetV2, T = 6, w = 0.5, 812,836 parameters at 100 classes."""
+    return build_model_with_cfg(CifarMobileNetV2, "cifar_mobilenetv2", pretrained, **kwargs)

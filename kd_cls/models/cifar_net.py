@@ -1,0 +1,101 @@
+"""What the CIFAR networks share: timm's classifier interface and the data they were made for."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from kd_cls.data.datasets import CIFAR100_MEAN, CIFAR100_STD
+
+
+def cifar_cfg(classifier: str, first_conv: str = "conv1") -> dict[str, Any]:
+    """timm's `pretrained_cfg` of a CIFAR-100 network: 100 classes, 32 px, and its mean and std, which timm else takes for
+    ImageNet's. `classifier` and `first_conv` are the layers that other classes and other channels replace."""
+    return {
+        "num_classes": 100,
+        "input_size": (3, 32, 32),
+        "crop_pct": 1.0,
+        "interpolation": "bilinear",
+        "mean": CIFAR100_MEAN,
+        "std": CIFAR100_STD,
+        "first_conv": first_conv,
+        "classifier": classifier,
+    }
+
+
+class PooledClassifier(nn.Module):
+    """A network that averages its last feature map over all positions and classifies the mean with one linear layer.
+
+    The papers' code averages with a window of the map's size at 32 px; the mean over all positions is the same number
+    there, and is defined for every other input size. Subclasses compute `forward_features`, (N, in_chans, H, W) →
+    (N, num_features, h, w), and name their last layer in `CLASSIFIER`: the published state dicts differ in its name.
+
+    Args:
+        num_features: channels of the last feature map.
+        num_classes: 0 leaves out the linear layer.
+        in_chans: input channels.
+        drop_rate: dropout before the linear layer (timm's option; the papers use none).
+    """
+
+    CLASSIFIER = "fc"
+
+    def __init__(self, num_features: int, num_classes: int, in_chans: int, drop_rate: float) -> None:
+        super().__init__()
+        self.num_features = self.head_hidden_size = num_features
+        self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
+
+    def _new_classifier(self, num_classes: int) -> nn.Module:
+        return nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer."""
+        return getattr(self, self.CLASSIFIER)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new last layer for `num_classes` classes (0: none); `global_pool`, timm's argument, can only be "avg"."""
+        if global_pool not in (None, "avg"):
+            raise ValueError(f"{type(self).__name__} pools by the mean, global_pool {global_pool!r} is not to be had: use 'avg'")
+        self.num_classes = num_classes
+        setattr(self, self.CLASSIFIER, self._new_classifier(num_classes))
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """The last feature map (N, num_features, h, w)."""
+        raise NotImplementedError
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Logits (N, num_classes) of a last feature map, or with `pre_logits` its mean (N, num_features)."""
+        x = F.adaptive_avg_pool2d(x, 1).flatten(1)
+        x = F.dropout(x, self.drop_rate, self.training)
+        return x if pre_logits else self.get_classifier()(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits (N, num_classes) of images (N, in_chans, H, W)."""
+        return self.forward_head(self.forward_features(x))
+
+
+def init_weights(modules: Iterable[nn.Module], linear_std: float | None = None) -> None:
+    """Convolutions from N(0, 2 / (k² · output channels)), their biases 0 (He et al., arXiv 1502.01852, fan-out form).
+
+    Batch norms start at weight 1 and bias 0, torch's default. `linear_std` draws linear layers from N(0, linear_std²) with
+    bias 0; None keeps torch's default for them.
+    """
+    for module in modules:
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear) and linear_std is not None:
+            nn.init.normal_(module.weight, std=linear_std)
+            nn.init.zeros_(module.bias)
+
+
+def conv3x3(in_channels: int, out_channels: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    """3×3 convolution, padded, no bias."""
+    return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, groups=groups, bias=False)
+
+
+def conv1x1(in_channels: int, out_channels: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    """1×1 convolution, no bias."""
+    return nn.Conv2d(in_channels, out_channels, 1, stride, groups=groups, bias=False)

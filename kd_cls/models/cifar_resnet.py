@@ -1,0 +1,124 @@
+"""ResNets for 32 px: three stages of basic blocks (He et al., arXiv 1512.03385, section 4.2).
+
+Names of layers and sizes are those of the code released with CRD (RepDistiller) and DKD (mdistiller), whose checkpoints
+load as they are. `x4` means four times the channels in the stages and twice in the stem, as in that code.
+"""
+
+import torch
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock, downsample_conv
+from torch import nn
+
+from .cifar_net import PooledClassifier, cifar_cfg, conv3x3, init_weights
+
+DEPTHS = (8, 14, 20, 32, 44, 56, 110)
+default_cfgs = generate_default_cfgs(
+    {f"cifar_resnet{name}": cifar_cfg("fc") for name in (*DEPTHS, "8x4", "32x4")}
+)
+
+
+class CifarResNet(PooledClassifier):
+    """Stem of 3×3, then three stages of n = (depth − 2) / 6 basic blocks at 32, 16 and 8 px, then the classifier `fc`.
+
+    Args:
+        depth: 6n + 2, the number of layers with weights less the projections.
+        widths: channels of the stem and of the three stages.
+        num_classes, in_chans, drop_rate: see `PooledClassifier`.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        widths: tuple[int, int, int, int] = (16, 16, 32, 64),
+        num_classes: int = 100,
+        in_chans: int = 3,
+        drop_rate: float = 0.0,
+    ) -> None:
+        super().__init__(widths[3], num_classes, in_chans, drop_rate)
+        blocks, rest = divmod(depth - 2, 6)
+        if rest or blocks < 1:
+            raise ValueError(f"depth {depth} is not 6n + 2: such a ResNet has 8, 14, 20, … layers")
+        stem, *stages = widths
+        self.conv1 = conv3x3(in_chans, stem)
+        self.bn1 = nn.BatchNorm2d(stem)
+        self.relu = nn.ReLU(inplace=True)
+        self.layer1 = _stage(stem, stages[0], blocks, stride=1)
+        self.layer2 = _stage(stages[0], stages[1], blocks, stride=2)
+        self.layer3 = _stage(stages[1], stages[2], blocks, stride=2)
+        self.fc = self._new_classifier(num_classes)
+        init_weights(self.modules())
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, in_chans, 32, 32) → (N, widths[3], 8, 8)."""
+        x = self.relu(self.bn1(self.conv1(x)))
+        return self.layer3(self.layer2(self.layer1(x)))
+
+
+def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
+    """timm's basic blocks; the first changes size and channels, over a 1×1 projection where either differs."""
+    projection = None
+    if stride != 1 or in_channels != channels:
+        projection = downsample_conv(in_channels, channels, kernel_size=1, stride=stride)
+    first = BasicBlock(in_channels, channels, stride, projection)
+    return nn.Sequential(first, *(BasicBlock(channels, channels) for _ in range(blocks - 1)))
+
+
+WIDE = (32, 64, 128, 256)
+
+
+def _create(name: str, pretrained: bool, **kwargs) -> CifarResNet:
+    return build_model_with_cfg(CifarResNet, name, pretrained, **kwargs)
+
+
+@register_model
+def cifar_resnet8(pretrained: bool = False, **kwargs) -> CifarResNet:
+    """ResNet-8."""
+    return _create("cifar_resnet8", pretrained, depth=8, **kwargs)
+
+
+@register_model
+def cifar_resnet14(pretrained: bool = False, **kwargs) -> CifarResNet:
+    """ResNet-14."""
+    return _create("cifar_resnet14", pretrained, depth=14, **kwargs)
+
+
+@register_model
+def cifar_resnet20(pretrained: bool = False, **kwargs) -> CifarResNet:
+    """ResNet-20, 278,324 parameters at 100 classes."""
+    return _create("cifar_resnet20", pretrained, depth=20, **kwargs)
+
+
+@register_model
+def cifar_resnet32(pretrained: bool = False, **kwargs) -> CifarResNet:
+    """ResNet-32, 472,756 parameters at 100 classes."""
+    return _create("cifar_resnet32", pretrained, depth=32, **kwargs)
+
+
+@register_model
+def cifar_resnet44(pretrained: bool = False, **kwargs) -> CifarResNet:
+    """ResNet-44."""
+    return _create("cifar_resnet44", pretrained, depth=44, **kwargs)
+
+
+@register_model
+def cifar_resnet56(pretrained: bool = False, **kwargs) -> CifarResNet:
+    """ResNet-56, 861,620 parameters at 100 classes."""
+    return _create("cifar_resnet56", pretrained, depth=56, **kwargs)
+
+
+@register_model
+def cifar_resnet110(pretrained: bool = False, **kwargs) -> CifarResNet:
+    """ResNet-110, 1,736,564 parameters at 100 classes."""
+    return _create("cifar_resnet110", pretrained, depth=110, **kwargs)
+
+
+@register_model
+def cifar_resnet8x4(pretrained: bool = False, **kwargs) -> CifarResNet:
+    """ResNet-8 of four times the width, 1,233,540 parameters at 100 classes."""
+    return _create("cifar_resnet8x4", pretrained, depth=8, widths=WIDE, **kwargs)
+
+
+@register_model
+def cifar_resnet32x4(pretrained: bool = False, **kwargs) -> CifarResNet:
+    """ResNet-32 of four times the width, 7,433,860 parameters at 100 classes."""
+    return _create("cifar_resnet32x4", pretrained, depth=32, widths=WIDE, **kwargs)

@@ -1,0 +1,98 @@
+"""ShuffleNetV2 1× for 32 px (Ma et al., arXiv 1807.11164).
+
+Layers and names are those of `ShuffleV2` in the code released with CRD (RepDistiller) and DKD (mdistiller), whose
+checkpoints load as they are: a 1×1 stem of stride 1, no max pooling, and one unit more per stage than the paper's table 5.
+"""
+
+import torch
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
+from torch.nn import functional as F
+
+from .cifar_net import PooledClassifier, cifar_cfg, conv1x1, conv3x3
+
+default_cfgs = generate_default_cfgs({"cifar_shufflev2": cifar_cfg("linear")})
+
+
+class SplitUnit(nn.Module):
+    """Half the channels pass, the other half goes through 1×1, depthwise 3×3, 1×1; then both are shuffled."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        half = channels // 2
+        self.conv1, self.bn1 = conv1x1(half, half), nn.BatchNorm2d(half)
+        self.conv2, self.bn2 = conv3x3(half, half, groups=half), nn.BatchNorm2d(half)
+        self.conv3, self.bn3 = conv1x1(half, half), nn.BatchNorm2d(half)
+        self.shuffle = nn.ChannelShuffle(2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, channels, H, W), kept."""
+        kept, x = x.chunk(2, dim=1)
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn3(self.conv3(self.bn2(self.conv2(x)))))
+        return self.shuffle(torch.cat([kept, x], dim=1))
+
+
+class DownUnit(nn.Module):
+    """Both branches take all channels and halve the size, then are concatenated and shuffled."""
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        half = channels // 2
+        self.conv1, self.bn1 = conv3x3(in_channels, in_channels, 2, groups=in_channels), nn.BatchNorm2d(in_channels)
+        self.conv2, self.bn2 = conv1x1(in_channels, half), nn.BatchNorm2d(half)
+        self.conv3, self.bn3 = conv1x1(in_channels, half), nn.BatchNorm2d(half)
+        self.conv4, self.bn4 = conv3x3(half, half, 2, groups=half), nn.BatchNorm2d(half)
+        self.conv5, self.bn5 = conv1x1(half, half), nn.BatchNorm2d(half)
+        self.shuffle = nn.ChannelShuffle(2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, in_channels, H, W) → (N, channels, H / 2, W / 2)."""
+        left = F.relu(self.bn2(self.conv2(self.bn1(self.conv1(x)))))
+        right = F.relu(self.bn3(self.conv3(x)))
+        right = F.relu(self.bn5(self.conv5(self.bn4(self.conv4(right)))))
+        return self.shuffle(torch.cat([left, right], dim=1))
+
+
+class CifarShuffleNetV2(PooledClassifier):
+    """1×1 stem, three stages of one `DownUnit` and some `SplitUnit`s, 1×1 to the last width, `linear`.
+
+    Args:
+        widths: channels of the stages and of the last convolution.
+        units: `SplitUnit`s of the stages.
+        num_classes, in_chans, drop_rate: see `PooledClassifier`.
+    """
+
+    CLASSIFIER = "linear"
+
+    def __init__(
+        self,
+        widths: tuple[int, int, int, int] = (116, 232, 464, 1024),
+        units: tuple[int, int, int] = (3, 7, 3),
+        num_classes: int = 100,
+        in_chans: int = 3,
+        drop_rate: float = 0.0,
+    ) -> None:
+        super().__init__(widths[-1], num_classes, in_chans, drop_rate)
+        self.conv1 = conv1x1(in_chans, 24)
+        self.bn1 = nn.BatchNorm2d(24)
+        in_channels = 24
+        for stage, (width, count) in enumerate(zip(widths[:3], units, strict=True), start=1):
+            layers = [DownUnit(in_channels, width), *(SplitUnit(width) for _ in range(count))]
+            self.add_module(f"layer{stage}", nn.Sequential(*layers))
+            in_channels = width
+        self.conv2 = conv1x1(in_channels, widths[3])
+        self.bn2 = nn.BatchNorm2d(widths[3])
+        self.linear = self._new_classifier(num_classes)
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, in_chans, 32, 32) → (N, 1024, 4, 4)."""
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return F.relu(self.bn2(self.conv2(x)))
+
+
+@register_model
+def cifar_shufflev2(pretrained: bool = False, **kwargs) -> CifarShuffleNetV2:
+    """ShuffleNetV2 1×, 1,355,528 parameters at 100 classes."""
+    return build_model_with_cfg(CifarShuffleNetV2, "cifar_shufflev2", pretrained, **kwargs)

@@ -1,0 +1,90 @@
+"""VGG with batch normalisation and one linear layer for 32 px (Simonyan and Zisserman, arXiv 1409.1556).
+
+Names of layers are those of the code released with CRD (RepDistiller) and DKD (mdistiller), whose checkpoints load as
+they are; VGG-8 with one convolution per block is that code's own.
+"""
+
+import torch
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
+from torch.nn import functional as F
+
+from .cifar_net import PooledClassifier, cifar_cfg, init_weights
+
+WIDTHS = (64, 128, 256, 512, 512)  # channels of the five blocks
+# Convolutions in each block: the paper's table 1, columns A, B, D and E, and VGG-8.
+CONVOLUTIONS = {8: (1, 1, 1, 1, 1), 11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
+
+default_cfgs = generate_default_cfgs({f"cifar_vgg{depth}": cifar_cfg("classifier", "block0.0") for depth in CONVOLUTIONS})
+
+
+class CifarVGG(PooledClassifier):
+    """Five blocks of 3×3 convolutions with bias, bn and relu, 2×2 max pooling after the first three, `classifier`.
+
+    The fourth pooling only comes with 64 px, as in the released code: at 32 px the last map stays 4×4.
+
+    Args:
+        depth: a key of `CONVOLUTIONS`.
+        num_classes, in_chans, drop_rate: see `PooledClassifier`.
+    """
+
+    CLASSIFIER = "classifier"
+
+    def __init__(self, depth: int, num_classes: int = 100, in_chans: int = 3, drop_rate: float = 0.0) -> None:
+        super().__init__(WIDTHS[-1], num_classes, in_chans, drop_rate)
+        if depth not in CONVOLUTIONS:
+            raise ValueError(f"VGG of depth {depth} is unknown: choose one of {sorted(CONVOLUTIONS)}")
+        for number, (width, convolutions) in enumerate(zip(WIDTHS, CONVOLUTIONS[depth], strict=True)):
+            in_channels = in_chans if number == 0 else WIDTHS[number - 1]
+            self.add_module(f"block{number}", _block(in_channels, width, convolutions))
+        self.classifier = self._new_classifier(num_classes)
+        init_weights(self.modules(), linear_std=0.01)
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, in_chans, 32, 32) → (N, 512, 4, 4)."""
+        pool_fourth = x.shape[2] == 64
+        for block in (self.block0, self.block1, self.block2):
+            x = F.max_pool2d(F.relu(block(x)), 2)
+        x = F.relu(self.block3(x))
+        if pool_fourth:
+            x = F.max_pool2d(x, 2)
+        return F.relu(self.block4(x))
+
+
+def _block(in_channels: int, channels: int, convolutions: int) -> nn.Sequential:
+    """Convolutions with bn, relu between them; the last relu is left to the caller (state-dict keys count it out)."""
+    layers: list[nn.Module] = []
+    for _ in range(convolutions):
+        layers += [nn.Conv2d(in_channels, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+        in_channels = channels
+    return nn.Sequential(*layers[:-1])
+
+
+@register_model
+def cifar_vgg8(pretrained: bool = False, **kwargs) -> CifarVGG:
+    """VGG-8, 3,965,028 parameters at 100 classes."""
+    return build_model_with_cfg(CifarVGG, "cifar_vgg8", pretrained, depth=8, **kwargs)
+
+
+@register_model
+def cifar_vgg11(pretrained: bool = False, **kwargs) -> CifarVGG:
+    """VGG-11."""
+    return build_model_with_cfg(CifarVGG, "cifar_vgg11", pretrained, depth=11, **kwargs)
+
+
+@register_model
+def cifar_vgg13(pretrained: bool = False, **kwargs) -> CifarVGG:
+    """VGG-13, 9,462,180 parameters at 100 classes."""
+    return build_model_with_cfg(CifarVGG, "cifar_vgg13", pretrained, depth=13, **kwargs)
+
+
+@register_model
+def cifar_vgg16(pretrained: bool = False, **kwargs) -> CifarVGG:
+    """VGG-16."""
+    return build_model_with_cfg(CifarVGG, "cifar_vgg16", pretrained, depth=16, **kwargs)
+
+
+@register_model
+def cifar_vgg19(pretrained: bool = False, **kwargs) -> CifarVGG:
+    """VGG-19."""
+    return build_model_with_cfg(CifarVGG, "cifar_vgg19", pretrained, depth=19, **kwargs)
