@@ -115,6 +115,9 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict] | None = Non
 
     With SEED ≥ 0 the batches are a function of (SEED, rank, iteration), whatever the number of workers.
     """
+    world_size = comm.get_world_size()
+    if cfg.SOLVER.IMS_PER_BATCH % world_size or cfg.SOLVER.IMS_PER_BATCH <= 0:
+        raise ValueError(f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} must be a positive multiple of the {world_size} processes")
     dicts = get_detection_dataset_dicts(
         cfg.DATASETS.TRAIN,
         filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
@@ -122,9 +125,6 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict] | None = Non
         proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
     )
     seed = cfg.SEED if cfg.SEED >= 0 else None
-    world_size = comm.get_world_size()
-    if cfg.SOLVER.IMS_PER_BATCH % world_size or cfg.SOLVER.IMS_PER_BATCH <= 0:
-        raise ValueError(f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} must be a positive multiple of the {world_size} processes")
     groups = [int(d["width"] > d["height"]) for d in dicts] if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None
     batches = GroupedBatches(
         build_sampler(cfg, dicts, seed), groups, cfg.SOLVER.IMS_PER_BATCH // world_size, comm.get_rank(), world_size

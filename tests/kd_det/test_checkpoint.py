@@ -1,0 +1,70 @@
+"""Checkpoints: whole or absent, and nothing in them is executed."""
+
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from kd_det.checkpoint import WholeCheckpointer, load_all_weights, write_whole
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch was_executed",)
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "file"
+    write_whole(path, lambda file: file.write(b"old"))
+
+    def fail(file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_whole(path, fail)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_checkpoint_comes_back_with_everything_in_it(tmp_path):
+    model = nn.Linear(2, 3)
+    WholeCheckpointer(model, str(tmp_path)).save("model_1", iteration=7)
+    other = nn.Linear(2, 3)
+    extra = WholeCheckpointer(other, str(tmp_path)).resume_or_load("", resume=True)
+    assert extra["iteration"] == 7
+    assert torch.equal(model.weight, other.weight)
+    assert (tmp_path / "last_checkpoint").read_text() == "model_1.pth"
+
+
+@pytest.mark.parametrize("suffix", ["pth", "pkl"])
+def test_a_file_that_would_run_code_is_refused(tmp_path, monkeypatch, suffix):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / f"evil.{suffix}"
+    if suffix == "pth":
+        torch.save({"model": Evil()}, path)
+    else:
+        path.write_bytes(pickle.dumps({"model": Evil()}))
+    with pytest.raises(ValueError, match=f"evil.{suffix} is no checkpoint that can be read"):
+        WholeCheckpointer(nn.Linear(2, 3)).load(str(path))
+    assert not Path("was_executed").exists()
+
+
+def test_a_model_zoo_pickle_of_numpy_arrays_loads(tmp_path):
+    weights = {"weight": np.ones((3, 2), np.float32), "bias": np.zeros(3, np.float32)}
+    path = tmp_path / "zoo.pkl"
+    path.write_bytes(pickle.dumps({"model": weights, "__author__": "test"}, protocol=2))
+    model = nn.Linear(2, 3)
+    load_all_weights(model, str(path), "KD.TEACHER.WEIGHTS")
+    assert model.weight.eq(1).all() and model.bias.eq(0).all()
+
+
+def test_a_truncated_file_is_named(tmp_path):
+    path = tmp_path / "cut.pth"
+    torch.save({"model": nn.Linear(2, 3).state_dict()}, path)
+    path.write_bytes(path.read_bytes()[:-300])
+    with pytest.raises(ValueError, match="KEY: .*cut.pth is no checkpoint that can be read: it is truncated"):
+        load_all_weights(nn.Linear(2, 3), str(path), "KEY")

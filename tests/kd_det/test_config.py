@@ -1,0 +1,54 @@
+"""Configs: unknown keys, wrong types and missing files are named."""
+
+import pytest
+
+from kd_det.config import all_keys, kd_defaults, merge_file, merge_list
+from kd_det.launch import read_config
+
+
+def test_a_whole_number_serves_where_a_float_is_due(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("KD:\n  LOSS:\n    DKD:\n      BETA: 8\n")
+    cfg = kd_defaults()
+    merge_file(cfg, str(path))
+    assert cfg.KD.LOSS.DKD.BETA == 8.0 and isinstance(cfg.KD.LOSS.DKD.BETA, float)
+    merge_list(cfg, ["KD.LOSS.DKD.BETA", "2"])
+    assert cfg.KD.LOSS.DKD.BETA == 2.0 and isinstance(cfg.KD.LOSS.DKD.BETA, float)
+
+
+def test_a_misspelt_key_in_a_file_is_named_with_the_nearest_one(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("KD:\n  TEACHER:\n    WEIGHT: x.pth\n")
+    with pytest.raises(ValueError, match=r"a.yaml: unknown key KD.TEACHER.WEIGHT; did you mean KD.TEACHER.WEIGHTS\?"):
+        merge_file(kd_defaults(), str(path))
+
+
+def test_a_misspelt_key_on_the_command_line_is_named():
+    with pytest.raises(ValueError, match="the command line: .*KD.LOSS.NAMES"):
+        merge_list(kd_defaults(), ["KD.LOSS.NAMES", "dkd"])
+
+
+def test_a_beta_that_is_no_number_is_refused():
+    with pytest.raises(ValueError, match="the command line: .*KD.LOSS.DKD.BETA"):
+        merge_list(kd_defaults(), ["KD.LOSS.DKD.BETA", "strong"])
+
+
+def test_overrides_without_a_value_are_refused():
+    with pytest.raises(ValueError, match="KEY VALUE pairs"):
+        merge_list(kd_defaults(), ["SEED"])
+
+
+def test_a_config_file_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="--config-file: there is no file configs/none.yaml"):
+        read_config("configs/none.yaml", [])
+
+
+def test_a_yaml_that_would_run_code_is_refused(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("OUTPUT_DIR: !!python/object/apply:os.getcwd []\n")
+    with pytest.raises(Exception, match="could not determine a constructor"):
+        merge_file(kd_defaults(), str(path))
+
+
+def test_all_keys_lists_dotted_names():
+    assert {"KD.LOSS.NAME", "SOLVER.BASE_LR", "KD.TEACHER"} <= set(all_keys(kd_defaults()))

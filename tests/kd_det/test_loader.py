@@ -1,0 +1,77 @@
+"""The training loader: batches are a function of (seed, rank, iteration)."""
+
+import random
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data.samplers import TrainingSampler
+from torch.utils.data import Dataset
+
+from kd_det.data.loader import GroupedBatches, PositionedDataset, TrainLoader, build_train_loader, seeded
+
+
+class Draws(Dataset):
+    """Samples that show their index and what the three generators give."""
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        return index, random.random(), float(np.random.rand()), torch.rand(1).item()
+
+
+def loader(workers=0, seed=3, start=0):
+    batches = GroupedBatches(TrainingSampler(20, seed=1), [i % 2 for i in range(20)], batch_size=4)
+    made = TrainLoader(PositionedDataset(Draws(), seed), batches, workers)
+    made.start = start
+    return made
+
+
+def test_batches_are_the_same_with_and_without_workers_and_from_any_start():
+    whole = list(islice(iter(loader()), 9))
+    assert list(islice(iter(loader(workers=2)), 9)) == whole
+    assert list(islice(iter(loader(start=5)), 4)) == whole[5:]
+
+
+def test_another_seed_draws_other_augmentations_of_the_same_images():
+    (first,), (other,) = islice(iter(loader()), 1), islice(iter(loader(seed=4)), 1)
+    assert [x[0] for x in first] == [x[0] for x in other]
+    assert all(a[1:] != b[1:] for a, b in zip(first, other, strict=True))
+
+
+def test_an_image_seen_twice_is_augmented_twice():
+    seen = {}
+    for batch in islice(iter(loader()), 12):
+        for index, *draws in batch:
+            assert draws not in seen.setdefault(index, [])
+            seen[index].append(draws)
+    assert max(len(draws) for draws in seen.values()) > 1
+
+
+def test_a_batch_holds_images_of_one_group():
+    for batch in islice(iter(loader()), 8):
+        assert len({index % 2 for index, *_ in batch}) == 1
+
+
+def test_grouping_delays_images_but_loses_none():
+    seen = [index for batch in islice(iter(loader()), 25) for index, *_ in batch]
+    waiting = 3  # at the most, in the other group's bucket
+    drawn = list(islice(iter(TrainingSampler(20, seed=1)), 100 + waiting))
+    assert all(0 <= drawn.count(i) - seen.count(i) <= 1 for i in range(20))
+
+
+def test_seeded_leaves_the_generators_where_they_were():
+    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    with seeded(1, 2):
+        drawn = random.random(), np.random.rand(), torch.rand(1).item()
+    assert random.getstate() == before[0]
+    assert np.array_equal(np.random.get_state()[1], before[1]) and torch.equal(torch.get_rng_state(), before[2])
+    with seeded(1, 2):
+        assert drawn == (random.random(), np.random.rand(), torch.rand(1).item())
+
+
+def test_a_batch_size_that_the_processes_cannot_share_is_refused(tiny_cfg):
+    with pytest.raises(ValueError, match="SOLVER.IMS_PER_BATCH 0 must be a positive multiple of the 1 processes"):
+        build_train_loader(tiny_cfg("DATASETS.TRAIN", "('digits_train',)", "SOLVER.IMS_PER_BATCH", 0))
