@@ -20,8 +20,8 @@ any batch. `loaders.train.sampler.batch_indices(epoch, batch)` are the images of
 logits. Validation visits each image exactly once over all ranks: their batch counts may differ by one, so nothing
 collective may run inside that loop.
 
-*Randomness*: with `reproducible=True` an augmented image is a pure function of (seed, epoch, index), whatever the number
-of workers and ranks; `augmentation_epochs=n` repeats the augmentation after n epochs: a finite cache.
+*Randomness*: with `reproducible=True` an augmented image is a pure function of (seed, epoch, index), whatever the
+number of workers and ranks; `augmentation_epochs=n` repeats the augmentation after n epochs: a finite cache.
 """
 
 from .datasets import (

@@ -1,4 +1,4 @@
-"""Data sets by name: the papers', the built-in digits, any folder of classes, and whatever timm's `create_dataset` reads."""
+"""Data sets by name: the papers', the built-in digits, any folder of classes, and what timm's `create_dataset` has."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ from .published_splits import cub200, tiny_imagenet
 
 TRAIN_FOLDERS = ("train", "training")
 VAL_FOLDERS = ("val", "validation", "valid", "eval", "test")
-FOLDER_LAYOUT = "expected {root}/train/<class>/*.jpg and {root}/val/<class>/*.jpg; set DATA.ROOT to the folder that holds both"
+FOLDER_LAYOUT = "expected {root}/train/<class>/*.jpg and {root}/val/<class>/*.jpg; set DATA.ROOT to the folder of both"
 
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)  # of the papers' released code
 
@@ -98,7 +98,7 @@ def default_augmentation(name: str) -> str:
 
 
 def dataset_statistics(name: str) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Channel (mean, std), white being 1, that the papers normalise a data set with; ImageNet's for names only timm knows."""
+    """Channel (mean, std), white being 1, that the papers normalise a data set with; for timm's names ImageNet's."""
     entry = DATASETS.get(name)
     return (entry.mean, entry.std) if entry else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
@@ -142,8 +142,8 @@ def _timm_dataset(name: str, root: Path, split: str, download: bool) -> Dataset:
         dataset = create_dataset(name, root=str(root), split=split, download=download)
     except (RuntimeError, AssertionError, OSError, ImportError, ValueError) as error:
         raise ValueError(
-            f"DATA.NAME {name!r}, split {split!r}, is not to be had from DATA.ROOT {str(root)!r} ({error}). Point DATA.ROOT at "
-            "the folder that holds it, or set DATA.DOWNLOAD True"
+            f"DATA.NAME {name!r}, split {split!r}, is not to be had from DATA.ROOT {str(root)!r} ({error}). Point "
+            "DATA.ROOT at the folder that holds it, or set DATA.DOWNLOAD True"
         ) from error
     if isinstance(dataset, IterableDataset):
         raise ValueError(f"DATA.NAME {name!r} is a stream: its order cannot be resumed. Use a data set with an index")

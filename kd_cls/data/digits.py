@@ -14,8 +14,8 @@ TRAIN_IMAGES = 1198  # of 1797: two thirds
 class Digits(Dataset):
     """1797 digits of 8×8 pixels (UCI "optdigits", as shipped by scikit-learn), enlarged to 32×32 RGB.
 
-    The first two thirds are for training, the rest for validation (ours). The file is ordered by writer, so cutting it
-    once, instead of drawing at random, keeps nearly all writers on one side: a model is asked about hands it has not seen.
+    The first two thirds are for training, the rest for validation (ours): no image is in both, and both hold about as
+    many of each digit.
     """
 
     classes = [str(digit) for digit in range(10)]
@@ -26,7 +26,7 @@ class Digits(Dataset):
         digits = load_digits()
         part = slice(None, TRAIN_IMAGES) if train else slice(TRAIN_IMAGES, None)
         pixels = np.round(digits.images[part] * (255 / 16)).astype(np.uint8)  # shipped as 0 … 16
-        self.images = [Image.fromarray(image).resize((SIZE, SIZE), Image.Resampling.BICUBIC).convert("RGB") for image in pixels]
+        self.images = [Image.fromarray(image).resize((SIZE, SIZE)).convert("RGB") for image in pixels]  # bicubic
         self.targets = [int(target) for target in digits.target[part]]
         self.transform = transform
 

@@ -14,7 +14,7 @@ def read_rgb(path: str | Path) -> Image.Image:
     """The image at `path` as RGB; grey, palette and CMYK images are converted.
 
     Raises:
-        ValueError: the file cannot be read or decoded; the message names it. (timm's own data set would train on the next
+        ValueError: the file cannot be read or decoded; the message names it. (timm's own data set would put the next
             image in its place.)
     """
     try:
@@ -33,7 +33,9 @@ class ImageList(Dataset):
         transform: applied to each RGB image.
     """
 
-    def __init__(self, samples: Sequence[tuple[str, int]], classes: list[str], transform: Callable | None = None) -> None:
+    def __init__(
+        self, samples: Sequence[tuple[str, int]], classes: list[str], transform: Callable | None = None
+    ) -> None:
         self.samples, self.classes, self.transform = list(samples), list(classes), transform
 
     @property
@@ -53,7 +55,7 @@ class ImageList(Dataset):
 def class_folder(path: Path, expected: str) -> Dataset:
     """The images under `path/<class>/`, at any depth, classes in alphabetical order (torchvision's `ImageFolder`).
 
-    `ImageFolder` and not timm's reader, which takes the innermost folder for the class: in Tiny-ImageNet that is `images`.
+    `ImageFolder` and not timm's reader, which takes the innermost folder for the class: Tiny-ImageNet's is `images`.
 
     Raises:
         ValueError: `path` is missing or has no class folders (the message says what is `expected`), or a class folder

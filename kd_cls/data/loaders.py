@@ -57,7 +57,7 @@ def create_loaders(
         if len(images) == 0:
             raise ValueError(f"the {split} split has no images")
     if batch_size < 1 or val_batch_size < 0:
-        raise ValueError(f"a batch needs at least one image, got batch_size {batch_size}, val_batch_size {val_batch_size}")
+        raise ValueError(f"a batch needs an image: batch_size is {batch_size}, val_batch_size {val_batch_size}")
     train_transform, val_transform = build_transforms(augmentation, input_size, **(timm_options or {}))
     if reproducible:
         train_set = ReproducibleDataset(train_set, seed, augmentation_epochs)

@@ -1,4 +1,4 @@
-"""Data sets whose splits stand in text files: Tiny-ImageNet's validation labels and CUB-200-2011's split, as published."""
+"""Data sets whose labels or splits stand in text files, read as published: Tiny-ImageNet and CUB-200-2011."""
 
 from pathlib import Path
 
@@ -7,12 +7,12 @@ from torch.utils.data import Dataset
 from .images import ImageList, class_folder
 
 TINY_LAYOUT = (
-    "Tiny-ImageNet is expected as published, with train/<wnid>/images/*.JPEG, val/images/*.JPEG and val/val_annotations.txt "
-    "under DATA.ROOT"
+    "Tiny-ImageNet is expected as published, with train/<wnid>/images/*.JPEG, val/images/*.JPEG and "
+    "val/val_annotations.txt under DATA.ROOT"
 )
 CUB_LAYOUT = (
-    "CUB-200-2011 is expected as published, with images.txt, image_class_labels.txt, train_test_split.txt, classes.txt and "
-    "images/ in DATA.ROOT or in DATA.ROOT/CUB_200_2011"
+    "CUB-200-2011 is expected as published, with images.txt, image_class_labels.txt, train_test_split.txt, classes.txt "
+    "and images/ in DATA.ROOT or in DATA.ROOT/CUB_200_2011"
 )
 
 
@@ -77,4 +77,4 @@ def _rows(file: Path, columns: int, layout: str) -> list[list[str]]:
 def _check_files(samples: list[tuple[str, int]], listed_in: Path) -> None:
     missing = [path for path, _ in samples if not Path(path).is_file()]
     if missing:
-        raise ValueError(f"{len(missing)} of {len(samples)} images listed in {listed_in} are missing, the first: {missing[0]}")
+        raise ValueError(f"{len(missing)} of {len(samples)} images of {listed_in} are missing, the first: {missing[0]}")

@@ -11,9 +11,9 @@ from .reproducible import mix_seed
 class EpochSampler(Sampler[int]):
     """Indices 0 … size−1 in an order drawn from (seed, epoch), of which rank r of W takes every W-th, from the r-th on.
 
-    Batch b of all ranks together is then batch b of one process with W times the batch, so a run on W ranks sees the same
-    data in the same steps as a run on one. torch's `RandomSampler` takes its order from the global generator and its
-    `DistributedSampler` always begins at the first batch; neither can go on in the middle of an epoch.
+    Batch b of all ranks together is then batch b of one process with W times the batch, so a run on W ranks sees the
+    same images in the same steps as a run on one. torch's `RandomSampler` takes its order from the global generator,
+    and neither it nor `DistributedSampler` can go on in the middle of an epoch.
 
     Args:
         size: images in the data set.
@@ -21,8 +21,8 @@ class EpochSampler(Sampler[int]):
         seed: of the order.
         rank, world_size: this process among all.
         shuffle: False keeps the data set's order.
-        drop_last: leave out a last batch that is not full. Otherwise it stays, filled up from the front of the order only
-            as far as every rank needs to have as many images as the others.
+        drop_last: leave out a last batch that is not full. Otherwise it stays, and where the ranks do not divide the
+            images the first of the order fill up, fewer than there are ranks.
 
     Raises:
         ValueError: with `drop_last`, where not one full batch remains.

@@ -35,7 +35,7 @@ class _FitSize:
 
 
 def cifar(size: Size, is_training: bool) -> Transform:
-    """Pad by 4, crop at random, flip (He et al., arXiv 1512.03385, section 4.2; the released code of every paper here)."""
+    """Pad by 4, crop at random, flip (He et al., arXiv 1512.03385, section 4.2), as in the papers' released code."""
     if not is_training:
         return _at_size(size)
     return _at_size(size, T.RandomCrop(size, padding=4), T.RandomHorizontalFlip())
@@ -52,7 +52,7 @@ def tiny_imagenet_64(size: Size, is_training: bool) -> Transform:
 
 
 def imagenet(size: Size, is_training: bool, **timm_options: Any) -> Transform:
-    """Random resized crop and flip, no colour jitter; validation: shorter side to size / 0.875 (256 for 224), centre crop.
+    """Random resized crop and flip, no colour jitter; validation: shorter side to size / 0.875, centre crop.
 
     The papers' released code for ImageNet, and GDKD's for Tiny-ImageNet and CUB-200-2011 too. `timm_options` go to
     timm's `create_transform` (auto_augment, color_jitter, scale, crop_pct, interpolation, …).
@@ -71,7 +71,9 @@ AUGMENTATIONS: dict[str, Callable[..., Transform]] = {
 }
 
 
-def build_transforms(augmentation: str, input_size: tuple[int, int, int], **timm_options: Any) -> tuple[Transform, Transform]:
+def build_transforms(
+    augmentation: str, input_size: tuple[int, int, int], **timm_options: Any
+) -> tuple[Transform, Transform]:
     """The transforms (training, validation) of an augmentation for images of `input_size` (3, H, W).
 
     Raises:
@@ -81,7 +83,7 @@ def build_transforms(augmentation: str, input_size: tuple[int, int, int], **timm
         raise ValueError(f"unknown augmentation {augmentation!r}: choose one of {', '.join(sorted(AUGMENTATIONS))}")
     if timm_options and augmentation != "imagenet":
         raise ValueError(
-            f"augmentation {augmentation!r} takes no options, but got {sorted(timm_options)}: only 'imagenet', timm's own, does"
+            f"augmentation {augmentation!r} takes no options, got {sorted(timm_options)}: only 'imagenet', timm's, does"
         )
     build, size = AUGMENTATIONS[augmentation], tuple(input_size[-2:])
     return build(size, is_training=True, **timm_options), build(size, is_training=False, **timm_options)

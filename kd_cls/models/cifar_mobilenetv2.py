@@ -1,8 +1,8 @@
 """MobileNetV2 for 32 px, expansion T = 6, width w = 0.5 (Sandler et al., arXiv 1801.04381).
 
 Layers and names are those of `mobile_half` in the code released with CRD (RepDistiller) and DKD (mdistiller), whose
-checkpoints load as they are. It departs from the paper: ReLU for ReLU6, channels int(w·c) not rounded to multiples of 8,
-a first block with an (unexpanding) 1×1 convolution, strides 2, 1, 1, 2, 2, 1, 2, 1, and a residual around block 1 never.
+checkpoints load as they are. It departs from the paper: ReLU for ReLU6, channels int(w·c) not rounded to multiples of
+8, a 1×1 convolution that does not expand in the first block, and fewer strides, for 32 px.
 """
 
 import torch
@@ -13,8 +13,17 @@ from .cifar_net import PooledClassifier, cifar_cfg, conv1x1, conv3x3, init_weigh
 
 default_cfgs = generate_default_cfgs({"cifar_mobilenetv2": cifar_cfg("classifier.0", "conv1.0")})
 
-# Expansion (None: the network's T), channels at width 1, blocks, stride of the first: the paper's table 2 with strides for 32 px.
-STAGES = ((1, 16, 1, 1), (None, 24, 2, 1), (None, 32, 3, 2), (None, 64, 4, 2), (None, 96, 3, 1), (None, 160, 3, 2), (None, 320, 1, 1))
+# Expansion (None: the network's T), channels at width 1, blocks, stride of the first: the paper's table 2, but the
+# second stage has stride 1, not 2.
+STAGES = (
+    (1, 16, 1, 1),
+    (None, 24, 2, 1),
+    (None, 32, 3, 2),
+    (None, 64, 4, 2),
+    (None, 96, 3, 1),
+    (None, 160, 3, 2),
+    (None, 320, 1, 1),
+)
 
 
 class InvertedResidual(nn.Module):

@@ -11,8 +11,10 @@ from kd_cls.data.datasets import CIFAR100_MEAN, CIFAR100_STD
 
 
 def cifar_cfg(classifier: str, first_conv: str = "conv1") -> dict[str, Any]:
-    """timm's `pretrained_cfg` of a CIFAR-100 network: 100 classes, 32 px, and its mean and std, which timm else takes for
-    ImageNet's. `classifier` and `first_conv` are the layers that other classes and other channels replace."""
+    """timm's `pretrained_cfg` of a CIFAR-100 network: 100 classes, 32 px, mean and std (timm's default is ImageNet's).
+
+    `classifier` and `first_conv` are the layers that other classes and other input channels replace.
+    """
     return {
         "num_classes": 100,
         "input_size": (3, 32, 32),
@@ -56,7 +58,8 @@ class PooledClassifier(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new last layer for `num_classes` classes (0: none); `global_pool`, timm's argument, can only be "avg"."""
         if global_pool not in (None, "avg"):
-            raise ValueError(f"{type(self).__name__} pools by the mean, global_pool {global_pool!r} is not to be had: use 'avg'")
+            name = type(self).__name__
+            raise ValueError(f"{name} pools by the mean, global_pool {global_pool!r} is not to be had: use 'avg'")
         self.num_classes = num_classes
         setattr(self, self.CLASSIFIER, self._new_classifier(num_classes))
 
@@ -78,8 +81,8 @@ class PooledClassifier(nn.Module):
 def init_weights(modules: Iterable[nn.Module], linear_std: float | None = None) -> None:
     """Convolutions from N(0, 2 / (k² · output channels)), their biases 0 (He et al., arXiv 1502.01852, fan-out form).
 
-    Batch norms start at weight 1 and bias 0, torch's default. `linear_std` draws linear layers from N(0, linear_std²) with
-    bias 0; None keeps torch's default for them.
+    Batch norms start at weight 1 and bias 0, torch's default. `linear_std` draws linear layers from N(0, linear_std²)
+    with bias 0; None keeps torch's default for them.
     """
     for module in modules:
         if isinstance(module, nn.Conv2d):

@@ -12,9 +12,7 @@ from torch import nn
 from .cifar_net import PooledClassifier, cifar_cfg, conv3x3, init_weights
 
 DEPTHS = (8, 14, 20, 32, 44, 56, 110)
-default_cfgs = generate_default_cfgs(
-    {f"cifar_resnet{name}": cifar_cfg("fc") for name in (*DEPTHS, "8x4", "32x4")}
-)
+default_cfgs = generate_default_cfgs({f"cifar_resnet{name}": cifar_cfg("fc") for name in (*DEPTHS, "8x4", "32x4")})
 
 
 class CifarResNet(PooledClassifier):

@@ -1,7 +1,8 @@
 """ResNet-18 and ResNet-50 at full width with a stem for 32 px: 3×3, stride 1, no pooling (He et al., arXiv 1512.03385).
 
-Names of layers are those of `ResNet18` and `ResNet50` in the code released with CRD (RepDistiller) and DKD (mdistiller),
-whose checkpoints load as they are. That code calls the file resnetv2; the blocks are the first version's, activation last.
+Names of layers are those of `ResNet18` and `ResNet50` in the code released with CRD (RepDistiller) and DKD
+(mdistiller), whose checkpoints load as they are. That code calls the file resnetv2; the blocks are the first version's,
+with the activation last.
 """
 
 import torch
@@ -106,10 +107,12 @@ class CifarResNetV2(PooledClassifier):
 @register_model
 def cifar_resnet18(pretrained: bool = False, **kwargs) -> CifarResNetV2:
     """ResNet-18 for 32 px."""
-    return build_model_with_cfg(CifarResNetV2, "cifar_resnet18", pretrained, block=Basic, blocks=(2, 2, 2, 2), **kwargs)
+    blocks = (2, 2, 2, 2)
+    return build_model_with_cfg(CifarResNetV2, "cifar_resnet18", pretrained, block=Basic, blocks=blocks, **kwargs)
 
 
 @register_model
 def cifar_resnet50(pretrained: bool = False, **kwargs) -> CifarResNetV2:
     """ResNet-50 for 32 px, 23,705,252 parameters at 100 classes."""
-    return build_model_with_cfg(CifarResNetV2, "cifar_resnet50", pretrained, block=Bottleneck, blocks=(3, 4, 6, 3), **kwargs)
+    blocks = (3, 4, 6, 3)
+    return build_model_with_cfg(CifarResNetV2, "cifar_resnet50", pretrained, block=Bottleneck, blocks=blocks, **kwargs)

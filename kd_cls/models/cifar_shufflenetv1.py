@@ -1,7 +1,8 @@
 """ShuffleNet with 3 groups for 32 px (Zhang et al., arXiv 1707.01083).
 
 Layers and names are those of `ShuffleV1` in the code released with CRD (RepDistiller) and DKD (mdistiller), whose
-checkpoints load as they are: a 1×1 stem of stride 1, and a ReLU after the depthwise convolution, which the paper leaves out.
+checkpoints load as they are: a 1×1 stem of stride 1, no max pooling, and a ReLU after the depthwise convolution, which
+the paper leaves out.
 """
 
 import torch

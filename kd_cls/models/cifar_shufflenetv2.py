@@ -1,7 +1,7 @@
 """ShuffleNetV2 1× for 32 px (Ma et al., arXiv 1807.11164).
 
 Layers and names are those of `ShuffleV2` in the code released with CRD (RepDistiller) and DKD (mdistiller), whose
-checkpoints load as they are: a 1×1 stem of stride 1, no max pooling, and one unit more per stage than the paper's table 5.
+checkpoints load as they are: the paper's table 5 with a 1×1 stem of stride 1 and no max pooling.
 """
 
 import torch

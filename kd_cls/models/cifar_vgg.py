@@ -15,7 +15,9 @@ WIDTHS = (64, 128, 256, 512, 512)  # channels of the five blocks
 # Convolutions in each block: the paper's table 1, columns A, B, D and E, and VGG-8.
 CONVOLUTIONS = {8: (1, 1, 1, 1, 1), 11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
 
-default_cfgs = generate_default_cfgs({f"cifar_vgg{depth}": cifar_cfg("classifier", "block0.0") for depth in CONVOLUTIONS})
+default_cfgs = generate_default_cfgs(
+    {f"cifar_vgg{depth}": cifar_cfg("classifier", "block0.0") for depth in CONVOLUTIONS}
+)
 
 
 class CifarVGG(PooledClassifier):

@@ -1,7 +1,9 @@
 """Wide residual networks for 32 px (Zagoruyko and Komodakis, arXiv 1605.07146), pre-activation blocks, no dropout.
 
 Names of layers are those of the code released with CRD (RepDistiller) and DKD (mdistiller), whose checkpoints load as
-they are. `wrn_d_k` has d layers and k times the channels.
+they are. `wrn_d_k` has d layers and k times the channels. In training that code sends some feature maps through a batch
+norm a second time, for methods that compare features, and so moves three running means and variances twice a step; here
+they move once.
 """
 
 import torch
@@ -11,7 +13,9 @@ from torch.nn import functional as F
 
 from .cifar_net import PooledClassifier, cifar_cfg, conv1x1, conv3x3, init_weights
 
-default_cfgs = generate_default_cfgs({f"cifar_wrn_{size}": cifar_cfg("fc") for size in ("16_1", "16_2", "40_1", "40_2")})
+default_cfgs = generate_default_cfgs(
+    {f"cifar_wrn_{size}": cifar_cfg("fc") for size in ("16_1", "16_2", "40_1", "40_2")}
+)
 
 
 class PreActBlock(nn.Module):

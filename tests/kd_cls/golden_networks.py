@@ -2,8 +2,8 @@
 
     python tests/kd_cls/golden_networks.py --mdistiller PATH
 
-writes tests/golden/cifar_state_dicts.json and cifar_outputs.json anew from a checkout of github.com/megvii-research/mdistiller.
-The tests read those files and the formula below, and need no such checkout.
+writes tests/golden/cifar_state_dicts.json and cifar_outputs.json anew from a checkout of
+github.com/megvii-research/mdistiller. The tests read those files and the formula below, and need no such checkout.
 """
 
 import argparse
@@ -32,7 +32,7 @@ RELEASED = {
 
 
 def spread(count: int, offset: int) -> torch.Tensor:
-    """`count` numbers in [0, 1), float64, exactly the same on every machine: multiples of an odd integer modulo 2^32."""
+    """`count` float64 numbers in [0, 1), the same on every machine: multiples of an odd integer modulo 2^32."""
     return (torch.arange(count, dtype=torch.int64) * 2654435761 + offset).remainder(2**32).double() / 2**32
 
 
@@ -73,8 +73,7 @@ def _released_builders(checkout: Path) -> dict[str, types.FunctionType]:
         sys.modules[name] = package
     cifar = importlib.import_module("mdistiller.models.cifar").cifar_model_dict
     imagenet = importlib.import_module("mdistiller.models.imagenet.mobilenetv1")
-    theirs = {ours: name for ours, name in RELEASED.items()}
-    theirs |= {f"cifar_{name}": name for name in cifar if name not in theirs.values()}
+    theirs = RELEASED | {f"cifar_{name}": name for name in cifar if name not in RELEASED.values()}
     builders = {ours: lambda n, build=cifar[name][0]: build(num_classes=n) for ours, name in sorted(theirs.items())}
     return builders | {"kd_mobilenetv1": lambda _: imagenet.MobileNetV1()}
 
