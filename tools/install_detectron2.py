@@ -47,9 +47,21 @@ include = ["detectron2*"]
 "detectron2.model_zoo" = ["configs/**/*"]
 """
 
-# `from detectron2 import _C` stands at the top of modules that every detector imports, used or not.
+# `from detectron2 import _C` stands at the top of modules that every detector imports, used or not; the versions go into the log.
 C_MODULE = '''\
 """Stands in for detectron2's compiled operators, which a Python-only installation does not have."""
+
+
+def get_compiler_version() -> str:
+    return "none (Python only)"
+
+
+def get_cuda_version() -> str:
+    return "none (Python only)"
+
+
+def has_cuda() -> bool:
+    return False
 
 
 def __getattr__(name: str):
