@@ -1,0 +1,5 @@
+"""python -m kd_det.data: write the built-in data set now rather than at the first training."""
+
+from .builtin import main
+
+main()
