@@ -10,7 +10,8 @@
             ...
 
 *Data sets* are map-style: `dataset[i]` is (image, class index), the image an RGB `PIL.Image` unless `dataset.transform`
-is set; `dataset.classes` names the classes, the same list in both splits. `register_dataset` adds a name.
+is set; `dataset.classes` names the classes, the same list in both splits. `register_dataset` adds a name;
+`train_images=5000` takes so many, evenly spaced.
 
 *Augmentation* is one of `AUGMENTATIONS`: "digits", "cifar", "imagenet", "tiny_imagenet_64", "none";
 `default_augmentation(name)` is a data set's own. Options of timm's `create_transform` refine "imagenet".
@@ -22,6 +23,7 @@ collective may run inside that loop.
 
 *Randomness*: with `reproducible=True` an augmented image is a pure function of (seed, epoch, index), whatever the
 number of workers and ranks; `augmentation_epochs=n` repeats the augmentation after n epochs: a finite cache.
+`resident=True` keeps small images on the device and crops and flips whole batches there, just as reproducibly.
 """
 
 from .datasets import (
@@ -34,16 +36,21 @@ from .datasets import (
 )
 from .loaders import Loaders, create_loaders, set_epoch
 from .reproducible import ReproducibleDataset, seeded_rng
+from .resident import ResidentLoader
 from .sampler import EpochSampler
-from .transforms import AUGMENTATIONS, build_transforms
+from .subset import EvenSubset
+from .transforms import AUGMENTATIONS, TIMM_OPTIONS, build_transforms
 
 __all__ = [
     "AUGMENTATIONS",
     "DATASETS",
+    "TIMM_OPTIONS",
     "DataSets",
     "EpochSampler",
+    "EvenSubset",
     "Loaders",
     "ReproducibleDataset",
+    "ResidentLoader",
     "build_transforms",
     "create_datasets",
     "create_loaders",

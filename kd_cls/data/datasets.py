@@ -8,15 +8,16 @@ from timm.data import create_dataset
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import Dataset, IterableDataset
 
+from kd_cls.constants import CIFAR100_MEAN, CIFAR100_STD
+
 from .digits import Digits
 from .images import class_folder
 from .published_splits import cub200, tiny_imagenet
+from .subset import EvenSubset
 
 TRAIN_FOLDERS = ("train", "training")
 VAL_FOLDERS = ("val", "validation", "valid", "eval", "test")
 FOLDER_LAYOUT = "expected {root}/train/<class>/*.jpg and {root}/val/<class>/*.jpg; set DATA.ROOT to the folder of both"
-
-CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)  # of the papers' released code
 
 
 class DataSets(NamedTuple):
@@ -65,6 +66,8 @@ def create_datasets(
     download: bool = False,
     train_split: str = "train",
     val_split: str = "validation",
+    train_images: int = 0,
+    val_images: int = 0,
 ) -> DataSets:
     """The training and validation set called `name`.
 
@@ -73,10 +76,11 @@ def create_datasets(
         root: the folder that holds it; "digits" needs none.
         download: let torchvision fetch it where it can ("cifar100").
         train_split, val_split: names of the splits, for timm's names only.
+        train_images, val_images: use so many images, evenly spaced over the split (see `EvenSubset`); 0: all.
 
     Raises:
         ValueError: an unknown name; files that are missing (says what is expected where); an empty class folder; a
-            validation set with other classes than the training set.
+            validation set with other classes than the training set; more images asked for than there are.
     """
     root = Path(root).expanduser()
     if name in DATASETS:
@@ -89,6 +93,8 @@ def create_datasets(
             "create_dataset such as torch/cifar10"
         )
     _check_classes(name, train.classes, val.classes)
+    train = EvenSubset(train, train_images) if train_images else train
+    val = EvenSubset(val, val_images) if val_images else val
     return DataSets(train, val, len(train.classes))
 
 

@@ -8,15 +8,18 @@ from timm.data.loader import PrefetchLoader
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .reproducible import ReproducibleDataset
+from .resident import ResidentLoader
 from .sampler import EpochSampler
 from .transforms import build_transforms
 
+Loader = PrefetchLoader | ResidentLoader
+
 
 class Loaders(NamedTuple):
-    """timm's `PrefetchLoader`s: they yield (images (N, 3, H, W) normalised, target (N,) int64), both on the device."""
+    """Both yield (images (N, 3, H, W) normalised, target (N,) int64), on the device."""
 
-    train: PrefetchLoader
-    val: PrefetchLoader
+    train: Loader
+    val: Loader
 
 
 def create_loaders(
@@ -38,6 +41,7 @@ def create_loaders(
     augmentation_epochs: int = 0,
     shuffle: bool = True,
     drop_last: bool = False,
+    resident: bool = False,
     timm_options: dict[str, Any] | None = None,
 ) -> Loaders:
     """The loaders of both splits.
@@ -48,34 +52,42 @@ def create_loaders(
         batch_size: training images per rank and step; `val_batch_size` 0 means the same.
         seed: of the order and, with `reproducible`, of the augmentation.
         reproducible: draw augmentations from (seed, epoch, index), see `ReproducibleDataset`.
+        augmentation_epochs: after how many epochs the same augmentations come again; 0: never.
         drop_last: drop a last training batch that is not full; the papers' code keeps it.
+        resident: keep all images on the device and augment them there, see `ResidentLoader`.
 
     Raises:
         ValueError: an unknown augmentation, a batch size < 1, an empty split, or no full batch under `drop_last`.
     """
+    _check_sizes(train_set, val_set, batch_size, val_batch_size)
+    transforms = build_transforms(augmentation, input_size, **(timm_options or {}))
+    order = EpochSampler(
+        len(train_set), batch_size, seed=seed, rank=rank, world_size=world_size, shuffle=shuffle, drop_last=drop_last
+    )
+    val_order = range(rank, len(val_set), world_size)  # each image once: ranks may differ in length by one
+    val_batch_size = val_batch_size or batch_size
+    common = {"input_size": input_size, "mean": mean, "std": std, "device": torch.device(device)}
+    if resident:
+        augment = {"augmentation": augmentation, "augmentation_epochs": augmentation_epochs, "seed": seed}
+        return Loaders(
+            ResidentLoader(train_set, order, batch_size, **augment, **common),
+            ResidentLoader(val_set, val_order, val_batch_size, augmentation="none", **common),
+        )
+    if reproducible:
+        train_set = ReproducibleDataset(train_set, seed, augmentation_epochs)
+    common |= {"num_workers": num_workers, "pin_memory": common["device"].type == "cuda"}
+    train = create_loader(train_set, batch_size=batch_size, is_training=True, **common)
+    val = create_loader(val_set, batch_size=val_batch_size, **common)
+    train_set.transform, val_set.transform = transforms  # in place of timm's own, which have no padded crop
+    return Loaders(_with_sampler(train, order, seed), _with_sampler(val, val_order, seed))
+
+
+def _check_sizes(train_set: Dataset, val_set: Dataset, batch_size: int, val_batch_size: int) -> None:
     for split, images in (("training", train_set), ("validation", val_set)):
         if len(images) == 0:
             raise ValueError(f"the {split} split has no images")
     if batch_size < 1 or val_batch_size < 0:
         raise ValueError(f"a batch needs an image: batch_size is {batch_size}, val_batch_size {val_batch_size}")
-    train_transform, val_transform = build_transforms(augmentation, input_size, **(timm_options or {}))
-    if reproducible:
-        train_set = ReproducibleDataset(train_set, seed, augmentation_epochs)
-    common = {
-        "input_size": input_size,
-        "mean": mean,
-        "std": std,
-        "num_workers": num_workers,
-        "device": torch.device(device),
-        "pin_memory": torch.device(device).type == "cuda",
-    }
-    train = create_loader(train_set, batch_size=batch_size, is_training=True, **common)
-    val = create_loader(val_set, batch_size=val_batch_size or batch_size, **common)
-    train_set.transform, val_set.transform = train_transform, val_transform
-    sampler = EpochSampler(
-        len(train_set), batch_size, seed=seed, rank=rank, world_size=world_size, shuffle=shuffle, drop_last=drop_last
-    )
-    return Loaders(_with_sampler(train, sampler, seed), _with_sampler(val, range(rank, len(val_set), world_size), seed))
 
 
 def _with_sampler(loader: PrefetchLoader, sampler: Sampler | range, seed: int) -> PrefetchLoader:
@@ -100,8 +112,9 @@ def _with_sampler(loader: PrefetchLoader, sampler: Sampler | range, seed: int) -
     return loader
 
 
-def set_epoch(loader: PrefetchLoader, epoch: int, start_batch: int = 0) -> None:
+def set_epoch(loader: Loader, epoch: int, start_batch: int = 0) -> None:
     """Make the next iteration over a training loader that of `epoch`, from its batch `start_batch` on."""
     loader.sampler.set_epoch(epoch, start_batch)
-    if isinstance(loader.dataset, ReproducibleDataset):
-        loader.dataset.set_epoch(epoch)
+    for part in (loader, loader.dataset):
+        if isinstance(part, (ResidentLoader, ReproducibleDataset)):
+            part.set_epoch(epoch)

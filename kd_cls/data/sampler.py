@@ -43,6 +43,7 @@ class EpochSampler(Sampler[int]):
         self.rank, self.world_size = rank, world_size
         self.shuffle, self.drop_last = shuffle, drop_last
         self.epoch, self.start_batch = 0, 0
+        self._last: tuple[int, torch.Tensor] | None = None  # an epoch and its order: a cache asks batch by batch
         if drop_last and size < batch_size * world_size:
             raise ValueError(
                 f"{size} training images do not fill one batch of {batch_size} on {world_size} rank(s), and the last, "
@@ -69,6 +70,11 @@ class EpochSampler(Sampler[int]):
 
     def order(self, epoch: int) -> torch.Tensor:
         """The indices (num_samples,) that this rank visits in `epoch`."""
+        if self._last is None or self._last[0] != epoch:
+            self._last = epoch, self._draw_order(epoch)
+        return self._last[1]
+
+    def _draw_order(self, epoch: int) -> torch.Tensor:
         if self.shuffle:
             generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
             order = torch.randperm(self.size, generator=generator)

@@ -15,7 +15,26 @@ Transform = Callable[[Any], torch.Tensor]
 Size = tuple[int, int]
 
 
-def _at_size(size: Size, *augmentations: Callable) -> T.Compose:
+# What of timm's `create_transform` may be set: the rest is decided by the loader, or works on batches.
+TIMM_OPTIONS = (
+    "auto_augment",
+    "color_jitter",
+    "color_jitter_prob",
+    "crop_border_pixels",
+    "crop_mode",
+    "crop_pct",
+    "gaussian_blur_prob",
+    "grayscale_prob",
+    "hflip",
+    "interpolation",
+    "ratio",
+    "scale",
+    "train_crop_mode",
+    "vflip",
+)
+
+
+def fit_size(size: Size, *augmentations: Callable) -> T.Compose:
     """Images that are not `size` yet are resized (bilinear) and cropped first; at their own size nothing is touched."""
     return T.Compose([_FitSize(size), *augmentations, MaybePILToTensor()])
 
@@ -37,25 +56,25 @@ class _FitSize:
 def cifar(size: Size, is_training: bool) -> Transform:
     """Pad by 4, crop at random, flip (He et al., arXiv 1512.03385, section 4.2), as in the papers' released code."""
     if not is_training:
-        return _at_size(size)
-    return _at_size(size, T.RandomCrop(size, padding=4), T.RandomHorizontalFlip())
+        return fit_size(size)
+    return fit_size(size, T.RandomCrop(size, padding=4), T.RandomHorizontalFlip())
 
 
 def digits(size: Size, is_training: bool) -> Transform:
     """Pad by 4, crop at random (ours): as for CIFAR, less the flip, which makes no digit of a digit."""
-    return _at_size(size, T.RandomCrop(size, padding=4)) if is_training else _at_size(size)
+    return fit_size(size, T.RandomCrop(size, padding=4)) if is_training else fit_size(size)
 
 
 def tiny_imagenet_64(size: Size, is_training: bool) -> Transform:
     """Rotate by up to 20°, flip: Tiny-ImageNet at its own 64 px, as in the released code of DOT."""
-    return _at_size(size, T.RandomRotation(20), T.RandomHorizontalFlip()) if is_training else _at_size(size)
+    return fit_size(size, T.RandomRotation(20), T.RandomHorizontalFlip()) if is_training else fit_size(size)
 
 
 def imagenet(size: Size, is_training: bool, **timm_options: Any) -> Transform:
     """Random resized crop and flip, no colour jitter; validation: shorter side to size / 0.875, centre crop.
 
-    The papers' released code for ImageNet, and GDKD's for Tiny-ImageNet and CUB-200-2011 too. `timm_options` go to
-    timm's `create_transform` (auto_augment, color_jitter, scale, crop_pct, interpolation, …).
+    The papers' released code for ImageNet, and GDKD's for Tiny-ImageNet and CUB-200-2011 too. `timm_options` (see
+    `TIMM_OPTIONS`) go to timm's `create_transform`.
     """
     options = {"interpolation": "bilinear", "color_jitter": None, "crop_pct": 0.875} | timm_options
     return create_transform(size, is_training=is_training, use_prefetcher=True, **options)
@@ -63,7 +82,7 @@ def imagenet(size: Size, is_training: bool, **timm_options: Any) -> Transform:
 
 def none(size: Size, is_training: bool) -> Transform:
     """No augmentation: training images are treated as validation images."""
-    return _at_size(size)
+    return fit_size(size)
 
 
 AUGMENTATIONS: dict[str, Callable[..., Transform]] = {
@@ -77,7 +96,7 @@ def build_transforms(
     """The transforms (training, validation) of an augmentation for images of `input_size` (3, H, W).
 
     Raises:
-        ValueError: an unknown name (the message lists the known ones), or timm options for another than "imagenet".
+        ValueError: an unknown name or option (the message lists the known ones), options for another than "imagenet".
     """
     if augmentation not in AUGMENTATIONS:
         raise ValueError(f"unknown augmentation {augmentation!r}: choose one of {', '.join(sorted(AUGMENTATIONS))}")
@@ -85,5 +104,7 @@ def build_transforms(
         raise ValueError(
             f"augmentation {augmentation!r} takes no options, got {sorted(timm_options)}: only 'imagenet', timm's, does"
         )
+    if unknown := sorted(set(timm_options) - set(TIMM_OPTIONS)):
+        raise ValueError(f"unknown options {unknown} of augmentation 'imagenet': it takes {', '.join(TIMM_OPTIONS)}")
     build, size = AUGMENTATIONS[augmentation], tuple(input_size[-2:])
     return build(size, is_training=True, **timm_options), build(size, is_training=False, **timm_options)

@@ -1,0 +1,102 @@
+"""Small images kept on the device and augmented a batch at a time: no worker can feed a small network fast enough."""
+
+from collections.abc import Iterator
+
+import torch
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from .reproducible import mix_seed
+from .sampler import EpochSampler
+from .transforms import fit_size
+
+PADDING = {"cifar": 4, "digits": 4, "none": 0}  # pixels on each side, from which a crop of the input size is drawn
+FLIPPED = ("cifar",)
+
+
+class ResidentLoader:
+    """Yields (images (N, 3, H, W) normalised, target (N,)) like timm's `PrefetchLoader`, from one uint8 tensor.
+
+    The augmentation is that of `transforms.cifar` or `transforms.digits`: the same distribution in other draws. They are
+    drawn for all images of an epoch at once, so an augmented image is a pure function of (seed, epoch, index).
+
+    Args:
+        dataset: map-style, gives (RGB image, class index); all of it is read here.
+        sampler: the order: an `EpochSampler` for training, a range for validation.
+        batch_size: images per batch.
+        augmentation: a key of `PADDING`; "none" for validation.
+        input_size: (3, H, W).
+        mean, std: of the student, white being 1.
+        seed: of the augmentation.
+        augmentation_epochs: after how many epochs the same augmentations come again; 0: never.
+        device: where the images stay.
+
+    Raises:
+        ValueError: an augmentation that works on single images only.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        sampler: EpochSampler | range,
+        batch_size: int,
+        *,
+        augmentation: str,
+        input_size: tuple[int, int, int],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        seed: int = 0,
+        augmentation_epochs: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if augmentation not in PADDING:
+            raise ValueError(
+                f"augmentation {augmentation!r} works on single images and cannot run on the device: "
+                f"keep the images on disk, or choose one of {', '.join(sorted(PADDING))}"
+            )
+        self.dataset, self.sampler, self.batch_size = dataset, sampler, batch_size
+        self.augmentation, self.size = augmentation, tuple(input_size[-2:])
+        self.seed, self.augmentation_epochs, self.epoch = seed, augmentation_epochs, 0
+        images, targets = _read(dataset, self.size)
+        self.images = F.pad(images, [PADDING[augmentation]] * 4).to(device)  # (n, 3, H + 2 pad, W + 2 pad)
+        self.targets = targets.to(device)
+        self.mean, self.std = (255 * torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (mean, std))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the augmentation from `epoch` in the next iteration."""
+        self.epoch = epoch % self.augmentation_epochs if self.augmentation_epochs else epoch
+
+    def __len__(self) -> int:
+        return -(-len(self.sampler) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        draws = self._draw()
+        for batch in torch.tensor(list(self.sampler)).to(self.images.device).split(self.batch_size):
+            images = self._crop(batch, *(draw[batch] for draw in draws)).float()
+            yield images.sub_(self.mean).div_(self.std), self.targets[batch]
+
+    def _draw(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Top, left and flip, each (n,), of every image's crop in this epoch."""
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
+        count, places = len(self.images), 2 * PADDING[self.augmentation] + 1
+        top, left = torch.randint(places, (2, count), generator=generator)
+        flip = torch.rand(count, generator=generator) < (0.5 if self.augmentation in FLIPPED else 0.0)
+        device = self.images.device
+        return top.to(device), left.to(device), flip.to(device)
+
+    def _crop(self, batch: torch.Tensor, top: torch.Tensor, left: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
+        """(N, 3, H, W) uint8: of each image the window at (top, left), mirrored where flip."""
+        height, width = (torch.arange(length, device=batch.device) for length in self.size)
+        rows = top[:, None] + height  # (N, H)
+        columns = left[:, None] + torch.where(flip[:, None], width.flip(0), width)  # (N, W)
+        channels = torch.arange(3, device=batch.device)
+        return self.images[
+            batch[:, None, None, None], channels[:, None, None], rows[:, None, :, None], columns[:, None, None, :]
+        ]
+
+
+def _read(dataset: Dataset, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """All images (n, 3, H, W) uint8, fitted to `size`, and their classes (n,)."""
+    dataset.transform = fit_size(size)
+    images, targets = zip(*(dataset[index] for index in range(len(dataset))), strict=True)
+    return torch.stack(images), torch.tensor(targets)
