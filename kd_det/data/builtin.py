@@ -97,7 +97,7 @@ def _replace(folder: Path, seed: int | None) -> None:
     """Write a new folder beside the old one, then put it in its place."""
     found = _marker(folder)
     if found is None and folder.exists():
-        raise ValueError(f"{folder} was not written by kd_det: move it away, or set DETECTRON2_DATASETS to another root")
+        raise ValueError(f"{folder} was not written by kd_det: move it away, or set another DETECTRON2_DATASETS")
     if seed is None:
         seed = found["seed"] if found else DEFAULT_SEED
     with tempfile.TemporaryDirectory(prefix=".digits-", dir=folder.parent) as scratch:

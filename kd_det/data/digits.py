@@ -1,8 +1,8 @@
 """Images of the built-in data set: real handwritten digits pasted onto real photographs.
 
-Everything comes out of installed wheels, nothing is downloaded: the digits are scikit-learn's `load_digits` (1797 samples of
-8×8, the test part of UCI's Optical Recognition of Handwritten Digits), the photographs are scikit-image's. A split has digits
-and photographs of its own. An image is a pure function of (seed, split, index).
+Everything comes out of installed wheels, nothing is downloaded: the digits are scikit-learn's `load_digits` (1797
+samples of 8×8, the test part of UCI's Optical Recognition of Handwritten Digits), the photographs are scikit-image's.
+A split has digits and photographs of its own. An image is a pure function of (seed, split, index).
 """
 
 from dataclasses import dataclass
@@ -95,7 +95,7 @@ def load_photos(split: Split) -> tuple[Image.Image, ...]:
     photos = []
     for name in split.photos:
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} is missing: the digits data set needs scikit-image's wheel, ≥ 0.22")
+            raise FileNotFoundError(f"{folder / name} is missing: the digits data set needs scikit-image ≥ 0.22")
         with (folder / name).open("rb") as file:
             photo = Image.open(file).convert("RGB")
         photo.thumbnail((MAX_PHOTO_SIDE, MAX_PHOTO_SIDE), Image.Resampling.LANCZOS)
