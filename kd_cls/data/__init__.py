@@ -35,7 +35,7 @@ from .datasets import (
     register_dataset,
 )
 from .loaders import Loaders, create_loaders, set_epoch
-from .reproducible import ReproducibleDataset, seeded_rng
+from .reproducible import ReproducibleDataset, preserved_rng, seed_rng
 from .resident import ResidentLoader
 from .sampler import EpochSampler
 from .subset import EvenSubset
@@ -56,7 +56,8 @@ __all__ = [
     "create_loaders",
     "dataset_statistics",
     "default_augmentation",
+    "preserved_rng",
     "register_dataset",
-    "seeded_rng",
+    "seed_rng",
     "set_epoch",
 ]

@@ -2,13 +2,13 @@
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 
 def mix_seed(*values: int) -> int:
@@ -18,15 +18,13 @@ def mix_seed(*values: int) -> int:
 
 
 @contextmanager
-def seeded_rng(*values: int) -> Iterator[None]:
-    """Inside, python's, numpy's and torch's CPU generators start from `values`; afterwards they are where they were.
+def preserved_rng() -> Iterator[None]:
+    """Afterwards python's, numpy's and torch's CPU generators are where they were before.
 
-    All three, because torchvision's transforms draw from torch and timm's from python and numpy. Not by
-    `torch.manual_seed`, which would reseed the GPU too.
+    All three, because torchvision's transforms draw from torch and timm's from python and numpy.
     """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002  (what timm draws from)
     try:
-        _seed_all(mix_seed(*values))
         yield
     finally:
         random.setstate(states[0])
@@ -34,7 +32,9 @@ def seeded_rng(*values: int) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-def _seed_all(seed: int) -> None:
+def seed_rng(*values: int) -> None:
+    """Start those three generators from `values`. (`torch.manual_seed` would reseed the GPU too.)"""
+    seed = mix_seed(*values)
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
     torch.default_generator.manual_seed(seed)
@@ -73,12 +73,16 @@ class ReproducibleDataset(Dataset):
         self._epoch.fill_(epoch % self.augmentation_epochs if self.augmentation_epochs else epoch)
 
     def __getitem__(self, index: int) -> Any:
-        origin = self.seed, int(self._epoch), int(index)
-        if get_worker_info() is not None:  # a worker draws from nothing else: no state to keep (20 times cheaper)
-            _seed_all(mix_seed(*origin))
-            return self.dataset[index]
-        with seeded_rng(*origin):
-            return self.dataset[index]
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        """The items of a batch, which torch's loader asks for at once: keeping the states takes longer than a crop."""
+        epoch, items = int(self._epoch), []
+        with preserved_rng():
+            for index in indices:
+                seed_rng(self.seed, epoch, int(index))
+                items.append(self.dataset[index])
+        return items
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -15,10 +15,10 @@ FLIPPED = ("cifar",)
 
 
 class ResidentLoader:
-    """Yields (images (N, 3, H, W) normalised, target (N,)) like timm's `PrefetchLoader`, from one uint8 tensor.
+    """Yields (images (N, 3, H, W) normalised, target (N,)) as timm's `PrefetchLoader` does, from one uint8 tensor.
 
-    The augmentation is that of `transforms.cifar` or `transforms.digits`: the same distribution in other draws. They are
-    drawn for all images of an epoch at once, so an augmented image is a pure function of (seed, epoch, index).
+    The augmentation is that of `transforms.cifar` or `transforms.digits`: the same distribution in other draws. These
+    come for all images of an epoch at once, so an augmented image is a pure function of (seed, epoch, index).
 
     Args:
         dataset: map-style, gives (RGB image, class index); all of it is read here.

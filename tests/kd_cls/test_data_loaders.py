@@ -19,7 +19,8 @@ from kd_cls.data import (
     build_transforms,
     create_datasets,
     create_loaders,
-    seeded_rng,
+    preserved_rng,
+    seed_rng,
     set_epoch,
 )
 
@@ -130,8 +131,8 @@ def test_augmentations_come_again_after_the_asked_number_of_epochs() -> None:
 def test_seeding_leaves_the_generators_where_they_were_even_after_an_error() -> None:
     before = rng_states()
     ReproducibleDataset(ThreeDraws(), seed=5)[0]
-    with pytest.raises(RuntimeError, match="in between"), seeded_rng(1, 2):
-        random.random(), torch.rand(3)
+    with pytest.raises(RuntimeError, match="in between"), preserved_rng():
+        seed_rng(1, 2)
         raise RuntimeError("in between")
     assert rng_states() == before
 
