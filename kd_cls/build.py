@@ -1,0 +1,183 @@
+"""From a config to a trainer: data, student, teacher and its cache, losses, optimizer, schedule."""
+
+import hashlib
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from fvcore.common.config import CfgNode
+from timm.loss import create_classification_loss
+from torch import nn
+
+import kd_core.losses
+from kd_cls.cache import LogitCache
+from kd_cls.config import config_hash
+from kd_cls.data import DataSets, Loaders
+from kd_cls.engine import Trainer
+from kd_cls.evaluate import evaluate
+from kd_cls.launch import Process, seed_step
+from kd_cls.network import InputStats, build_student, input_stats
+from kd_cls.pipeline import augmentation, autocast_dtype, build_data, build_loaders, mixes
+from kd_cls.solver import build_optimizer, build_scheduler
+from kd_cls.student import Student
+from kd_cls.task import DistillationTask
+from kd_cls.teacher import Teacher, build_teacher, digest
+from kd_core.losses import DistillationLoss, build_loss
+
+logger = logging.getLogger("kd_cls")
+
+
+def build_trainer(cfg: CfgNode, process: Process) -> Trainer:
+    """Everything that a run needs, checked.
+
+    Raises:
+        ValueError: anything in the config that cannot be had or does not fit together.
+    """
+    data = build_data(cfg)
+    seed_step(cfg.SEED, 0, 0)  # the same first weights on every process, whatever the method
+    loss = build_distillation_loss(cfg, data.num_classes)
+    model = build_student(cfg, data.num_classes)
+    stats = input_stats(cfg, model)
+    student = Student(model, serialization_layer(cfg, data.num_classes), cfg.MODEL.FREEZE_BN)
+    loaders = build_loaders(cfg, data, stats, process)
+    teacher = None if loss is None else attach_teacher(cfg, data, stats, process)
+    criterion = create_classification_loss(smoothing=cfg.SOLVER.LABEL_SMOOTHING, soft_targets=mixes(cfg))
+    task = DistillationTask(student, teacher, loss, criterion, cfg.KD.TASK_WEIGHT, autocast_dtype(cfg), process.device)
+    prepare_networks(cfg, task)
+    if teacher is not None and cfg.KD.TEACHER.EVALUATE:
+        report_teacher(teacher, loaders, process)
+    optimizer = build_optimizer(cfg, task.trainable_module)
+    scheduler = build_scheduler(cfg, optimizer, loaders.train.sampler.num_batches)
+    return Trainer(cfg, task, loaders, optimizer, scheduler, process, partial(describe, cfg, data.num_classes, stats))
+
+
+def build_distillation_loss(cfg: CfgNode, num_classes: int) -> DistillationLoss | None:
+    """The loss of KD.LOSS, its warm-up as a share of the training; tried out, so that bad parameters show at once.
+
+    Raises:
+        ValueError: an unknown name, a parameter the loss refuses for so many classes, or mixed labels where it needs one.
+    """
+    node = cfg.KD.LOSS.clone()
+    node.defrost()
+    if node.WARMUP and node.WARMUP_EPOCHS:
+        raise ValueError(
+            f"KD.LOSS.WARMUP is {node.WARMUP} (a share) and KD.LOSS.WARMUP_EPOCHS {node.WARMUP_EPOCHS}: set one of them"
+        )
+    node.WARMUP = node.WARMUP or min(node.WARMUP_EPOCHS / cfg.SOLVER.EPOCHS, 1.0)
+    try:
+        loss = build_loss(node)
+        if loss is not None:
+            loss(torch.zeros(1, num_classes), torch.zeros(1, num_classes), torch.zeros(1, dtype=torch.long), 0.0)
+    except ValueError as error:
+        raise ValueError(f"KD.LOSS: {error}") from error
+    if loss is not None and mixes(cfg):
+        check_mixed_labels(cfg, loss)
+    return loss
+
+
+def check_mixed_labels(cfg: CfgNode, loss: DistillationLoss) -> None:
+    """Mixup leaves no single target class: refuse losses that need one. KD does not: its terms' sum is the full KL."""
+    whole_kl = (
+        cfg.KD.LOSS.NAME == "kd"
+        and not cfg.KD.LOSS.TOPK.ENABLED
+        and cfg.SOLVER.OPTIMIZER not in ("dot_sgd", "deepkd_sgd")
+    )
+    if loss.needs_target and not whole_kl:
+        raise ValueError(
+            f"SOLVER.MIXUP mixes the labels of two images, and KD.LOSS.NAME {cfg.KD.LOSS.NAME!r} splits the classes by one "
+            "label: set ALPHA and CUTMIX_ALPHA to 0, or use gdkd, gdkd3, kd without TOPK "
+            "under sgd, or KD.LOSS.DKD.PARTITION teacher_top1"
+        )
+
+
+def serialization_layer(cfg: CfgNode, num_classes: int) -> nn.Module | None:
+    """AEKT's layer between the distilled logits and the task's, None for other losses."""
+    return kd_core.losses.SerializationLayer(num_classes) if cfg.KD.LOSS.NAME == "aekt" else None
+
+
+def attach_teacher(cfg: CfgNode, data: DataSets, stats: InputStats, process: Process) -> Teacher:
+    """The teacher, on the device, with its cache where KD.TEACHER.CACHE asks for one."""
+    teacher = build_teacher(cfg, data.num_classes, stats)
+    if cfg.KD.TEACHER.CACHE != "none":
+        teacher.cache = build_cache(cfg, data, teacher)
+    return teacher.to(process.device)
+
+
+def build_cache(cfg: CfgNode, data: DataSets, teacher: Teacher) -> LogitCache:
+    """The cache of the teacher's logits on this run's images.
+
+    Raises:
+        ValueError: images that another run would not see again, or the folder is a cache of something else.
+    """
+    if mixes(cfg) or not cfg.DATA.REPRODUCIBLE:
+        reason = "SOLVER.MIXUP mixes images at random" if mixes(cfg) else "DATA.REPRODUCIBLE is False"
+        raise ValueError(
+            f"KD.TEACHER.CACHE {cfg.KD.TEACHER.CACHE} keeps logits of images that come again, and {reason}: set "
+            "KD.TEACHER.CACHE none, or train without it"
+        )
+    name = augmentation(cfg)
+    epochs = 1 if name == "none" else cfg.DATA.AUGMENTATION_EPOCHS or max(round(cfg.SOLVER.EPOCHS + 0.5), 1)
+    identity = {
+        "teacher": digest(teacher.model),
+        "teacher input": list(teacher.stats),
+        "student input": list(teacher.student_stats),
+        "data": fingerprint(data.train),
+        "augmentation": [name, cfg.DATA.TIMM_OPTIONS],
+        "epochs": epochs,
+        "seed": None if name == "none" else cfg.SEED,
+        "precision": str(autocast_dtype(cfg)),
+    }
+    folder = Path(cfg.KD.TEACHER.CACHE_DIR or Path(cfg.OUTPUT_DIR, "teacher_cache"))
+    return LogitCache(
+        folder, cfg.KD.TEACHER.CACHE, len(data.train), data.num_classes, epochs, identity, cfg.KD.TEACHER.CACHE_TOPK
+    )
+
+
+def fingerprint(dataset: Any) -> str:
+    """Sixteen hex digits of a data set: its length and a few images, spread evenly, with their labels."""
+    sha = hashlib.sha256(str(len(dataset)).encode())
+    transform, dataset.transform = dataset.transform, None
+    for index in range(0, len(dataset), max(len(dataset) // 16, 1)):
+        image, target = dataset[index]
+        sha.update(image.tobytes() + str(target).encode())
+    dataset.transform = transform
+    return sha.hexdigest()[:16]
+
+
+def prepare_networks(cfg: CfgNode, task: DistillationTask) -> None:
+    """Memory format, moving average and torch.compile, in the order that lets each see the networks as they run."""
+    if cfg.MODEL.CHANNELS_LAST:
+        task.to(memory_format=torch.channels_last)
+    if cfg.SOLVER.EMA.ENABLED:
+        task.setup_ema(decay=cfg.SOLVER.EMA.DECAY, use_warmup=cfg.SOLVER.EMA.WARMUP)
+    if cfg.MODEL.COMPILE:
+        task.compile()
+    if cfg.KD.TEACHER.COMPILE and task.teacher is not None:
+        task.teacher.compile()
+
+
+def report_teacher(teacher: Teacher, loaders: Loaders, process: Process) -> None:
+    """Log the teacher's accuracy on the validation images, through the preprocessing that training uses."""
+    metrics = evaluate(teacher, loaders.val, process)
+    logger.info("teacher: top-1 %.2f  top-5 %.2f on %d images", metrics["top1"], metrics["top5"], metrics["images"])
+
+
+def describe(
+    cfg: CfgNode, num_classes: int, stats: InputStats, iteration: int, max_iter: int, metrics: dict[str, float]
+) -> dict[str, Any]:
+    """The metadata of a checkpoint: what the weights are, how they came about and how good they were."""
+    return {
+        "method": cfg.KD.LOSS.NAME if cfg.SOLVER.OPTIMIZER == "sgd" else f"{cfg.KD.LOSS.NAME}, {cfg.SOLVER.OPTIMIZER}",
+        "architecture": cfg.MODEL.NAME,
+        "num_classes": num_classes,
+        "data": cfg.DATA.NAME,
+        "input": {"mean": list(stats.mean), "std": list(stats.std), "size": stats.size},
+        "config": cfg.dump(),
+        "config_hash": config_hash(cfg),
+        "iteration": iteration,
+        "max_iter": max_iter,
+        "finished": iteration == max_iter,
+        "metrics": dict(metrics),
+    }

@@ -1,0 +1,200 @@
+"""Every config key of kd_cls, each with what it means."""
+
+import hashlib
+
+from fvcore.common.config import CfgNode
+
+from kd_cls.config_merge import merge_mapping, merge_options, read_yaml
+from kd_core.losses import add_loss_config
+
+
+def get_cfg() -> CfgNode:
+    """A fresh config: every key of kd_cls with its default."""
+    cfg = CfgNode()
+    # Everything a run leaves: config.yaml, log.txt, metrics.json, TensorBoard events, last.pth, best.pth.
+    cfg.OUTPUT_DIR = "output/cls"
+    # One number that every random choice is drawn from. -1 draws one and notes it in OUTPUT_DIR/config.yaml.
+    cfg.SEED = 0
+    # Several seeds: one run each, in OUTPUT_DIR/seed_<n>, and mean ± std of their results in OUTPUT_DIR/summary.json.
+    cfg.SEEDS = []
+    # "auto" takes CUDA where there is one, else the CPU.
+    cfg.DEVICE = "auto"
+    # Iterations between two lines of the log and of metrics.json.
+    cfg.LOG_PERIOD = 20
+    # Send the metrics to Weights & Biases (needs the wandb package), under this project name.
+    cfg.WANDB = CfgNode({"ENABLED": False, "PROJECT": "decoupled-kd"})
+    add_model_config(cfg)
+    add_data_config(cfg)
+    add_distillation_config(cfg)
+    add_solver_config(cfg)
+    return cfg
+
+
+def add_model_config(cfg: CfgNode) -> None:
+    """MODEL: the student, or whichever network is trained."""
+    cfg.MODEL = CfgNode()
+    # Any name that timm.create_model knows; the papers' CIFAR networks are cifar_<name>.
+    cfg.MODEL.NAME = "cifar_resnet8x4"
+    # Further keyword arguments of timm.create_model, as a yaml mapping in a string: "{drop_path_rate: 0.1}".
+    cfg.MODEL.KWARGS = ""
+    # Weights to start from: a local file or an URL. Empty: random, or timm's own where PRETRAINED is set.
+    cfg.MODEL.WEIGHTS = ""
+    # Start from timm's pretrained weights; the classifier is new where the number of classes differs.
+    cfg.MODEL.PRETRAINED = False
+    # Mean and std of the input normalisation, image values in [0, 1]. Empty: the model's own (timm's pretrained_cfg).
+    cfg.MODEL.MEAN = []
+    cfg.MODEL.STD = []
+    # Keep the BatchNorm layers in eval mode and their weights as they are.
+    cfg.MODEL.FREEZE_BN = False
+    # Store activations channels last: faster convolutions on most GPUs and CPUs.
+    cfg.MODEL.CHANNELS_LAST = False
+    # torch.compile the student; falls back to the plain one with a message where that fails.
+    cfg.MODEL.COMPILE = False
+
+
+def add_data_config(cfg: CfgNode) -> None:
+    """DATA: the images and how they are read."""
+    cfg.DATA = CfgNode()
+    # digits (built in), cifar100, imagenet, tiny_imagenet, cub200, folder, or a prefixed name of timm's create_dataset.
+    cfg.DATA.NAME = "digits"
+    # The folder that holds the images; digits needs none.
+    cfg.DATA.ROOT = ""
+    # Let torchvision fetch the data set where it can (cifar100).
+    cfg.DATA.DOWNLOAD = False
+    # cifar, digits, imagenet, tiny_imagenet_64 or none. Empty: the data set's own.
+    cfg.DATA.AUGMENTATION = ""
+    # Keyword arguments of timm's create_transform for the augmentation imagenet, as a yaml mapping in a string.
+    cfg.DATA.TIMM_OPTIONS = ""
+    # After how many epochs the same augmentations come again (for a teacher cache of finite size); 0: never.
+    cfg.DATA.AUGMENTATION_EPOCHS = 0
+    # Draw augmentations from (SEED, epoch, image). False: from each worker's own generator, which rules out a teacher cache
+    # and a resume to the bit.
+    cfg.DATA.REPRODUCIBLE = True
+    # Side length of the student's input. 0: the model's own.
+    cfg.DATA.INPUT_SIZE = 0
+    # Use this many images, evenly spaced over the split; 0: all.
+    cfg.DATA.TRAIN_IMAGES = 0
+    cfg.DATA.VAL_IMAGES = 0
+    # Visit the training images in a new random order each epoch.
+    cfg.DATA.SHUFFLE = True
+    # Processes that read images, per training process.
+    cfg.DATA.NUM_WORKERS = 4
+    # Images per process and step of an evaluation; 0: as in training.
+    cfg.DATA.VAL_BATCH = 0
+
+
+def add_distillation_config(cfg: CfgNode) -> None:
+    """KD: the loss and the teacher."""
+    cfg.KD = CfgNode()
+    # Weight of the classification loss.
+    cfg.KD.TASK_WEIGHT = 1.0
+    # The distillation loss and its parameters: the keys of kd_core.losses, shared with kd_det. "none": plain training.
+    cfg.KD.LOSS = CfgNode()
+    add_loss_config(cfg.KD.LOSS)
+    # Epochs over which the distillation loss rises linearly from 0 to its full weight (may be a fraction).
+    cfg.KD.LOSS.WARMUP_EPOCHS = 0.0
+
+    cfg.KD.TEACHER = CfgNode()
+    # The teacher's own kd_cls config: its MODEL says what it is. A relative path starts at the folder one works in.
+    cfg.KD.TEACHER.CONFIG_FILE = ""
+    # Without a config file: a timm name, and keyword arguments as in MODEL.KWARGS.
+    cfg.KD.TEACHER.NAME = ""
+    cfg.KD.TEACHER.KWARGS = ""
+    # The teacher's weights: a local file or an URL. Empty with CONFIG_FILE: last.pth in the OUTPUT_DIR of that config.
+    cfg.KD.TEACHER.WEIGHTS = ""
+    # Take timm's pretrained weights.
+    cfg.KD.TEACHER.PRETRAINED = False
+    # Mean, std and side length of the teacher's input. Empty and 0: those its weights were trained with
+    cfg.KD.TEACHER.MEAN = []
+    cfg.KD.TEACHER.STD = []
+    cfg.KD.TEACHER.INPUT_SIZE = 0
+    # Train the teacher of CONFIG_FILE first where its weights are not there yet.
+    cfg.KD.TEACHER.TRAIN_IF_MISSING = False
+    # Accept a teacher with random weights. For tests only.
+    cfg.KD.TEACHER.ALLOW_RANDOM = False
+    # Report the teacher's accuracy before training starts.
+    cfg.KD.TEACHER.EVALUATE = False
+    # torch.compile the teacher; falls back to the plain one with a message where that fails.
+    cfg.KD.TEACHER.COMPILE = False
+    # Keep the teacher's logits on disk: "none", "full" (float32, exact) or "topk" (float16, the rest spread evenly).
+    cfg.KD.TEACHER.CACHE = "none"
+    # Folder of the cache. Empty: teacher_cache in OUTPUT_DIR.
+    cfg.KD.TEACHER.CACHE_DIR = ""
+    # Classes kept by CACHE "topk".
+    cfg.KD.TEACHER.CACHE_TOPK = 20
+
+
+def add_solver_config(cfg: CfgNode) -> None:
+    """SOLVER: optimizer, schedule and what happens around a step."""
+    cfg.SOLVER = CfgNode()
+    # "sgd"; "dot_sgd" and "deepkd_sgd": a momentum per gradient stream (kd_core.optim); "stream_adamw".
+    cfg.SOLVER.OPTIMIZER = "sgd"
+    cfg.SOLVER.BASE_LR = 0.05
+    cfg.SOLVER.MOMENTUM = 0.9
+    cfg.SOLVER.NESTEROV = False
+    cfg.SOLVER.WEIGHT_DECAY = 5e-4
+    # Apply weight decay to norms and biases too, as the papers do.
+    cfg.SOLVER.DECAY_NORM_AND_BIAS = True
+    # Momentum of each stream = MOMENTUM + DELTA (DeepKD).
+    cfg.SOLVER.DEEPKD = CfgNode({"DELTA_TOG": 0.075, "DELTA_TCG": -0.075, "DELTA_NCG": 0.075})
+    # DOT: task MOMENTUM − DELTA, distillation MOMENTUM + DELTA.
+    cfg.SOLVER.DOT = CfgNode({"DELTA": 0.075})
+    # "matched" (ours) scales every stream's step by (1−m)/(1−MOMENTUM): a learning rate found for SGD still holds.
+    cfg.SOLVER.STEP = "paper"
+    # "auto": momenta drawn from the measured gradient signal-to-noise ratio. Empty: those of OPTIMIZER.
+    cfg.SOLVER.MOMENTA = ""
+
+    # Passes over the training images; may be a fraction.
+    cfg.SOLVER.EPOCHS = 240.0
+    # Images of one optimizer step, over all processes and micro-batches.
+    cfg.SOLVER.IMS_PER_BATCH = 64
+    # Micro-batches of one optimizer step.
+    cfg.SOLVER.ACCUMULATE_STEPS = 1
+    # timm's schedule: multistep, cosine, step, poly, tanh, wsd, constant. MILESTONES and WARMUP in epochs.
+    cfg.SOLVER.SCHEDULE = CfgNode(
+        {
+            "NAME": "multistep",
+            "MILESTONES": [150, 180, 210],
+            "GAMMA": 0.1,
+            "DECAY_EPOCHS": 30.0,
+            "WARMUP_EPOCHS": 0.0,
+            "WARMUP_LR": 1e-5,
+            "MIN_LR": 0.0,
+        }
+    )
+    # Scale the gradient, of all streams by one factor, to at most this norm.
+    cfg.SOLVER.CLIP_GRADIENTS = CfgNode({"ENABLED": False, "CLIP_VALUE": 5.0})
+    # Automatic mixed precision in float16 (with a loss scaler) or bfloat16.
+    cfg.SOLVER.AMP = CfgNode({"ENABLED": False, "DTYPE": "float16"})
+    # Moving average of the weights (timm's ModelEmaV3), evaluated beside the student and saved as model_ema.
+    cfg.SOLVER.EMA = CfgNode({"ENABLED": False, "DECAY": 0.9998, "WARMUP": False})
+    cfg.SOLVER.LABEL_SMOOTHING = 0.0
+    # timm's Mixup: ALPHA of mixup, CUTMIX_ALPHA of cutmix, PROB of mixing a batch.
+    cfg.SOLVER.MIXUP = CfgNode({"ALPHA": 0.0, "CUTMIX_ALPHA": 0.0, "PROB": 1.0})
+    # BatchNorm statistics of several processes before evaluation and saving: "reduce" (mean) or "broadcast" (rank 0's).
+    cfg.SOLVER.DISTRIBUTE_BN = "reduce"
+    # Iterations between two writings of last.pth; 0: at the end of each epoch.
+    cfg.SOLVER.CHECKPOINT_PERIOD = 0
+    # Epochs between two evaluations.
+    cfg.SOLVER.EVAL_PERIOD = 1
+
+
+def load_cfg(path: str, options: list[str] | None = None) -> CfgNode:
+    """Read a config file with its `_BASE_` files, then the `KEY VALUE` words of a command line.
+
+    Raises:
+        ValueError: no such file, an unknown key (with the nearest there are), or a value of the wrong type.
+    """
+    cfg = get_cfg()
+    merge_mapping(cfg, read_yaml(path), path)
+    merge_options(cfg, options or [])
+    return cfg
+
+
+def config_hash(cfg: CfgNode) -> str:
+    """Twelve hex digits of the config without what does not change a result (where the output goes, what is logged)."""
+    clone = cfg.clone()
+    clone.defrost()
+    for key in ("OUTPUT_DIR", "LOG_PERIOD", "WANDB", "SEEDS", "DEVICE"):
+        del clone[key]
+    return hashlib.sha256(clone.dump().encode()).hexdigest()[:12]

@@ -1,0 +1,93 @@
+"""Evaluate a trained network: `python -m kd_cls.evaluate --config-file output/…/config.yaml [KEY VALUE …]`.
+
+Reads best.pth in OUTPUT_DIR, or the weights that MODEL.WEIGHTS names; needs no teacher. Every image counts exactly
+once, whatever the number of processes (`torchrun --nproc-per-node 8 -m kd_cls.evaluate …`).
+"""
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from fvcore.common.config import CfgNode
+from timm.task.evaluator import ClassificationEvaluator
+from torch import Tensor
+
+from kd_cls.checkpoint import BEST, fetch, load_weights, read_metadata
+from kd_cls.config import load_cfg
+from kd_cls.launch import Process, option_parser, run_command, start_process
+from kd_cls.network import InputStats, create_network, input_stats
+from kd_cls.pipeline import build_data, build_val_loader
+from kd_cls.writers import setup_logging
+
+logger = logging.getLogger("kd_cls")
+
+
+@torch.no_grad()
+def evaluate(
+    predict: Callable[[Tensor], Tensor], loader: Any, process: Process, dtype: torch.dtype | None = None
+) -> dict[str, float]:
+    """Top-1, top-5 (percent), cross-entropy `loss` and number of `images` over all processes.
+
+    Args:
+        predict: images (N, 3, H, W) → logits (N, C); its networks are in eval mode.
+        loader: each process's part of the images; the parts may differ in length.
+        dtype: of autocast; None leaves it off.
+    """
+    evaluator = ClassificationEvaluator(process.device)
+    for images, target in loader:
+        with torch.autocast(process.device.type, dtype, enabled=dtype is not None):
+            logits = predict(images)
+        evaluator.update(logits, target)
+    metrics = dict(evaluator.compute(distributed=dist.is_initialized()))
+    count = evaluator.counts[0].clone()
+    if dist.is_initialized():
+        dist.all_reduce(count)
+    return metrics | {"images": int(count)}
+
+
+def evaluate_checkpoint(cfg: CfgNode, process: Process) -> dict[str, float]:
+    """The metrics of the weights in MODEL.WEIGHTS (empty: best.pth in OUTPUT_DIR) on the validation images of DATA.
+
+    The checkpoint says which network it is of and what its input statistics are; for files of others the config does.
+
+    Raises:
+        ValueError: no such file, another architecture, or another number of classes than the data set's.
+    """
+    key = "MODEL.WEIGHTS" if cfg.MODEL.WEIGHTS else "OUTPUT_DIR"
+    path = fetch(cfg.MODEL.WEIGHTS or str(Path(cfg.OUTPUT_DIR, BEST)), key)
+    metadata = read_metadata(path)
+    data = build_data(cfg)
+    if metadata.get("num_classes", data.num_classes) != data.num_classes:
+        raise ValueError(
+            f"{key}: {path} knows {metadata['num_classes']} classes, {cfg.DATA.NAME} has {data.num_classes}"
+        )
+    model = create_network(cfg.MODEL.NAME, data.num_classes, cfg.MODEL.KWARGS, False, "MODEL")
+    load_weights(model, path, key)
+    written = metadata.get("input")
+    stats = (
+        InputStats(tuple(written["mean"]), tuple(written["std"]), written["size"])
+        if written
+        else input_stats(cfg, model)
+    )
+    loader = build_val_loader(cfg, data, stats, process)
+    return evaluate(model.to(process.device).eval(), loader, process)
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
+    """The command."""
+    options = option_parser(__doc__).parse_args(arguments)
+    cfg = load_cfg(options.config_file, options.options)
+    with start_process(cfg.DEVICE) as process:
+        setup_logging(None, process.is_main)
+        metrics = evaluate_checkpoint(cfg, process)
+        if process.is_main:
+            print(json.dumps(metrics))
+    return metrics
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,81 @@
+"""The student in training: its logits, and AEKT's serialization layer behind them, merged into one layer when saved."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Student(nn.Module):
+    """z = model(x), and the task logits W·z + b where there is a serialization layer (AEKT), else z itself.
+
+    Args:
+        model: a timm network with a linear classifier.
+        serialization: a C×C linear layer, or None.
+        freeze_bn: keep BatchNorm layers in eval mode and their weights as they are.
+
+    Raises:
+        ValueError: a serialization layer and a classifier that is not linear.
+    """
+
+    def __init__(self, model: nn.Module, serialization: nn.Module | None = None, freeze_bn: bool = False) -> None:
+        super().__init__()
+        self.model, self.serialization, self.freeze_bn = model, serialization, freeze_bn
+        if freeze_bn:
+            for layer in batch_norms(model):
+                layer.requires_grad_(False)
+        if serialization is not None and not isinstance(classifier(model), nn.Linear):
+            raise ValueError(
+                f"KD.LOSS.NAME aekt merges its serialization layer into the classifier, and that of "
+                f"{type(model).__name__} is {type(classifier(model)).__name__}, not Linear: use another student or loss"
+            )
+
+    def train(self, mode: bool = True) -> "Student":
+        """As ever, but for frozen BatchNorm layers."""
+        super().train(mode)
+        if self.freeze_bn:
+            for layer in batch_norms(self.model):
+                layer.eval()
+        return self
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(logits z that are distilled, logits of the task), (N, C) each."""
+        logits = self.model(images)
+        return logits, logits if self.serialization is None else self.serialization(logits)
+
+    def predict(self, images: Tensor) -> Tensor:
+        """The logits (N, C) that classify."""
+        return self(images)[1]
+
+    def merged_state_dict(self) -> dict[str, Any]:
+        """The weights under the network's own names, W·classifier merged into one layer: it then predicts as `predict`."""
+        state = dict(self.model.state_dict())
+        if self.serialization is not None:
+            layer, prefix = self.merged_classifier(), classifier_prefix(self.model)
+            state |= {f"{prefix}{name}": tensor for name, tensor in layer.state_dict().items()}
+        return state
+
+    def factors(self) -> dict[str, Any]:
+        """What `merged_state_dict` merges, by its names in `self`; empty without a serialization layer."""
+        if self.serialization is None:
+            return {}
+        parts = ("serialization.", f"model.{classifier_prefix(self.model)}")
+        return {name: tensor for name, tensor in self.state_dict().items() if name.startswith(parts)}
+
+    def load(self, merged: dict[str, Any], factors: dict[str, Any]) -> None:
+        """Undo `merged_state_dict` and `factors`."""
+        self.load_state_dict({f"model.{name}": tensor for name, tensor in merged.items()} | factors)
+
+
+def classifier(model: nn.Module) -> nn.Module | None:
+    """The last layer of a timm network."""
+    return model.get_classifier() if hasattr(model, "get_classifier") else None
+
+
+def classifier_prefix(model: nn.Module) -> str:
+    """The name of the classifier's weights in the state dict, with the dot."""
+    return next(f"{name}." for name, module in model.named_modules() if module is classifier(model))
+
+
+def batch_norms(model: nn.Module) -> list[nn.Module]:
+    """The BatchNorm layers of a network."""
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]

@@ -1,0 +1,136 @@
+"""Train a teacher, a plain student or a distilled student.
+
+    python -m kd_cls.train --config-file configs/Digits/cls_deepkd.yaml [--resume] [KEY VALUE …]
+    torchrun --nproc-per-node 8 -m kd_cls.train --config-file …
+
+SEEDS runs several seeds in turn and reports mean ± std. Plain training and teachers: KD.LOSS.NAME none.
+"""
+
+import json
+import logging
+import random
+import statistics
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from fvcore.common.config import CfgNode
+
+from kd_cls.build import build_trainer
+from kd_cls.checkpoint import LAST, read_checkpoint, read_metadata, write_whole
+from kd_cls.config import load_cfg
+from kd_cls.launch import Process, option_parser, run_command, start_process
+from kd_cls.solver import check_solver
+from kd_cls.teacher import teacher_description
+from kd_cls.writers import setup_logging
+
+logger = logging.getLogger("kd_cls")
+
+
+def train(cfg: CfgNode, process: Process, resume: bool = False) -> dict[str, float]:
+    """One run: everything it leaves is in OUTPUT_DIR.
+
+    Args:
+        resume: go on from OUTPUT_DIR/last.pth where there is one; a run that had reached its end only reports.
+    Returns:
+        The last evaluation's metrics, `best_top1` and `seconds`.
+    Raises:
+        ValueError: bad input, before training starts; FloatingPointError: a loss that is no number.
+    """
+    check_solver(cfg, process.world_size)
+    cfg = prepare_output(cfg, process, resume)
+    train_missing_teacher(cfg, process)
+    setup_logging(Path(cfg.OUTPUT_DIR), process.is_main)
+    trainer = build_trainer(cfg, process)
+    last = Path(cfg.OUTPUT_DIR, LAST)
+    if resume and last.is_file():
+        trainer.resume(read_checkpoint(last, "--resume"))
+    elif last.is_file():
+        logger.warning("%s is from an earlier run and will be replaced; --resume would have gone on with it", last)
+    return trainer.run()
+
+
+def prepare_output(cfg: CfgNode, process: Process, resume: bool) -> CfgNode:
+    """Make OUTPUT_DIR, settle the seed, and write config.yaml."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    output = Path(cfg.OUTPUT_DIR)
+    output.mkdir(parents=True, exist_ok=True)
+    if cfg.SEED < 0:
+        earlier = output / "config.yaml"
+        cfg.SEED = load_cfg(str(earlier)).SEED if resume and earlier.is_file() else agreed_seed()
+    cfg.freeze()
+    if process.is_main:
+        write_whole(output / "config.yaml", lambda file: file.write(cfg.dump().encode()))
+    return cfg
+
+
+def agreed_seed() -> int:
+    """A random seed, the same on every process."""
+    seed = [random.SystemRandom().randrange(2**31)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(seed)
+    return seed[0]
+
+
+def train_missing_teacher(cfg: CfgNode, process: Process) -> None:
+    """Train the teacher of KD.TEACHER.CONFIG_FILE, or finish its training, where TRAIN_IF_MISSING asks for it."""
+    node = cfg.KD.TEACHER
+    if cfg.KD.LOSS.NAME == "none" or not node.TRAIN_IF_MISSING or node.WEIGHTS or not node.CONFIG_FILE:
+        return
+    _, _, weights, own = teacher_description(cfg)
+    done = read_metadata(weights).get("finished", False)
+    if dist.is_initialized():
+        dist.barrier()  # nobody writes while another still looks
+    if not done:
+        own.DEVICE = cfg.DEVICE
+        setup_logging(Path(own.OUTPUT_DIR), process.is_main)
+        logger.info(
+            "there is no trained teacher in %s: training it first (KD.TEACHER.TRAIN_IF_MISSING)", own.OUTPUT_DIR
+        )
+        train(own, process, resume=True)
+
+
+def train_seeds(cfg: CfgNode, process: Process, resume: bool = False) -> dict[str, dict[str, float]]:
+    """A run for each of SEEDS in OUTPUT_DIR/seed_<n>; OUTPUT_DIR/summary.json has {metric: {mean, std, values}}."""
+    results = []
+    for seed in cfg.SEEDS:
+        own = cfg.clone()
+        own.SEED, own.SEEDS, own.OUTPUT_DIR = seed, [], str(Path(cfg.OUTPUT_DIR, f"seed_{seed}"))
+        results.append(train(own, process, resume))
+    summary = {name: summarise([result[name] for result in results]) for name in results[0]}
+    if process.is_main:
+        write_whole(
+            Path(cfg.OUTPUT_DIR, "summary.json"), lambda file: file.write(json.dumps(summary, indent=1).encode())
+        )
+        top1 = summary["top1"]
+        logger.info("top-1 over seeds %s: %.2f ± %.2f", list(cfg.SEEDS), top1["mean"], top1["std"])
+    return summary
+
+
+def summarise(values: list[float]) -> dict[str, object]:
+    """Mean, sample standard deviation (0 for one value) and the values."""
+    return {
+        "mean": statistics.mean(values),
+        "std": statistics.stdev(values) if len(values) > 1 else 0.0,
+        "values": values,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, object]:
+    """The command."""
+    parser = option_parser(__doc__)
+    parser.add_argument("--resume", action="store_true", help="go on from OUTPUT_DIR/last.pth")
+    options = parser.parse_intermixed_args(arguments)
+    cfg = load_cfg(options.config_file, options.options)
+    warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
+    with start_process(cfg.DEVICE) as process:
+        if process.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True
+        return train_seeds(cfg, process, options.resume) if cfg.SEEDS else train(cfg, process, options.resume)
+
+
+if __name__ == "__main__":
+    run_command(main)
