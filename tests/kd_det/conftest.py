@@ -20,6 +20,7 @@ TINY = {
     "MODEL.BACKBONE.NAME": "build_resnet_fpn_backbone",
     "MODEL.BACKBONE.FREEZE_AT": 0,
     "MODEL.RESNETS.DEPTH": 50,
+    "MODEL.RESNETS.NORM": "BN",  # frozen statistics of random layers would diverge within steps
     "MODEL.RESNETS.STEM_OUT_CHANNELS": 8,
     "MODEL.RESNETS.WIDTH_PER_GROUP": 4,
     "MODEL.RESNETS.RES2_OUT_CHANNELS": 8,
