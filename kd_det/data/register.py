@@ -1,0 +1,121 @@
+"""Data sets named in a config: one's own are registered, and every one of them is looked at before hours are spent."""
+
+import difflib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.utils.file_io import PathManager
+
+from . import digits
+from .builtin import datasets_root
+
+REGISTER_FORM = "DATASETS.REGISTER is a list of [name, json file, image folder]"
+PATHS = ("json_file", "image_root", "image_dir", "gt_dir", "dirname")  # in the metadata of detectron2's data sets
+
+
+def register_datasets(cfg: CfgNode) -> None:
+    """Register the COCO-format data sets of `DATASETS.REGISTER`; calling it again does no harm.
+
+    `DATASETS.REGISTER` is a list of [name, json file, image folder]. Relative paths start at $DETECTRON2_DATASETS
+    (./datasets where that is not set), as those of detectron2's own data sets do; `~` is the home folder.
+
+    Raises:
+        ValueError: an entry of another form; a name that belongs to a data set with other paths.
+    """
+    for entry in cfg.DATASETS.REGISTER:
+        name, json_file, image_root = _parsed(entry)
+        if name in DatasetCatalog:
+            _refuse_other_paths(name, json_file, image_root)
+        else:
+            register_coco_instances(name, {}, json_file, image_root)
+
+
+def check_datasets(cfg: CfgNode, keys: Iterable[str] = ("TRAIN", "TEST")) -> None:
+    """See that every data set in `DATASETS.<key>` is known, is on disk, and has the classes that the model predicts.
+
+    Raises:
+        ValueError: names the key, the data set, and the path or number that is wrong.
+    """
+    names = [(f"DATASETS.{key}", name) for key in keys for name in cfg.DATASETS[key]]
+    first: tuple[str, list[str]] | None = None
+    for key, name in names:
+        _check_known(key, name)
+        _check_on_disk(key, name)
+        classes = _class_names(key, name)
+        if classes is None:
+            continue
+        _check_number(cfg, key, name, len(classes))
+        first = first or (name, classes)
+        if classes != first[1]:
+            raise ValueError(f"{key}: {name} has not the classes of {first[0]} in their order: {classes}, {first[1]}")
+
+
+def _parsed(entry: Any) -> tuple[str, str, str]:
+    is_triple = isinstance(entry, list | tuple) and len(entry) == 3
+    if not is_triple or not all(isinstance(part, str) and part for part in entry):
+        raise ValueError(f"{REGISTER_FORM}, but one entry is {entry!r}")
+    name, *paths = entry
+    json_file, image_root = (_resolved(path) for path in paths)
+    return name, json_file, image_root
+
+
+def _resolved(path: str) -> str:
+    if "://" in path:
+        return path
+    return str(datasets_root() / Path(path).expanduser())  # an absolute path stays what it is
+
+
+def _refuse_other_paths(name: str, json_file: str, image_root: str) -> None:
+    metadata = MetadataCatalog.get(name)
+    there = metadata.get("json_file"), metadata.get("image_root")
+    if there != (json_file, image_root):
+        raise ValueError(
+            f"DATASETS.REGISTER: {name} is already a data set with json file {there[0]} and image folder {there[1]}; "
+            f"give the one with {json_file} and {image_root} another name"
+        )
+
+
+def _check_known(key: str, name: str) -> None:
+    if name in DatasetCatalog:
+        return
+    near = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else "no registered name is near."
+    raise ValueError(f"{key}: no data set is called {name!r}; {hint} {REGISTER_FORM}, for one's own")
+
+
+def _check_on_disk(key: str, name: str) -> None:
+    if name in {split.name for split in digits.SPLITS}:
+        return  # written when first asked for
+    metadata = MetadataCatalog.get(name)
+    for field in PATHS:
+        path = metadata.get(field)
+        if path and not PathManager.exists(path):
+            raise ValueError(
+                f"{key}: {name} is not there: its {field} {path} does not exist. "
+                f"DETECTRON2_DATASETS, where relative paths start, is {datasets_root().absolute()}"
+            )
+
+
+def _class_names(key: str, name: str) -> list[str] | None:
+    """From detectron2's metadata or else from the json file; None where neither says."""
+    metadata = MetadataCatalog.get(name)
+    classes, json_file = metadata.get("thing_classes"), metadata.get("json_file")
+    if classes is not None or json_file is None:
+        return classes
+    try:
+        with PathManager.open(json_file) as file:
+            categories = json.load(file)["categories"]
+        return [category["name"] for category in sorted(categories, key=lambda category: category["id"])]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{key}: {json_file} of {name} is not a COCO annotation file: {error!r}") from error
+
+
+def _check_number(cfg: CfgNode, key: str, name: str, found: int) -> None:
+    configured = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    if found != configured:
+        raise ValueError(f"{key}: {name} has {found} classes: MODEL.ROI_HEADS.NUM_CLASSES must be that, not {configured}")
