@@ -1,10 +1,10 @@
 """Several losses, several gradients: streams, the sets of streams that share a momentum, and their backward passes.
 
-A *stream* is a name for loss terms whose gradients share a momentum (DeepKD: `tog`, `tcg`, `ncg`). Streams of equal momentum
-obey the same linear recursion, so their losses are summed before the backward pass: a *set* costs one pass and one buffer.
+A *stream* is a name for loss terms whose gradients share a momentum (DeepKD: `tog`, `tcg`, `ncg`). Streams of equal
+momentum obey the same linear recursion, so their losses are summed before the backward pass: a *set* of them costs one
+pass and one buffer.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -31,7 +31,7 @@ def stream_sets(momenta: Sequence[Mapping[str, float]]) -> StreamSets:
     sets: list[list[str]] = []
     for stream in momenta[0]:
         for members in sets:
-            if all(math.isclose(m[stream], m[members[0]], rel_tol=0, abs_tol=MOMENTUM_TOLERANCE) for m in momenta):
+            if all(abs(of_group[stream] - of_group[members[0]]) <= MOMENTUM_TOLERANCE for of_group in momenta):
                 members.append(stream)
                 break
         else:
@@ -46,30 +46,27 @@ def backward_streams(
     sync: bool = True,
     retain_graph: bool = False,
 ) -> None:
-    """Backward passes of the streams' losses, one a set, into `optimizer`; afterwards `p.grad` shows the sum of all streams.
+    """The streams' backward passes, one a set, into `optimizer`; afterwards `p.grad` shows the sum of all streams.
 
     Called again before `optimizer.step()`, gradients add up (micro-batches). A stream that is absent, None or without a
-    graph reaches no parameter. Under `torch.distributed` every set's gradients are averaged over the ranks; the forward pass
-    is to be made in `no_sync()` (or on the plain module), and every rank must call this, whatever streams its batch has.
+    graph reaches no parameter. Under `torch.distributed` each set's gradients are averaged over the ranks: make the
+    forward pass in `no_sync()` (or on the plain module), and call this on every rank, whatever streams its batch has.
 
     Args:
         losses: {stream: scalar loss}.
         optimizer: a stream optimizer; any other `torch.optim` optimizer takes all streams as one set.
         scaler: scales every stream; the step is then `scaler.step(optimizer)`.
-        sync: average over the ranks now. False for all but the last micro-batch.
+        sync: average over the ranks now. False for all micro-batches but the last.
         retain_graph: keep the graph after the last set's pass, too.
     Raises:
         ValueError: an unknown stream; a loss that is no scalar tensor.
         RuntimeError: `p.grad` was changed, or filled by another `backward()`, since the last call.
     """
-    gradients = getattr(optimizer, "gradients", None)
-    if gradients is None:
-        gradients = StreamGradients()
     sets = getattr(optimizer, "stream_sets", None) or (tuple(losses),)
     set_losses = _set_losses(losses, sets)
+    gradients = getattr(optimizer, "gradients", None) or StreamGradients()
     params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    scaler = scaler if scaler is not None and scaler.is_enabled() else None
-    gradients.open(params, sets, scaler)
+    gradients.open(params, sets, scaler if scaler is not None and scaler.is_enabled() else None)
     reduction = SetReduction(params, len(sets)) if sync and world_size() > 1 else None
     last = max((i for i, loss in enumerate(set_losses) if loss is not None), default=-1)
     try:
@@ -97,8 +94,8 @@ def _set_losses(losses: Mapping[str, Tensor | None], sets: StreamSets) -> list[T
         if loss is not None and not isinstance(loss, Tensor):
             raise ValueError(f"the loss of stream {stream!r} is {loss!r}: give a scalar tensor, or None for no loss")
         if loss is not None and loss.numel() != 1:
-            raise ValueError(f"the loss of stream {stream!r} has shape {tuple(loss.shape)}: give its mean or sum")
-    summed = []
+            raise ValueError(f"the loss of stream {stream!r} has shape {tuple(loss.shape)}: give its mean or its sum")
+    summed: list[Tensor | None] = []
     for streams in sets:
         terms = [losses[s].reshape(()) for s in streams if losses.get(s) is not None and losses[s].requires_grad]
         summed.append(sum(terms[1:], terms[0]) if terms else None)
@@ -108,8 +105,8 @@ def _set_losses(losses: Mapping[str, Tensor | None], sets: StreamSets) -> list[T
 class StreamGradients:
     """One optimizer's gradients between backward and step: for each set of streams {parameter: gradient}.
 
-    With one set `p.grad` itself is the gradient, as with any optimizer. With more, `p.grad` shows their sum, and its version
-    counter tells, without a synchronisation, whether anybody has changed it since: a change would otherwise be lost.
+    With one set `p.grad` itself is the gradient, as with any optimizer. With more, `p.grad` shows their sum, and its
+    version counter tells, without a synchronisation, whether anybody has changed it since: a change would be lost.
     """
 
     def __init__(self) -> None:
@@ -118,10 +115,9 @@ class StreamGradients:
     def clear(self) -> None:
         self.sets: StreamSets = ()
         self.of_set: list[dict[Tensor, Tensor]] = []
-        self.shown: dict[Tensor, tuple[Tensor, int]] = {}
+        self.shown: dict[Tensor, tuple[Tensor, int]] = {}  # the sum, and its version when it was shown
         self.scaler: torch.amp.GradScaler | None = None
-        self.scale: Tensor | None = None  # what the gradients still have to be divided by
-        self.unscaled = False
+        self.scale: Tensor | None = None  # what the streams have yet to be divided by
 
     def open(self, params: Sequence[Tensor], sets: StreamSets, scaler: torch.amp.GradScaler | None) -> None:
         """Makes ready to add another backward pass to what is there."""
@@ -130,12 +126,10 @@ class StreamGradients:
         else:
             self.check(params, sets)
             of_set = self.of_set or [{} for _ in sets]
-        if of_set[0] and self.sets and (self.unscaled or (scaler is None) != (self.scaler is None)):
-            raise RuntimeError(
-                "this micro-batch is scaled otherwise than the last: clip and unscale after the last one only"
-            )
         if not any(of_set):
             self.clear()
+        elif self.sets and (scaler is None) != (self.scale is None):
+            raise RuntimeError("micro-batches of one step are all scaled or none; clip and unscale after the last")
         self.sets, self.of_set, self.scaler = sets, of_set, scaler
 
     def backward(self, params: Iterable[Tensor], index: int, loss: Tensor, retain_graph: bool) -> None:
@@ -154,46 +148,55 @@ class StreamGradients:
                 gradient[p] = p.grad
 
     def show(self, params: Iterable[Tensor]) -> None:
-        """Makes `p.grad` the sum over the sets, in memory of its own (a parameter that one set alone reaches shares it)."""
-        sums, firsts, more = {}, [], []
+        """Makes `p.grad` the sum over the sets; where one set alone reaches a parameter, they are the same tensor."""
+        sums: dict[Tensor, Tensor | None] = {}
+        several: dict[Tensor, list[Tensor]] = {}
         for p in params:
             parts = [gradient[p] for gradient in self.of_set if p in gradient]
             if len(parts) > 1:
-                firsts.append(p)
-                more.append(parts)
+                several[p] = parts
+            elif parts and self.scaler is not None and len(self.of_set) > 1:
+                sums[p] = parts[0].clone()  # scaler.unscale_ divides p.grad: not the stream's own gradient with it
             elif parts:
-                # A scaler divides `p.grad` in place, unseen: what it divides must not be the stream's own gradient.
-                sums[p] = parts[0].clone() if self.scaler is not None and len(self.of_set) > 1 else parts[0]
-        if firsts:
-            totals = torch._foreach_add([parts[0] for parts in more], [parts[1] for parts in more])
-            rest = [(total, part) for total, parts in zip(totals, more, strict=True) for part in parts[2:]]
-            for total, part in rest:
-                total.add_(part)
-            sums.update(zip(firsts, totals, strict=True))
+                sums[p] = parts[0]
+        if several:
+            firsts, seconds, *_ = zip(*(parts[:2] for parts in several.values()), strict=True)
+            sums.update(zip(several, torch._foreach_add(firsts, seconds), strict=True))
+            for p, parts in several.items():
+                for part in parts[2:]:
+                    sums[p].add_(part)
         for p in params:
             p.grad = sums.get(p)
-        self.record(sums)
-
-    def record(self, sums: Mapping[Tensor, Tensor]) -> None:
         self.shown = {p: (total, total._version) for p, total in sums.items()}
 
+    def accept(self) -> None:
+        """What `p.grad` holds now is what was meant."""
+        self.shown = {p: (total, total._version) for p, (total, _) in self.shown.items()}
+
     def check(self, params: Iterable[Tensor], sets: StreamSets) -> None:
-        """Raises where `p.grad` is not what was shown. All of them None is `model.zero_grad()`: nothing is left then."""
+        """Raises where `p.grad` is not what was shown. All None is `model.zero_grad()`: nothing is left then."""
         if self.shown and all(p.grad is None for p in params):
             self.clear()
         if self.shown and sets != self.sets:
-            raise RuntimeError(
-                "the momenta changed between backward_streams and step: set them before, or after zero_grad"
-            )
+            raise RuntimeError("momenta changed between backward_streams and step: set them before, or after zero_grad")
         for p in params:
             total, version = self.shown.get(p, (None, 0))
             if p.grad is not total or (total is not None and total._version != version):
                 raise RuntimeError(
-                    "p.grad was changed outside backward_streams: with several momenta it only shows the sum of the streams. "
-                    "Use optimizer.clip_grad_norm_, optimizer.zero_grad, and backward_streams in place of loss.backward"
+                    "p.grad was changed outside backward_streams, where it only shows the sum of several streams: use "
+                    "backward_streams for loss.backward, optimizer.zero_grad, and optimizer.clip_grad_norm_ to clip"
                 )
 
     def tensors(self) -> list[Tensor]:
-        """Every gradient and every sum that is shown, once each."""
+        """The gradients of every set and the sums that are shown, each once."""
         every = [g for gradient in self.of_set for g in gradient.values()] + [total for total, _ in self.shown.values()]
         return list({id(t): t for t in every}.values())
+
+
+def foreach_multiply_(tensors: Iterable[Tensor], factor: Tensor) -> None:
+    """`t *= factor` for tensors on any devices; the factor is a scalar tensor, never read by the host."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for t in tensors:
+        by_device.setdefault(t.device, []).append(t)
+    for device, on_device in by_device.items():
+        torch._foreach_mul_(on_device, factor.to(device))

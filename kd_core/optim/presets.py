@@ -19,10 +19,10 @@ def deepkd_sgd(
     nesterov: bool = False,
     step: str = "paper",
 ) -> StreamSGD:
-    """DeepKD (arXiv 2505.15133): momenta tog μ+Δ, tcg μ−Δ, ncg μ+Δ; weight decay, which the paper leaves open, with tog (ours).
+    """DeepKD (arXiv 2505.15133): momenta tog μ+Δ, tcg μ−Δ, ncg μ+Δ.
 
     With the paper's deltas tog and ncg are one set: two backward passes and two buffers. The released configs also use
-    delta_ncg .05 (45 of 72) and delta_tcg −.1.
+    delta_ncg .05 (45 of 72) and delta_tcg −.1 (11 of 72). The paper leaves weight decay open: with tog (ours).
     """
     momenta = {"tog": momentum + delta_tog, "tcg": momentum + delta_tcg, "ncg": momentum + delta_ncg}
     return StreamSGD(params, lr, momenta, weight_decay, "tog", nesterov, step, base_momentum=momentum)
@@ -37,7 +37,7 @@ def dot_sgd(
     nesterov: bool = False,
     step: str = "paper",
 ) -> StreamSGD:
-    """DOT (ICCV 2023): the task's momentum μ−Δ, distillation's (tcg, ncg) μ+Δ; weight decay with the task. Δ .09 on ImageNet."""
+    """DOT (ICCV 2023): momenta tog μ−Δ, tcg and ncg μ+Δ; weight decay with tog. Δ is .09 on ImageNet."""
     return deepkd_sgd(params, lr, momentum, -delta, delta, delta, weight_decay, nesterov, step)
 
 
@@ -50,5 +50,5 @@ def deepkd_sgd_released(
     nesterov: bool = False,
     step: str = "paper",
 ) -> StreamSGD:
-    """What DeepKD's released code does, for comparison: its task gradient decays with TCG's momentum (μ−Δ, μ−Δ, μ+Δ)."""
+    """DeepKD's released code, for comparison: its task gradient decays with tcg's momentum (μ−Δ, μ−Δ, μ+Δ)."""
     return deepkd_sgd(params, lr, momentum, -delta, -delta, delta, weight_decay, nesterov, step)

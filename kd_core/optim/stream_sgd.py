@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd_core.optim.base import MOMENTA, StreamOptimizer, closure_loss, label
+from kd_core.optim.base import BUFFERS, MOMENTA, StreamOptimizer, label, run_closure
+from kd_core.optim.sgd_kernels import sgd_
 
 STEPS = ("paper", "matched")
 
@@ -20,11 +21,11 @@ class StreamSGD(StreamOptimizer):
         v ← m · v + g
         θ ← θ − lr · s · v              with nesterov: θ ← θ − lr · s · (g + m · v)
 
-    `step="paper"`: s = 1. Then momentum .975 takes steps lr / (1 − m) that are four times those of .9. `step="matched"` (ours):
-    s = (1 − m) / (1 − base_momentum), so a learning rate found for plain SGD with `base_momentum` still holds.
+    `step="paper"`: s = 1; momentum .975 then takes steps, lr / (1 − m), four times those of .9. `step="matched"`
+    (ours): s = (1 − m) / (1 − base_momentum), so that a learning rate found for plain SGD of that momentum still holds.
 
-    One stream, or equal momenta, is `torch.optim.SGD`. A stream that does not reach a parameter counts as g = 0 there; a
-    parameter that no stream reaches is left alone, as SGD leaves `grad is None` alone. Any hyperparameter may differ by group.
+    One stream, or equal momenta, is `torch.optim.SGD`. A stream that does not reach a parameter counts as g = 0 there;
+    a parameter that no stream reaches is left alone, as SGD leaves `grad is None`. All values may differ by group.
 
     Args:
         params: parameters, or groups of them.
@@ -36,7 +37,7 @@ class StreamSGD(StreamOptimizer):
         step: "paper" or "matched".
         base_momentum: the μ of step="matched".
     Raises:
-        ValueError: a value out of its range, `decay_stream` not among the streams, a stream missing from a group's momenta.
+        ValueError: a value out of its range; an unknown `decay_stream`; a stream missing from a group's momenta.
     """
 
     def __init__(
@@ -64,9 +65,8 @@ class StreamSGD(StreamOptimizer):
     def _check_group(self, group: Mapping[str, Any]) -> None:
         super()._check_group(group)
         if group["decay_stream"] not in group[MOMENTA]:
-            raise ValueError(
-                f"decay_stream is {group['decay_stream']!r}: it must be one of {', '.join(group[MOMENTA])}"
-            )
+            streams = ", ".join(group[MOMENTA])
+            raise ValueError(f"decay_stream is {group['decay_stream']!r}: it must be one of {streams}")
         if group["step"] not in STEPS:
             raise ValueError(f"step is {group['step']!r}: it must be 'paper' or 'matched'")
         if not 0 <= group["base_momentum"] < 1:
@@ -75,116 +75,25 @@ class StreamSGD(StreamOptimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """One update of every parameter that a stream reached. Under a GradScaler call `scaler.step(optimizer)`."""
-        loss = closure_loss(closure)
-        sets, gradients = self._gradients_for_step()
+        loss = run_closure(closure)
+        sets = self._gradients_for_step()
         for group in self.param_groups:
-            reached = [p for p in group["params"] if any(p in gradient for gradient in gradients)]
-            # The decay stream's set comes first: it reads θ, which every set moves.
-            for streams, gradient in sorted(
-                zip(sets, gradients, strict=True), key=lambda each: group["decay_stream"] not in each[0]
-            ):
+            reached = [p for p in group["params"] if any(p in gradient for _, gradient in sets)]
+            # The decay stream's set goes first: it reads θ, and every set moves θ.
+            for streams, gradient in sorted(sets, key=lambda each: group["decay_stream"] not in each[0]):
                 self._step_set(group, reached, streams, gradient)
         return loss
 
     def _step_set(
         self, group: dict[str, Any], reached: list[Tensor], streams: tuple[str, ...], gradient: dict[Tensor, Tensor]
     ) -> None:
-        momentum, name = group[MOMENTA][streams[0]], label(streams)
+        momentum = group[MOMENTA][streams[0]]
         decay = group["weight_decay"] if group["decay_stream"] in streams else 0.0
         scale = (1 - momentum) / (1 - group["base_momentum"]) if group["step"] == "matched" else 1.0
-        params, grads, buffers = [], [], []
-        for p in reached:
-            g, buffers_of_p = gradient.get(p), self.state[p].setdefault(self.BUFFERS, {})
-            if g is None and name not in buffers_of_p and decay == 0:
-                continue  # v is 0 and stays 0
-            if momentum != 0 and name not in buffers_of_p:
-                buffers_of_p[name] = torch.zeros_like(p)
-            params.append(p)
-            grads.append(torch.zeros_like(p) if g is None else g)
-            buffers.append(buffers_of_p[name] if momentum != 0 else None)
-        sgd_(
-            params,
-            grads,
-            buffers,
-            group["lr"] * scale,
-            momentum,
-            decay,
-            group["nesterov"],
-            getattr(self, "found_inf", None),
-        )
-
-
-def sgd_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    buffers: list[Tensor | None],
-    lr: float | Tensor,
-    momentum: float,
-    weight_decay: float,
-    nesterov: bool,
-    found_inf: Tensor | None = None,
-) -> None:
-    """`v ← m·v + (g + wd·θ)`, `θ ← θ − lr·v`, in one kernel where there is one for these tensors, else by foreach.
-
-    Args:
-        found_inf: not 0 leaves everything as it is.
-    """
-    lists: dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor], list[Tensor | None]]] = {}
-    for p, g, v in zip(params, grads, buffers, strict=True):
-        # The CPU kernel reads memory in order and does not look at strides: a differing layout would be silently wrong.
-        fused = _has_fused_kernel(p) and p.stride() == g.stride() and (v is None or p.stride() == v.stride())
-        for whole, part in zip(lists.setdefault((fused, p.device, p.dtype), ([], [], [])), (p, g, v), strict=True):
-            whole.append(part)
-    for (fused, device, _), (ps, gs, vs) in lists.items():
-        inf = None if found_inf is None else found_inf.to(device)
-        if fused:
-            _fused_sgd_(ps, gs, vs, lr, momentum, weight_decay, nesterov, inf)
-        elif inf is None or inf.item() == 0:
-            _foreach_sgd_(ps, gs, vs, float(lr), momentum, weight_decay, nesterov)
-
-
-def _has_fused_kernel(p: Tensor) -> bool:
-    return p.device.type in ("cpu", "cuda") and p.is_floating_point() and hasattr(torch, "_fused_sgd_")
-
-
-def _fused_sgd_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    buffers: list[Tensor | None],
-    lr: float | Tensor,
-    momentum: float,
-    weight_decay: float,
-    nesterov: bool,
-    found_inf: Tensor | None,
-) -> None:
-    torch._fused_sgd_(
-        params,
-        grads,
-        buffers if momentum != 0 else [],
-        weight_decay=weight_decay,
-        momentum=momentum,
-        lr=lr,
-        dampening=0.0,
-        nesterov=nesterov,
-        maximize=False,
-        is_first_step=False,  # buffers start at 0, which comes to the same
-        found_inf=found_inf,
-    )
-
-
-def _foreach_sgd_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    buffers: list[Tensor | None],
-    lr: float,
-    momentum: float,
-    weight_decay: float,
-    nesterov: bool,
-) -> None:
-    if weight_decay != 0:
-        grads = torch._foreach_add(grads, params, alpha=weight_decay)
-    if momentum != 0:
-        torch._foreach_mul_(buffers, momentum)
-        torch._foreach_add_(buffers, grads)
-        grads = torch._foreach_add(grads, buffers, alpha=momentum) if nesterov else buffers
-    torch._foreach_add_(params, grads, alpha=-lr)
+        name = label(streams)
+        # Where there is no gradient, decay or buffer, v is 0 and stays 0.
+        params = [p for p in reached if p in gradient or decay != 0 or name in self.state[p].get(BUFFERS, {})]
+        grads = [gradient[p] if p in gradient else torch.zeros_like(p) for p in params]
+        buffers = [self._buffer(p, name) for p in params] if momentum != 0 else None
+        lr, found_inf = group["lr"] * scale, getattr(self, "found_inf", None)
+        sgd_(params, grads, buffers, lr, momentum, decay, group["nesterov"], found_inf)

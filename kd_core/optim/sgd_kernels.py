@@ -1,0 +1,95 @@
+"""One step of SGD with momentum on lists of tensors: torch's fused kernel where it is right, else foreach."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Lists = tuple[list[Tensor], list[Tensor], list[Tensor] | None]
+
+
+def sgd_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    buffers: list[Tensor] | None,
+    lr: float | Tensor,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool,
+    found_inf: Tensor | None = None,
+) -> None:
+    """`v ← m·v + (g + wd·θ)`, then `θ ← θ − lr·v`, or `θ ← θ − lr·(g + wd·θ + m·v)` with nesterov.
+
+    Args:
+        params, grads, buffers: θ, g, v. Without buffers the momentum is 0.
+        found_inf: a scalar; where it is not 0, nothing changes.
+    """
+    for (fused, device, _), lists in _by_kernel(params, grads, buffers).items():
+        skip = None if found_inf is None else found_inf.to(device)
+        if fused:
+            fused_sgd_(*lists, lr, momentum, weight_decay, nesterov, skip)
+        elif skip is None or skip.item() == 0:
+            foreach_sgd_(*lists, float(lr), momentum, weight_decay, nesterov)
+
+
+def _by_kernel(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor] | None) -> dict[tuple[Any, ...], Lists]:
+    """The lists, split by kernel, device and dtype."""
+    split: dict[tuple[Any, ...], Lists] = {}
+    for i, (p, g) in enumerate(zip(params, grads, strict=True)):
+        # The fused CPU kernel ignores strides: where layouts differ it would pair the wrong elements, silently.
+        fused = has_fused_kernel(p) and p.stride() == g.stride() == (g if buffers is None else buffers[i]).stride()
+        lists = split.setdefault((fused, p.device, p.dtype), ([], [], None if buffers is None else []))
+        lists[0].append(p)
+        lists[1].append(g)
+        if buffers is not None:
+            lists[2].append(buffers[i])
+    return split
+
+
+def has_fused_kernel(p: Tensor) -> bool:
+    return p.device.type in ("cpu", "cuda") and p.is_floating_point() and hasattr(torch, "_fused_sgd_")
+
+
+def fused_sgd_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    buffers: list[Tensor] | None,
+    lr: float | Tensor,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool,
+    found_inf: Tensor | None = None,
+) -> None:
+    """`sgd_` in one pass over memory, for tensors of one device, dtype and layout."""
+    torch._fused_sgd_(
+        params,
+        grads,
+        buffers or [],
+        weight_decay=weight_decay,
+        momentum=momentum if buffers else 0.0,
+        lr=lr,
+        dampening=0.0,
+        nesterov=nesterov and bool(buffers),
+        maximize=False,
+        is_first_step=False,  # the buffers are there, and start at 0
+        found_inf=found_inf,
+    )
+
+
+def foreach_sgd_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    buffers: list[Tensor] | None,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool,
+) -> None:
+    """`sgd_` for any tensors."""
+    if weight_decay != 0:
+        grads = torch._foreach_add(grads, params, alpha=weight_decay)
+    if buffers is not None:
+        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_add_(buffers, grads)
+        grads = torch._foreach_add(grads, buffers, alpha=momentum) if nesterov else buffers
+    torch._foreach_add_(params, grads, alpha=-lr)
