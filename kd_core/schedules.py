@@ -2,7 +2,7 @@
 
 
 def warmup(progress: float | None, share: float) -> float:
-    """Linear warm-up min(progress / share, 1), the weight of a distillation loss (DKD, arXiv 2203.08679, released code).
+    """Linear warm-up min(progress / share, 1) of a distillation loss (DKD, arXiv 2203.08679, released code).
 
     Args:
         progress: iteration / max_iter, or None for the end of training.

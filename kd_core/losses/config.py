@@ -3,70 +3,121 @@
 from typing import Any
 
 from fvcore.common.registry import Registry
+from torch import nn
 
-from kd_core.losses.base import DistillationLoss
+from kd_core.losses.aekt import AEKTLoss
 from kd_core.losses.dkd import DKDLoss
+from kd_core.losses.foreground_background import ForegroundBackground
+from kd_core.losses.gdkd import GDKD3Loss, GDKDLoss
 from kd_core.losses.kd import KDLoss
 from kd_core.topk import TopKSchedule
 
+# Builders of losses by the name in LOSS.NAME. A builder takes the config node and returns the loss:
+#
+#     @LOSS_REGISTRY.register()
+#     def my_loss(cfg):
+#         return MyLoss(**common_options(cfg))
 LOSS_REGISTRY = Registry("LOSS")
-LOSS_REGISTRY.__doc__ = """Builders of losses, by the name that LOSS.NAME gives: a function of the config node that returns the loss.
-
-    @LOSS_REGISTRY.register()
-    def my_loss(cfg):
-        return MyLoss(cfg.TEMPERATURE, **common_options(cfg))
-"""
 
 
 def add_loss_config(node: Any) -> None:
-    """Add the keys of every loss, with their defaults, to an empty config node (yacs', fvcore's or detectron2's CfgNode)."""
+    """Add the keys of every loss, with their defaults, to an empty CfgNode of yacs, fvcore or detectron2."""
     new = type(node)
-    # none, or a name in LOSS_REGISTRY: kd, dkd, gdkd, gdkd3, gdkds, aekt.
+    # The distillation loss: none, kd, dkd, gdkd, gdkd3, gdkds or aekt, or what else is in LOSS_REGISTRY.
     node.NAME = "none"
-    # T of both softmaxes. 4 on CIFAR-100, 1 on ImageNet and in detectors.
+    # T of both softmaxes: 4 on CIFAR-100, 1 on ImageNet and in detectors.
     node.TEMPERATURE = 4.0
     # Factor of the whole distillation loss.
     node.WEIGHT = 1.0
     # Share of training progress over which the loss rises linearly from 0 to its full weight.
     node.WARMUP = 0.0
-    # Z-score both logit vectors first (logit standardization, arXiv 2403.01427; T 2 there).
+    # Z-score both logit vectors first (logit standardization; T 2 and WEIGHT 9 there).
     node.STANDARDIZE = False
 
     node.DKD = new()
-    # Weight of the target-class term (TCKD).
+    # Weight of the target-class term, TCKD.
     node.DKD.ALPHA = 1.0
-    # Weight of the non-target term (NCKD).
+    # Weight of the non-target term, NCKD.
     node.DKD.BETA = 8.0
-    # "target": the label's class against the rest; "teacher_top1": the teacher's best class against the rest.
+    # What is set against the rest: "target", the label's class, or "teacher_top1", the teacher's largest logit.
     node.DKD.PARTITION = "target"
 
-    # Dynamic top-k mask of the non-target distribution (DeepKD): kd, dkd, aekt.
+    add_gdkd_config(node)
+
+    node.AEKT = new()
+    # Weight of the explicit term: the teacher's confidence in the target class.
+    node.AEKT.EXPLICIT_WEIGHT = 1.0
+    # Weight of the implicit term: the teacher's distribution over the other classes.
+    node.AEKT.IMPLICIT_WEIGHT = 8.0
+    # Cap of the ratio of confidences, teacher to student, that weights the explicit term.
+    node.AEKT.MAX_RATIO = 10.0
+
     node.TOPK = new()
+    # Dynamic top-k mask of the non-target distribution (DeepKD), for kd, dkd and aekt.
     node.TOPK.ENABLED = False
-    # Share of the non-target classes admitted at the start.
+    # Share of the non-target classes that is admitted at the start.
     node.TOPK.START = 0.05
     # Share in the middle phase.
     node.TOPK.PLATEAU = 0.5
-    # Lengths of the three phases (rise to the plateau, plateau, rise to all) as shares of training; they add up to 1 or less.
+    # Lengths of the phases (rise to the plateau, plateau, rise to all) as shares of training, 1 or less together.
     node.TOPK.PHASES = [1 / 3, 1 / 3, 1 / 3]
 
 
-def build_loss(cfg: Any) -> DistillationLoss | None:
+def add_gdkd_config(node: Any) -> None:
+    """The keys of GDKD and its variants."""
+    new = type(node)
+    node.GDKD = new()
+    # Weights of the mass term, of the term within the top classes, and of that within the rest.
+    node.GDKD.W0 = 1.0
+    node.GDKD.W1 = 1.0
+    node.GDKD.W2 = 8.0
+    # How many of the teacher's largest logits are the top group.
+    node.GDKD.K = 5
+    # Divergence within the groups: "forward" KL(T||S), "reverse" KL(S||T), or "both", their mean.
+    node.GDKD.KL = "forward"
+    # Draw the size of the top group row by row from the teacher's probabilities; K is its cap.
+    node.GDKD.AUTO_K = False
+
+    node.GDKD3 = new()
+    # Weights of the mass term, of the term within the top classes, and of that within the rest.
+    node.GDKD3.W0 = 1.0
+    node.GDKD3.W1 = 1.0
+    node.GDKD3.W2 = 1.0
+    # The groups are the teacher's top-1, its top-2 to top-K, and the rest.
+    node.GDKD3.K = 5
+
+    node.GDKDS = new()
+    # Names of the losses of a detector's foreground and background rows; each reads its own keys.
+    node.GDKDS.FOREGROUND = "gdkd3"
+    node.GDKDS.BACKGROUND = "dkd"
+
+
+def build_loss(cfg: Any, num_classes: int | None = None) -> nn.Module | None:
     """The loss that a config node with the keys of `add_loss_config` describes; None for the name "none".
 
+    Args:
+        cfg: the node.
+        num_classes: C, background included; where it is given, k is checked against it.
+
     Raises:
-        ValueError: a name that is not registered (the message lists those that are), or a parameter that the loss refuses.
+        ValueError: a name that is not registered (the message lists those that are), or a value that the loss refuses.
     """
     if cfg.NAME == "none":
         return None
-    if cfg.NAME not in LOSS_REGISTRY:
-        names = ", ".join(["none", *sorted(name for name, _ in LOSS_REGISTRY)])
-        raise ValueError(f"LOSS.NAME is {cfg.NAME!r}, but the losses are: {names}")
-    return LOSS_REGISTRY.get(cfg.NAME)(cfg)
+    names = [name for name, _ in LOSS_REGISTRY]
+    if cfg.NAME not in names:
+        raise ValueError(f"LOSS.NAME is {cfg.NAME!r}, but the losses are: {', '.join(['none', *sorted(names)])}")
+    try:
+        loss = LOSS_REGISTRY.get(cfg.NAME)(cfg)
+        if num_classes is not None:
+            loss.check_num_classes(num_classes)
+    except ValueError as error:
+        raise ValueError(f"LOSS {cfg.NAME}: {error}") from error
+    return loss
 
 
 def common_options(cfg: Any) -> dict[str, Any]:
-    """The keyword arguments that every loss takes."""
+    """The keyword arguments that every `DistillationLoss` takes."""
     topk = cfg.TOPK
     return {
         "temperature": cfg.TEMPERATURE,
@@ -79,9 +130,47 @@ def common_options(cfg: Any) -> dict[str, Any]:
 
 @LOSS_REGISTRY.register()
 def kd(cfg: Any) -> KDLoss:
+    """LOSS.NAME kd."""
     return KDLoss(**common_options(cfg))
 
 
 @LOSS_REGISTRY.register()
 def dkd(cfg: Any) -> DKDLoss:
-    return DKDLoss(cfg.DKD.ALPHA, cfg.DKD.BETA, partition=cfg.DKD.PARTITION, **common_options(cfg))
+    """LOSS.NAME dkd, keys DKD."""
+    node = cfg.DKD
+    return DKDLoss(node.ALPHA, node.BETA, partition=node.PARTITION, **common_options(cfg))
+
+
+@LOSS_REGISTRY.register()
+def gdkd(cfg: Any) -> GDKDLoss:
+    """LOSS.NAME gdkd, keys GDKD."""
+    node = cfg.GDKD
+    return GDKDLoss(node.W0, node.W1, node.W2, node.K, kl=node.KL, auto_k=node.AUTO_K, **common_options(cfg))
+
+
+@LOSS_REGISTRY.register()
+def gdkd3(cfg: Any) -> GDKD3Loss:
+    """LOSS.NAME gdkd3, keys GDKD3."""
+    node = cfg.GDKD3
+    return GDKD3Loss(node.W0, node.W1, node.W2, node.K, **common_options(cfg))
+
+
+@LOSS_REGISTRY.register()
+def gdkds(cfg: Any) -> ForegroundBackground:
+    """LOSS.NAME gdkds: GDKDS.FOREGROUND and GDKDS.BACKGROUND, each with its own keys."""
+    parts = []
+    for name in (cfg.GDKDS.FOREGROUND, cfg.GDKDS.BACKGROUND):
+        if name == "gdkds":
+            raise ValueError("GDKDS.FOREGROUND and GDKDS.BACKGROUND must be losses other than gdkds")
+        part = cfg.clone()
+        part.defrost()
+        part.NAME = name
+        parts.append(build_loss(part))
+    return ForegroundBackground(*parts)
+
+
+@LOSS_REGISTRY.register()
+def aekt(cfg: Any) -> AEKTLoss:
+    """LOSS.NAME aekt, keys AEKT."""
+    node = cfg.AEKT
+    return AEKTLoss(node.EXPLICIT_WEIGHT, node.IMPLICIT_WEIGHT, max_ratio=node.MAX_RATIO, **common_options(cfg))

@@ -4,40 +4,45 @@ from typing import Any
 
 from torch import Tensor
 
-from kd_core.losses.base import DistillationLoss
-from kd_core.losses.target_partition import target_partition
+from kd_core.losses.checks import as_number
+from kd_core.losses.target_partition import TargetPartitionLoss
 
 PARTITIONS = ("target", "teacher_top1")
 
 
-class DKDLoss(DistillationLoss):
+class DKDLoss(TargetPartitionLoss):
     """DKD, arXiv 2203.08679, section 3.2:
 
-        DKD = α · TCKD + β · NCKD
-        tckd = α · T² · mean KL(b^T || b^S)                          b = [p_t, 1 − p_t]
-        nckd = β · T² · mean KL(p̂^T || p̂^S)                          p̂_i = p_i / (1 − p_t), i ≠ t
+        DKD  = tckd + nckd
+        tckd = α · T² · mean KL(b^T || b^S)                   b = [p_t, 1 − p_t]
+        nckd = β · T² · mean KL(p̂^T || p̂^S)                   p̂_i = p_i / (1 − p_t), i ≠ t
 
     Args:
-        alpha: weight of TCKD.
-        beta: weight of NCKD.
+        alpha: α.
+        beta: β.
         temperature: T.
-        partition: "target", or "teacher_top1": t is the teacher's largest logit, and the label is not used (arXiv 2512.04625).
+        partition: what t is: "target", the label, or "teacher_top1", the teacher's largest logit; the latter (GDKD's
+            released code) does not read the label.
         options: `weight`, `warmup`, `standardize`, `topk` of `DistillationLoss`.
 
     Raises:
-        ValueError: another `partition`; and those of `DistillationLoss`.
+        ValueError: another `partition`, or what `DistillationLoss` refuses.
     """
 
     terms = {"tckd": "tcg", "nckd": "ncg"}
-    takes_topk = True
 
     def __init__(
-        self, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0, partition: str = "target", **options: Any
+        self,
+        alpha: float = 1.0,
+        beta: float = 8.0,
+        temperature: float = 4.0,
+        partition: str = "target",
+        **options: Any,
     ) -> None:
         super().__init__(temperature, **options)
         if partition not in PARTITIONS:
             raise ValueError(f"partition must be one of {', '.join(PARTITIONS)}, not {partition!r}")
-        self.alpha, self.beta, self.partition = float(alpha), float(beta), partition
+        self.alpha, self.beta, self.partition = as_number(alpha, "alpha"), as_number(beta, "beta"), partition
         self.needs_target = partition == "target"
 
     @property
@@ -49,5 +54,5 @@ class DKDLoss(DistillationLoss):
     ) -> dict[str, Tensor]:
         if self.partition == "teacher_top1":
             target = teacher_logits.argmax(1)
-        parts = target_partition(self, student_logits, teacher_logits, target, progress)
+        parts = self.decompose(student_logits, teacher_logits, target, progress)
         return {"tckd": parts.mass, "nckd": parts.within[1]}

@@ -1,25 +1,30 @@
-"""The partition {target} | rest, with the top-k mask on the rest: what KD, DKD and AEKT share."""
+"""The partition target | rest, with the top-k mask on the rest: what KD, DKD and AEKT have in common."""
 
 from torch import Tensor
 
 from kd_core.losses.base import DistillationLoss, note_void
 from kd_core.partition import Decomposition, Group, decompose
-from kd_core.topk import masked_divergence
+from kd_core.topk import masked_nckd
 
 
-def target_partition(
-    loss: DistillationLoss, student_logits: Tensor, teacher_logits: Tensor, target: Tensor, progress: float | None
-) -> Decomposition:
-    """TCKD as `mass` and NCKD as `within[1]` (N,), without T²; log masses are those of the target (0) and of the rest (1).
+class TargetPartitionLoss(DistillationLoss):
+    """A loss over TCKD = KL(b^T || b^S) and NCKD = KL(p̂^T || p̂^S) of each row (DKD, arXiv 2203.08679)."""
 
-    With `loss.topk`, NCKD compares the kept classes alone, while TCKD and the masses still see all of them.
-    """
-    num_classes = student_logits.shape[1]
-    if num_classes == 2:
-        note_void(type(loss).__name__)
-    parts = decompose(student_logits, teacher_logits, [Group(target[:, None])], loss.temperature)
-    k = num_classes - 1 if loss.topk is None else loss.topk.k(progress, num_classes)
-    if k >= num_classes - 1:
-        return parts
-    nckd = masked_divergence(student_logits, teacher_logits, target, k, loss.temperature)
-    return parts._replace(within=(parts.within[0], nckd))
+    takes_topk = True
+
+    def decompose(
+        self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor, progress: float | None
+    ) -> Decomposition:
+        """TCKD as `mass` and NCKD as `within[1]`, (N,) each, without T²; log masses of the target (0) and the rest (1).
+
+        With a top-k mask NCKD compares the kept classes alone; TCKD and the masses still see all of them.
+        """
+        num_classes = student_logits.shape[1]
+        if num_classes == 2:
+            note_void(type(self).__name__)
+        parts = decompose(student_logits, teacher_logits, [Group(target[:, None])], self.temperature)
+        k = num_classes - 1 if self.topk is None else self.topk.k(progress, num_classes)
+        if k == num_classes - 1:
+            return parts
+        nckd = masked_nckd(student_logits, teacher_logits, target, k, self.temperature)
+        return parts._replace(within=(parts.within[0], nckd))

@@ -1,0 +1,143 @@
+"""Generalized decoupled knowledge distillation: partitions drawn by the teacher."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kd_core.losses.base import DistillationLoss
+from kd_core.losses.checks import as_number
+from kd_core.partition import KL_TYPES, Decomposition, Group, decompose, work_dtype
+
+AUTO_K_RATIO = 2.0  # released code
+
+
+class TopPartitionLoss(DistillationLoss):
+    """A loss whose top group are the k largest teacher logits; the label is not read."""
+
+    terms = {"mass": "tcg", "within_top": "ncg", "within_rest": "ncg"}
+    needs_target = False
+    min_k = 1
+
+    def __init__(self, w0: float, w1: float, w2: float, k: int, temperature: float, **options: Any) -> None:
+        super().__init__(temperature, **options)
+        if isinstance(k, bool) or not isinstance(k, int) or k < self.min_k:
+            raise ValueError(f"k must be a whole number >= {self.min_k}, not {k!r}")
+        self.w0, self.w1, self.w2 = (as_number(w, name) for w, name in ((w0, "w0"), (w1, "w1"), (w2, "w2")))
+        self.k = k
+
+    @property
+    def coefficients(self) -> dict[str, float]:
+        return {"mass": self.w0, "within_top": self.w1, "within_rest": self.w2}
+
+    def check_num_classes(self, num_classes: int) -> None:
+        super().check_num_classes(num_classes)
+        if self.k >= num_classes:
+            raise ValueError(f"k is {self.k}, but it must be below the number of classes, {num_classes}")
+
+    def partition(self, student_logits: Tensor, teacher_logits: Tensor) -> Decomposition:
+        """The divergence split by the loss's partition; the last two groups are those of the within-terms."""
+        raise NotImplementedError
+
+    def row_terms(
+        self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None, progress: float | None
+    ) -> dict[str, Tensor]:
+        parts = self.partition(student_logits, teacher_logits)
+        return {"mass": parts.mass, "within_top": parts.within[-2], "within_rest": parts.within[-1]}
+
+
+class GDKDLoss(TopPartitionLoss):
+    """GDKD, arXiv 2512.04625. U1 are the teacher's top-k classes, U2 the rest, M the masses of the two:
+
+        GDKD        = mass + within_top + within_rest
+        mass        = w0 · T² · mean KL(M^T || M^S)
+        within_top  = w1 · T² · mean KL(p̂^T || p̂^S within U1)
+        within_rest = w2 · T² · mean KL(p̂^T || p̂^S within U2)
+
+    Args:
+        w0, w1, w2: weights of the terms.
+        k: size of U1; with `auto_k` its largest size.
+        temperature: T.
+        kl: divergence within the groups: "forward" KL(T||S), "reverse" KL(S||T), or "both", their mean.
+        auto_k: draw the size of U1 row by row from the teacher's probabilities (`auto_top_group`).
+        options: `weight`, `warmup`, `standardize` of `DistillationLoss`.
+
+    Raises:
+        ValueError: k < 1, k ≥ C, an unknown `kl`, or what `DistillationLoss` refuses.
+    """
+
+    def __init__(
+        self,
+        w0: float = 1.0,
+        w1: float = 1.0,
+        w2: float = 8.0,
+        k: int = 5,
+        temperature: float = 4.0,
+        kl: str = "forward",
+        auto_k: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(w0, w1, w2, k, temperature, **options)
+        if kl not in KL_TYPES:
+            raise ValueError(f"kl must be one of {', '.join(KL_TYPES)}, not {kl!r}")
+        self.kl, self.auto_k = kl, bool(auto_k)
+
+    def partition(self, student_logits: Tensor, teacher_logits: Tensor) -> Decomposition:
+        if self.auto_k:
+            top = auto_top_group(teacher_logits, self.temperature, self.k)
+        else:
+            top = Group(teacher_logits.topk(self.k, 1, sorted=False).indices)
+        return decompose(student_logits, teacher_logits, [top], self.temperature, self.kl)
+
+
+class GDKD3Loss(TopPartitionLoss):
+    """GDKD with three groups (arXiv 2512.04625, released code): the teacher's top-1, its top-2..k, and the rest.
+
+        GDKD3       = mass + within_top + within_rest
+        mass        = w0 · T² · mean KL(M^T || M^S)                        over three masses
+        within_top  = w1 · T² · mean KL(p̂^T || p̂^S within top-2..k)
+        within_rest = w2 · T² · mean KL(p̂^T || p̂^S within the rest)
+
+    Args:
+        w0, w1, w2: weights of the terms.
+        k: size of the first two groups together, at least 2.
+        temperature: T.
+        options: `weight`, `warmup`, `standardize` of `DistillationLoss`.
+
+    Raises:
+        ValueError: k < 2, k ≥ C, or what `DistillationLoss` refuses.
+    """
+
+    min_k = 2
+
+    def __init__(
+        self, w0: float = 1.0, w1: float = 1.0, w2: float = 1.0, k: int = 5, temperature: float = 4.0, **options: Any
+    ) -> None:
+        super().__init__(w0, w1, w2, k, temperature, **options)
+
+    def partition(self, student_logits: Tensor, teacher_logits: Tensor) -> Decomposition:
+        top = teacher_logits.topk(self.k, 1).indices
+        return decompose(student_logits, teacher_logits, [Group(top[:, :1]), Group(top[:, 1:])], self.temperature)
+
+
+def auto_top_group(teacher_logits: Tensor, temperature: float, max_k: int, ratio: float = AUTO_K_RATIO) -> Group:
+    """A top group of its own size in every row (arXiv 2512.04625, released code).
+
+    Sort a row's probabilities upwards and divide each by the mean of all up to and including it: the top group starts at
+    the first quotient ≥ `ratio`. It has at least one class, and at most the `max_k` largest.
+
+    Args:
+        teacher_logits: (N, C).
+        temperature: T of the probabilities.
+        max_k: cap of the group's size, below C.
+        ratio: above 1, so that the group is never the whole row.
+    """
+    num_classes = teacher_logits.shape[1]
+    ordered, index = (teacher_logits.detach().to(work_dtype(teacher_logits)) / temperature).sort(1)
+    log_mean = ordered.logcumsumexp(1) - torch.arange(1, num_classes + 1, device=ordered.device).log()
+    starts = ordered - log_mean >= math.log(ratio)
+    size = (starts.cumsum(1) > 0).sum(1, keepdim=True).clamp_(1, max_k)
+    index = index[:, -max_k:].flip(1)
+    valid = torch.arange(max_k, device=index.device) < size
+    return Group(torch.where(valid, index, index[:, :1]), valid)
