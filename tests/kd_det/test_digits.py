@@ -1,0 +1,205 @@
+"""The built-in data set: what is on the images, what is in the files, and that it is written once and whole."""
+
+import hashlib
+import json
+import multiprocessing
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Boxes, Instances
+from PIL import Image
+
+from kd_det.data import builtin, digits, prepare_digits, register_digits
+
+TINY = (replace(digits.TRAIN, name="tiny_train", num_images=6), replace(digits.VAL, name="tiny_val", num_images=4))
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> tuple[digits.Split, ...]:
+    """The same generator, asked for ten images."""
+    monkeypatch.setattr(digits, "SPLITS", TINY)
+    return TINY
+
+
+@pytest.fixture
+def registered(tiny: tuple[digits.Split, ...], tmp_path: Path) -> Path:
+    register_digits(tmp_path)
+    yield tmp_path
+    for split in tiny:
+        DatasetCatalog.remove(split.name)
+        MetadataCatalog.pop(split.name)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every file's hash."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_no_digit_and_no_photograph_is_in_both_splits():
+    train, val = ({ink.tobytes() for ink in digits.load_samples(split)[0]} for split in digits.SPLITS)
+    assert len(train) + len(val) == 1797
+    assert not train & val
+    photos = [photo for split in digits.SPLITS for photo in digits.load_photos(split)]
+    assert len({photo.tobytes() for photo in photos}) == len(photos)
+    assert not set(digits.TRAIN.photos) & set(digits.VAL.photos)
+
+
+def test_both_splits_have_every_class():
+    for split in digits.SPLITS:
+        assert set(digits.load_samples(split)[1]) == set(range(10))
+
+
+@pytest.mark.parametrize("split", digits.SPLITS, ids=lambda split: split.name)
+def test_boxes_lie_in_the_image_and_hide_little_of_each_other(split: digits.Split):
+    for index in range(20):
+        image, boxes = digits.render(split, index, seed=0)
+        assert image.size == (digits.IMAGE_SIZE, digits.IMAGE_SIZE)
+        assert 1 <= len(boxes) <= digits.NUM_DIGITS[1]
+        for box in boxes:
+            assert 0 <= box.x < box.x + box.width <= digits.IMAGE_SIZE
+            assert 0 <= box.y < box.y + box.height <= digits.IMAGE_SIZE
+        assert all(a.covered_by(b) <= digits.MAX_COVERED for a, b in combinations(boxes, 2))
+
+
+def test_digits_change_the_image_inside_their_boxes_only_and_up_to_each_edge(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(digits, "MAX_NOISE", 0.0)
+    monkeypatch.setattr(digits, "NUM_DIGITS", (3, 3))
+    image, boxes = digits.render(digits.TRAIN, 5, seed=0)
+    monkeypatch.setattr(digits, "NUM_DIGITS", (0, 0))
+    empty, _ = digits.render(digits.TRAIN, 5, seed=0)
+
+    changed = (np.asarray(image) != np.asarray(empty)).any(axis=2)
+    for box in boxes:
+        inside = changed[box.y : box.y + box.height, box.x : box.x + box.width]
+        assert inside[0].any() and inside[-1].any() and inside[:, 0].any() and inside[:, -1].any()
+    for box in boxes:
+        changed[box.y : box.y + box.height, box.x : box.x + box.width] = False
+    assert not changed.any()
+
+
+def test_share_covered_is_of_the_smaller_box():
+    small, large = digits.Box(1, 0, 0, 10, 10), digits.Box(2, 5, 0, 100, 100)
+    assert small.covered_by(large) == large.covered_by(small) == 0.5
+    assert small.covered_by(digits.Box(3, 10, 0, 10, 10)) == 0
+
+
+def test_clutter_keeps_the_ink_of_its_digit_and_is_another_picture():
+    sample = digits.load_samples(digits.VAL)[0][0]
+    shuffled = digits._shuffled(sample, np.random.default_rng(0))
+    assert sorted(shuffled.ravel()) == sorted(sample.ravel())
+    assert (shuffled != sample).any()
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tiny, tmp_path: Path):
+    first, again = (contents(prepare_digits(tmp_path / name, seed=3)) for name in ("first", "again"))
+    other = contents(prepare_digits(tmp_path / "other", seed=4))
+    assert first == again
+    assert first.keys() == other.keys()
+    assert all(first[name] != other[name] for name in first)
+
+
+def test_a_present_data_set_of_whatever_seed_is_left_alone(tiny, tmp_path: Path):
+    image = prepare_digits(tmp_path, seed=7) / "tiny_val" / "000000.jpg"
+    written = image.stat().st_mtime_ns
+    assert prepare_digits(tmp_path) == prepare_digits(tmp_path, seed=7) == tmp_path / "digits"
+    assert image.stat().st_mtime_ns == written
+
+
+def test_a_data_set_of_another_generator_is_written_again_with_its_seed(tiny, tmp_path: Path):
+    folder = prepare_digits(tmp_path, seed=7)
+    expected = contents(folder)
+    (folder / builtin.MARKER).write_text(json.dumps({"seed": 7, "source_sha256": "of last year"}))
+    (folder / "tiny_val" / "leftover.jpg").touch()
+    prepare_digits(tmp_path)
+    assert contents(folder) == expected
+    assert {path.name for path in tmp_path.iterdir()} <= {"digits", "digits.lock"}
+
+
+def test_a_failure_leaves_nothing_behind(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(digits, "SPLITS", (replace(TINY[0], photos=("no_such_photo.png",)),))
+    with pytest.raises(FileNotFoundError, match=r"no_such_photo\.png is missing: .* scikit-image"):
+        prepare_digits(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} <= {"digits.lock"}
+
+
+def test_a_folder_that_is_not_ours_is_never_replaced(tiny, tmp_path: Path):
+    mine = tmp_path / "digits" / "my_own.txt"
+    mine.parent.mkdir()
+    mine.write_text("precious")
+    with pytest.raises(ValueError, match="was not written by kd_det"):
+        prepare_digits(tmp_path)
+    assert mine.read_text() == "precious"
+
+
+def test_a_negative_seed_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="seed of the digits data set is -1"):
+        prepare_digits(tmp_path, seed=-1)
+
+
+def test_of_several_processes_one_writes_and_all_find_it_whole(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    replace_folder, writers = builtin._replace, tmp_path / "writers"
+
+    def recorded(folder: Path, seed: int | None) -> None:
+        with writers.open("a") as file:
+            file.write("one\n")
+        replace_folder(folder, seed)
+
+    monkeypatch.setattr(builtin, "_replace", recorded)
+    with multiprocessing.get_context("fork").Pool(4) as pool:  # forked, the processes know TINY
+        folders = pool.map(prepare_digits, [tmp_path] * 4, chunksize=1)
+    assert writers.read_text() == "one\n"
+    assert set(folders) == {tmp_path / "digits"}
+    assert len(list(folders[0].rglob("*.jpg"))) == 10
+
+
+def test_detectron2_loads_it_and_finds_the_classes_in_order(registered: Path):
+    assert not (registered / "digits").exists()  # nothing is written before it is asked for
+    for split in TINY:
+        dicts = DatasetCatalog.get(split.name)
+        metadata = MetadataCatalog.get(split.name)
+        assert metadata.thing_classes == list("0123456789")
+        assert metadata.evaluator_type == "coco"
+        assert len(dicts) == split.num_images
+        for index, record in enumerate(dicts):
+            _, boxes = digits.render(split, index, seed=0)
+            assert Image.open(record["file_name"]).size == (record["width"], record["height"])
+            found = [(a["category_id"], *a["bbox"]) for a in record["annotations"]]
+            assert found == [(box.label, box.x, box.y, box.width, box.height) for box in boxes]
+
+
+def test_a_detector_that_knows_the_truth_has_an_ap_of_100(registered: Path):
+    dicts = DatasetCatalog.get("tiny_val")
+    evaluator = COCOEvaluator("tiny_val", ("bbox",), distributed=False, use_fast_impl=False)
+    evaluator.reset()
+    for record in dicts:
+        boxes = torch.tensor([a["bbox"] for a in record["annotations"]], dtype=torch.float32)
+        boxes[:, 2:] += boxes[:, :2]
+        classes = torch.tensor([a["category_id"] for a in record["annotations"]])
+        instances = Instances((192, 192), pred_boxes=Boxes(boxes), scores=torch.ones(len(boxes)), pred_classes=classes)
+        evaluator.process([record], [{"instances": instances}])
+    assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(100)
+
+
+def test_registering_twice_does_no_harm(registered: Path):
+    register_digits(registered)
+    register_digits(registered / "elsewhere")
+    assert MetadataCatalog.get("tiny_val").image_root == str(registered / "digits" / "tiny_val")
+
+
+def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit):
+        builtin.main(["--root", str(tmp_path), "--seed", "-2"])
+    assert "it must be 0 or more" in capsys.readouterr().err
+
+
+def test_the_command_writes_and_prints_the_folder(tiny, tmp_path: Path, capsys: pytest.CaptureFixture):
+    builtin.main(["--root", str(tmp_path)])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "digits")
+    assert (tmp_path / "digits" / "annotations" / "tiny_train.json").is_file()
