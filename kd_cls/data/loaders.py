@@ -7,7 +7,7 @@ from timm.data import create_loader
 from timm.data.loader import PrefetchLoader
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .reproducible import ReproducibleDataset
+from .reproducible import ReproducibleDataset, mix_seed
 from .resident import ResidentLoader
 from .sampler import EpochSampler
 from .transforms import build_transforms
@@ -79,7 +79,9 @@ def create_loaders(
     train = create_loader(train_set, batch_size=batch_size, is_training=True, **common)
     val = create_loader(val_set, batch_size=val_batch_size, **common)
     train_set.transform, val_set.transform = transforms  # in place of timm's own, which have no padded crop
-    return Loaders(_with_sampler(train, order, seed), _with_sampler(val, val_order, seed))
+    return Loaders(
+        _with_sampler(train, order, mix_seed(seed, rank)), _with_sampler(val, val_order, mix_seed(seed, rank))
+    )
 
 
 def _check_sizes(train_set: Dataset, val_set: Dataset, batch_size: int, val_batch_size: int) -> None:

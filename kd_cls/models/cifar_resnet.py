@@ -12,6 +12,7 @@ from torch import nn
 from .cifar_net import PooledClassifier, cifar_cfg, conv3x3, init_weights
 
 DEPTHS = (8, 14, 20, 32, 44, 56, 110)
+WIDE = (32, 64, 128, 256)  # of the x4 networks: stem, stages
 default_cfgs = generate_default_cfgs({f"cifar_resnet{name}": cifar_cfg("fc") for name in (*DEPTHS, "8x4", "32x4")})
 
 
@@ -59,9 +60,6 @@ def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequ
         projection = downsample_conv(in_channels, channels, kernel_size=1, stride=stride)
     first = BasicBlock(in_channels, channels, stride, projection)
     return nn.Sequential(first, *(BasicBlock(channels, channels) for _ in range(blocks - 1)))
-
-
-WIDE = (32, 64, 128, 256)
 
 
 def _create(name: str, pretrained: bool, **kwargs) -> CifarResNet:

@@ -145,6 +145,15 @@ def test_workers_draw_what_the_main_process_draws_and_follow_the_epoch() -> None
         assert [tuple(draws) for draws in workers] == [dataset[index] for index in range(6)]
 
 
+def test_batches_are_the_same_to_the_bit_for_any_number_of_workers() -> None:
+    alone, workers = (create_loaders(Noise(20), Noise(4), **SETTINGS, num_workers=n).train for n in (0, 2))
+    for epoch in range(2):
+        set_epoch(alone, epoch)
+        set_epoch(workers, epoch)
+        for (images, target), (images_again, target_again) in zip(alone, workers, strict=True):
+            assert torch.equal(images, images_again) and torch.equal(target, target_again)
+
+
 def test_batches_are_normalised_images_and_their_targets() -> None:
     train = Noise(20)
     loaders = create_loaders(train, Noise(12), **(SETTINGS | {"augmentation": "none"}))

@@ -120,6 +120,14 @@ def test_channels_last_and_a_deep_copy_compute_the_same(name: str) -> None:
     torch.testing.assert_close(twin(images.contiguous(memory_format=torch.channels_last)), model(images))
 
 
+@pytest.mark.parametrize("name", ["cifar_shufflev2", "cifar_vgg8"])  # a channel shuffle, a look at the input size
+def test_torch_compile_needs_no_graph_break(name: str) -> None:
+    model = timm.create_model(name, num_classes=4).eval()
+    images = torch.randn(2, 3, 32, 32)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images), model(images))
+
+
 @pytest.mark.parametrize("name", ONE_PER_FAMILY)
 def test_any_input_size_is_classified(name: str) -> None:
     model = timm.create_model(name, num_classes=4).eval()
