@@ -10,8 +10,7 @@
             ...
 
 *Data sets* are map-style: `dataset[i]` is (image, class index), the image an RGB `PIL.Image` unless `dataset.transform`
-is set; `dataset.classes` names the classes, the same list in both splits. `register_dataset` adds a name;
-`train_images=5000` takes so many, evenly spaced.
+is set; `dataset.classes` names the classes, the same list in both splits. `register_dataset` adds a name.
 
 *Augmentation* is one of `AUGMENTATIONS`: "digits", "cifar", "imagenet", "tiny_imagenet_64", "none";
 `default_augmentation(name)` is a data set's own. Options of timm's `create_transform` refine "imagenet".
@@ -38,7 +37,6 @@ from .loaders import Loaders, create_loaders, set_epoch
 from .reproducible import ReproducibleDataset, preserved_rng, seed_rng
 from .resident import ResidentLoader
 from .sampler import EpochSampler
-from .subset import EvenSubset
 from .transforms import AUGMENTATIONS, TIMM_OPTIONS, build_transforms
 
 __all__ = [
@@ -47,7 +45,6 @@ __all__ = [
     "TIMM_OPTIONS",
     "DataSets",
     "EpochSampler",
-    "EvenSubset",
     "Loaders",
     "ReproducibleDataset",
     "ResidentLoader",

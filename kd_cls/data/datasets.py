@@ -13,7 +13,6 @@ from kd_cls.constants import CIFAR100_MEAN, CIFAR100_STD
 from .digits import Digits
 from .images import class_folder
 from .published_splits import cub200, tiny_imagenet
-from .subset import EvenSubset
 
 TRAIN_FOLDERS = ("train", "training")
 VAL_FOLDERS = ("val", "validation", "valid", "eval", "test")
@@ -66,8 +65,6 @@ def create_datasets(
     download: bool = False,
     train_split: str = "train",
     val_split: str = "validation",
-    train_images: int = 0,
-    val_images: int = 0,
 ) -> DataSets:
     """The training and validation set called `name`.
 
@@ -76,11 +73,10 @@ def create_datasets(
         root: the folder that holds it; "digits" needs none.
         download: let torchvision fetch it where it can ("cifar100").
         train_split, val_split: names of the splits, for timm's names only.
-        train_images, val_images: use so many images, evenly spaced over the split (see `EvenSubset`); 0: all.
 
     Raises:
         ValueError: an unknown name; files that are missing (says what is expected where); an empty class folder; a
-            validation set with other classes than the training set; more images asked for than there are.
+            validation set with other classes than the training set.
     """
     root = Path(root).expanduser()
     if name in DATASETS:
@@ -93,8 +89,6 @@ def create_datasets(
             "create_dataset such as torch/cifar10"
         )
     _check_classes(name, train.classes, val.classes)
-    train = EvenSubset(train, train_images) if train_images else train
-    val = EvenSubset(val, val_images) if val_images else val
     return DataSets(train, val, len(train.classes))
 
 

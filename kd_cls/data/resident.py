@@ -71,7 +71,9 @@ class ResidentLoader:
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         draws = self._draw()
-        for batch in torch.tensor(list(self.sampler)).to(self.images.device).split(self.batch_size):
+        order = torch.tensor(list(self.sampler), dtype=torch.int64).to(self.images.device)
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
             images = self._crop(batch, *(draw[batch] for draw in draws)).float()
             yield images.sub_(self.mean).div_(self.std), self.targets[batch]
 

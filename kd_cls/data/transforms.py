@@ -14,7 +14,6 @@ from torchvision import transforms as T
 Transform = Callable[[Any], torch.Tensor]
 Size = tuple[int, int]
 
-
 # What of timm's `create_transform` may be set: the rest is decided by the loader, or works on batches.
 TIMM_OPTIONS = (
     "auto_augment",

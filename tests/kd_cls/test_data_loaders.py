@@ -203,11 +203,12 @@ def test_without_reproducibility_the_global_generator_decides_the_augmentation()
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_validation_counts_every_image_exactly_once_over_all_ranks(world_size: int) -> None:
-    seen = []
+@pytest.mark.parametrize("resident", [False, True])
+@pytest.mark.parametrize("world_size", [1, 3, 15])  # of 15 ranks two have no image to count
+def test_validation_counts_every_image_exactly_once_over_all_ranks(world_size: int, resident: bool) -> None:
+    seen, ranks = [], {"world_size": world_size, "resident": resident}
     for rank in range(world_size):
-        val = create_loaders(Noise(4), Noise(13), **SETTINGS, rank=rank, world_size=world_size).val
+        val = create_loaders(Noise(4), Noise(13), **SETTINGS, rank=rank, **ranks).val
         seen += [int(index) for _, target in val for index in target]
     assert sorted(seen) == list(range(13))
 
@@ -260,11 +261,12 @@ def test_a_resident_epoch_resumes_repeats_and_splits_into_ranks_to_the_bit() -> 
 
 
 def test_the_built_in_digits_go_through_the_loaders() -> None:
-    data = create_datasets("digits", train_images=64, val_images=10)
-    loaders = create_loaders(data.train, data.val, **(SETTINGS | {"augmentation": "digits"}), val_batch_size=10)
+    data = create_datasets("digits")
+    settings = SETTINGS | {"augmentation": "digits", "batch_size": 64}
+    loaders = create_loaders(data.train, data.val, **settings, val_batch_size=100)
     images, target = next(iter(loaders.train))
-    assert images.shape == (8, 3, 32, 32) and target.max() < data.num_classes
-    assert len(loaders.train) == 8 and len(loaders.val) == 1
+    assert images.shape == (64, 3, 32, 32) and target.max() < data.num_classes
+    assert len(loaders.train) == 19 and len(loaders.val) == 6
 
 
 def test_cifar_training_images_are_crops_of_the_padded_image_half_of_them_flipped() -> None:

@@ -224,14 +224,6 @@ def test_a_wrong_file_of_cub_is_named(cub: Path, file: str, text: str | None, me
         create_datasets("cub200", cub)
 
 
-def test_a_part_of_a_data_set_is_evenly_spaced_and_keeps_all_classes(folders: Path) -> None:
-    data = create_datasets("folder", folders, train_images=2, val_images=1)
-    assert [target for _, target in data.train] == [0, 1]
-    assert (data.num_classes, data.val.classes, len(data.val)) == (2, ["ant", "bee"], 1)
-    with pytest.raises(ValueError, match="cannot take 5 of 4 images"):
-        create_datasets("folder", folders, train_images=5)
-
-
 def test_every_data_set_has_the_papers_augmentation_and_statistics() -> None:
     assert {name: entry.augmentation for name, entry in DATASETS.items() if not name.endswith("strips")} == {
         "cifar100": "cifar",
