@@ -21,8 +21,8 @@ class TopKSchedule:
 
         K = max(2, ceil(share · (C − 1))), and at most C − 1
 
-    A pure function of progress. Three phases, from 5 % of the classes to all of them, are the paper's; their lengths and
-    the plateau are not published: equal thirds and 50 % are ours.
+    A pure function of progress. Three phases, from 5 % of the classes to all of them, are the paper's; their lengths
+    and the plateau are not published: equal thirds and 50 % are ours.
 
     Args:
         start: share of the C − 1 non-target classes at progress 0, in [0, 1].

@@ -7,6 +7,7 @@ from kd_core.losses.dkd import DKDLoss
 from kd_core.losses.foreground_background import ForegroundBackground
 from kd_core.losses.gdkd import GDKD3Loss, GDKDLoss
 from kd_core.losses.kd import KDLoss
+from kd_core.losses.serialization import SerializationLayer, merge_linear
 from kd_core.losses.standardize import standardize_logits
 
 __all__ = [
@@ -18,8 +19,10 @@ __all__ = [
     "GDKD3Loss",
     "GDKDLoss",
     "KDLoss",
+    "SerializationLayer",
     "add_loss_config",
     "build_loss",
     "common_options",
+    "merge_linear",
     "standardize_logits",
 ]

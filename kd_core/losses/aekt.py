@@ -21,8 +21,8 @@ class AEKTLoss(TargetPartitionLoss):
         explicit = w_e · T² · mean r · KL(b^T || b^S)         b = [p_t, 1 − p_t]
         implicit = w_i · T² · mean KL(p̂^T || p̂^S)             p̂_i = p_i / (1 − p_t), i ≠ t
 
-    Published: that logit distillation transfers implicit knowledge, that AEKT adds the explicit one, weighted by a ratio
-    of teacher and student, and that a layer (`SerializationLayer`) keeps the two tasks apart. Ours: the formula above.
+    Published: that logit distillation transfers implicit knowledge, that AEKT adds the explicit one, weighted by a
+    ratio of teacher and student, and that a layer (`SerializationLayer`) keeps the two tasks apart. Ours: the formula.
 
     Args:
         explicit_weight: w_e.

@@ -98,8 +98,8 @@ class DistillationLoss(nn.Module):
             row_weights: (N,) weights w of the rows, for Σ w·x / N in place of the mean.
 
         Raises:
-            ValueError: shapes that do not fit, or a target out of [0, C). On CUDA a look at the range would wait for the
-                device, so there the indexing kernel asserts it.
+            ValueError: shapes that do not fit, or a target out of [0, C). On CUDA a look at the range would wait for
+                the device, so there the indexing kernel asserts it.
         """
         check_inputs(student_logits, teacher_logits, target, row_weights, self.needs_target)
         self.check_num_classes(student_logits.shape[1])
@@ -113,8 +113,8 @@ class DistillationLoss(nn.Module):
             rows = self.row_terms(student_logits, teacher_logits, target, progress)
             if row_weights is not None:
                 rows = {name: row * row_weights.to(row.dtype) for name, row in rows.items()}
-            coefficients = self.coefficients
-            return {name: (row * (scale * coefficients[name])).sum() for name, row in rows.items()}
+            factors = {name: scale * coefficient for name, coefficient in self.coefficients.items()}
+            return {name: (row * factors[name]).sum() for name, row in rows.items()}
 
 
 @cache

@@ -124,8 +124,8 @@ class GDKD3Loss(TopPartitionLoss):
 def auto_top_group(teacher_logits: Tensor, temperature: float, max_k: int, ratio: float = AUTO_K_RATIO) -> Group:
     """A top group of its own size in every row (arXiv 2512.04625, released code).
 
-    Sort a row's probabilities upwards and divide each by the mean of all up to and including it: the top group starts at
-    the first quotient ≥ `ratio`. It has at least one class, and at most the `max_k` largest.
+    Sort a row's probabilities upwards and divide each by the mean of all up to and including it: the top group starts
+    at the first quotient ≥ `ratio`. It has at least one class, and at most the `max_k` largest.
 
     Args:
         teacher_logits: (N, C).

@@ -31,7 +31,7 @@ def merge_linear(classifier: nn.Linear, layer: nn.Linear) -> tuple[Tensor, Tenso
         ValueError: the layer does not take what the classifier gives.
     """
     if layer.in_features != classifier.out_features:
-        raise ValueError(f"the layer takes {layer.in_features} logits, but the classifier has {classifier.out_features}")
+        raise ValueError(f"the layer takes {layer.in_features} classes, the classifier gives {classifier.out_features}")
     merge = layer.weight.double()
     weight = merge @ classifier.weight.double()
     bias = layer.bias.double()
