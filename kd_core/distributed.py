@@ -21,8 +21,8 @@ class SetReduction:
     gradients' own memory, so no more than one bucket is needed beyond them. A rank sends (number of sets) × (size of
     the parameters): `bytes_sent`.
 
-    The host needs the bitmap, to leave alone what no rank has reached. Under NCCL alone that is a wait for the GPU, once
-    a step; under `init_process_group("cpu:gloo,cuda:nccl")` it does not touch the GPU.
+    The host needs the bitmap, to leave alone what no rank has reached. Under NCCL alone that is a wait for the GPU,
+    once a step; under `init_process_group("cpu:gloo,cuda:nccl")` it does not touch the GPU.
     """
 
     def __init__(self, params: Sequence[Tensor], sets: int, bucket_bytes: int = BUCKET_BYTES) -> None:
