@@ -25,9 +25,9 @@ class SetReduction:
     once a step; under `init_process_group("cpu:gloo,cuda:nccl")` it does not touch the GPU.
     """
 
-    def __init__(self, params: Sequence[Tensor], sets: int, bucket_bytes: int = BUCKET_BYTES) -> None:
+    def __init__(self, params: Sequence[Tensor], sets: int) -> None:
         self.params = list(params)
-        self.buckets = make_buckets(self.params, bucket_bytes)
+        self.buckets = make_buckets(self.params, BUCKET_BYTES)
         self.reached = torch.zeros(sets, len(self.params), dtype=torch.uint8)
         self.bytes_sent = 0
         self._sent: list[tuple[Tensor, dist.Work]] = []

@@ -1,0 +1,42 @@
+"""The presets are settings of StreamSGD, and nothing more."""
+
+import pytest
+from torch import nn, zeros
+
+from kd_core.optim import StreamSGD, deepkd_sgd, deepkd_sgd_released, dot_sgd
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected", "sets"),
+    [
+        (deepkd_sgd, (0.975, 0.825, 0.975), (("tog", "ncg"), ("tcg",))),
+        (dot_sgd, (0.825, 0.975, 0.975), (("tog",), ("tcg", "ncg"))),
+        (deepkd_sgd_released, (0.825, 0.825, 0.975), (("tog", "tcg"), ("ncg",))),
+    ],
+)
+def test_a_preset_has_the_papers_momenta_in_two_sets(preset, expected: tuple[float, ...], sets) -> None:
+    optimizer = preset([nn.Parameter(zeros(1))], lr=0.05, weight_decay=5e-4)
+    group = optimizer.param_groups[0]
+    assert type(optimizer) is StreamSGD
+    assert tuple(group["momenta"][s] for s in ("tog", "tcg", "ncg")) == pytest.approx(expected, abs=1e-12)
+    assert optimizer.stream_sets == sets
+    assert (group["decay_stream"], group["weight_decay"], group["base_momentum"]) == ("tog", 5e-4, 0.9)
+
+
+def test_the_deltas_may_be_chosen() -> None:
+    p = [nn.Parameter(zeros(1))]
+    momenta = deepkd_sgd(p, 0.1, delta_tog=0.075, delta_tcg=-0.1, delta_ncg=0.05).param_groups[0]["momenta"]
+    assert momenta == pytest.approx({"tog": 0.975, "tcg": 0.8, "ncg": 0.95})
+    assert dot_sgd(p, 0.1, delta=0.09).param_groups[0]["momenta"] == pytest.approx(
+        {"tog": 0.81, "tcg": 0.99, "ncg": 0.99}
+    )
+
+
+def test_deltas_of_zero_are_one_set() -> None:
+    optimizer = deepkd_sgd([nn.Parameter(zeros(1))], 0.1, delta_tog=0, delta_tcg=0, delta_ncg=0)
+    assert optimizer.stream_sets == (("tog", "tcg", "ncg"),)
+
+
+def test_deltas_that_lead_out_of_range_are_an_error() -> None:
+    with pytest.raises(ValueError, match=r"the momentum of stream 'tog' is 1.05: it must be in \[0, 1\)"):
+        deepkd_sgd([nn.Parameter(zeros(1))], 0.1, delta_tog=0.15)
