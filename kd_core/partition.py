@@ -181,8 +181,8 @@ def _block_gradient(
     if grad is None:
         return student * slope[:, None]
     forward, reverse = (grad * weight for weight in kl)
-    gradient = student * (slope + forward)[:, None]
-    gradient.addcmul_(teacher, forward[:, None], value=-1)
+    gradient = (student - teacher).mul_(forward[:, None])  # the difference first: equal sides give exactly 0
+    gradient.addcmul_(student, slope[:, None])
     if centred_log_ratio is not None:
         gradient.addcmul_(centred_log_ratio * student, reverse[:, None])
     return gradient
@@ -220,18 +220,19 @@ class _Decompose(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         mass_student, mass_teacher, *saved = ctx.saved_tensors
         groups, softmaxes = saved[: 2 * ctx.num_listed], saved[2 * ctx.num_listed :]
+        scale = 1 / ctx.temperature  # du/dz
         slope = torch.zeros_like(mass_student)
         if grad_mass is not None:
-            slope = (mass_student - mass_teacher) * grad_mass
+            slope = (mass_student - mass_teacher) * (grad_mass * scale)
         if grad_log_mass is not None:
-            slope = slope + grad_log_mass - mass_student * grad_log_mass.sum(0)
+            slope = slope + (grad_log_mass - mass_student * grad_log_mass.sum(0)) * scale
         *listed, gradient = (
-            _block_gradient(softmaxes[3 * g : 3 * g + 3], slope[g], grad, ctx.kl) for g, grad in enumerate(grad_within)
+            _block_gradient(softmaxes[3 * g : 3 * g + 3], slope[g], None if grad is None else grad * scale, ctx.kl)
+            for g, grad in enumerate(grad_within)
         )
         for index, block in zip(groups[::2], listed, strict=True):
             gradient.scatter_add_(1, index, block)  # 0 there so far; an entry that does not count adds 0
-        gradient = gradient.div_(ctx.temperature).to(ctx.dtype)
-        return gradient, None, None, None, *(None for _ in groups)
+        return gradient.to(ctx.dtype), None, None, None, *(None for _ in groups)
 
 
 def _scaled(logits: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:

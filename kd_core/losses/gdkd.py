@@ -59,7 +59,8 @@ class GDKDLoss(TopPartitionLoss):
         w0, w1, w2: weights of the terms.
         k: size of U1; with `auto_k` its largest size.
         temperature: T.
-        kl: divergence within the groups: "forward" KL(T||S), "reverse" KL(S||T), or "both", their mean.
+        kl: divergence within the groups: "forward" KL(T||S), "reverse" KL(S||T), or "both", their mean. The gradient of
+            a reverse KL is as large as the teacher's logit gaps, times T and weight: float16 logits may not hold it.
         auto_k: draw the size of U1 row by row from the teacher's probabilities (`auto_top_group`).
         options: `weight`, `warmup`, `standardize` of `DistillationLoss`.
 

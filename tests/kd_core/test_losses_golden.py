@@ -38,7 +38,9 @@ SHARED_ROWS = {
 }
 
 
-def value_and_gradient(loss: DistillationLoss, student: Tensor, teacher: Tensor, target: Tensor) -> tuple[float, Tensor]:
+def value_and_gradient(
+    loss: DistillationLoss, student: Tensor, teacher: Tensor, target: Tensor
+) -> tuple[float, Tensor]:
     student = student.clone().requires_grad_()
     value = sum(loss(student, teacher, target).values())
     return value.item(), torch.autograd.grad(value, student)[0]
