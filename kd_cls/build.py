@@ -11,7 +11,6 @@ from fvcore.common.config import CfgNode
 from timm.loss import create_classification_loss
 from torch import nn
 
-import kd_core.losses
 from kd_cls.cache import LogitCache
 from kd_cls.config import config_hash
 from kd_cls.data import DataSets, Loaders
@@ -24,7 +23,7 @@ from kd_cls.solver import build_optimizer, build_scheduler
 from kd_cls.student import Student
 from kd_cls.task import DistillationTask
 from kd_cls.teacher import Teacher, build_teacher, digest
-from kd_core.losses import DistillationLoss, build_loss
+from kd_core.losses import DistillationLoss, SerializationLayer, build_loss
 
 logger = logging.getLogger("kd_cls")
 
@@ -54,10 +53,11 @@ def build_trainer(cfg: CfgNode, process: Process) -> Trainer:
 
 
 def build_distillation_loss(cfg: CfgNode, num_classes: int) -> DistillationLoss | None:
-    """The loss of KD.LOSS, its warm-up as a share of the training; tried out, so that bad parameters show at once.
+    """The loss of KD.LOSS, its warm-up as a share of the training.
 
     Raises:
-        ValueError: an unknown name, a parameter the loss refuses for so many classes, or mixed labels where it needs one.
+        ValueError: an unknown name, a parameter the loss refuses for so many classes, or mixed labels and a loss that
+            needs one.
     """
     node = cfg.KD.LOSS.clone()
     node.defrost()
@@ -66,12 +66,12 @@ def build_distillation_loss(cfg: CfgNode, num_classes: int) -> DistillationLoss 
             f"KD.LOSS.WARMUP is {node.WARMUP} (a share) and KD.LOSS.WARMUP_EPOCHS {node.WARMUP_EPOCHS}: set one of them"
         )
     node.WARMUP = node.WARMUP or min(node.WARMUP_EPOCHS / cfg.SOLVER.EPOCHS, 1.0)
+    if node.NAME == "gdkds":
+        raise ValueError("KD.LOSS.NAME gdkds is a mix for foreground and background, as detectors have: use gdkd3")
     try:
-        loss = build_loss(node)
-        if loss is not None:
-            loss(torch.zeros(1, num_classes), torch.zeros(1, num_classes), torch.zeros(1, dtype=torch.long), 0.0)
+        loss = build_loss(node, num_classes)
     except ValueError as error:
-        raise ValueError(f"KD.LOSS: {error}") from error
+        raise ValueError(f"KD.{error}") from error
     if loss is not None and mixes(cfg):
         check_mixed_labels(cfg, loss)
     return loss
@@ -86,15 +86,15 @@ def check_mixed_labels(cfg: CfgNode, loss: DistillationLoss) -> None:
     )
     if loss.needs_target and not whole_kl:
         raise ValueError(
-            f"SOLVER.MIXUP mixes the labels of two images, and KD.LOSS.NAME {cfg.KD.LOSS.NAME!r} splits the classes by one "
-            "label: set ALPHA and CUTMIX_ALPHA to 0, or use gdkd, gdkd3, kd without TOPK "
+            f"SOLVER.MIXUP mixes the labels of two images, and KD.LOSS.NAME {cfg.KD.LOSS.NAME!r} splits the classes by "
+            "one label: set ALPHA and CUTMIX_ALPHA to 0, or use gdkd, gdkd3, kd without TOPK "
             "under sgd, or KD.LOSS.DKD.PARTITION teacher_top1"
         )
 
 
 def serialization_layer(cfg: CfgNode, num_classes: int) -> nn.Module | None:
     """AEKT's layer between the distilled logits and the task's, None for other losses."""
-    return kd_core.losses.SerializationLayer(num_classes) if cfg.KD.LOSS.NAME == "aekt" else None
+    return SerializationLayer(num_classes) if cfg.KD.LOSS.NAME == "aekt" else None
 
 
 def attach_teacher(cfg: CfgNode, data: DataSets, stats: InputStats, process: Process) -> Teacher:

@@ -67,8 +67,8 @@ def add_data_config(cfg: CfgNode) -> None:
     cfg.DATA.TIMM_OPTIONS = ""
     # After how many epochs the same augmentations come again (for a teacher cache of finite size); 0: never.
     cfg.DATA.AUGMENTATION_EPOCHS = 0
-    # Draw augmentations from (SEED, epoch, image). False: from each worker's own generator, which rules out a teacher cache
-    # and a resume to the bit.
+    # Draw augmentations from (SEED, epoch, image). False: from each worker's own generator, which rules out a teacher
+    # cache and a resume to the bit.
     cfg.DATA.REPRODUCIBLE = True
     # Side length of the student's input. 0: the model's own.
     cfg.DATA.INPUT_SIZE = 0
@@ -135,7 +135,7 @@ def add_solver_config(cfg: CfgNode) -> None:
     cfg.SOLVER.WEIGHT_DECAY = 5e-4
     # Apply weight decay to norms and biases too, as the papers do.
     cfg.SOLVER.DECAY_NORM_AND_BIAS = True
-    # Momentum of each stream = MOMENTUM + DELTA (DeepKD).
+    # Momentum of each stream = MOMENTUM + DELTA, for deepkd_sgd and stream_adamw (its first moment).
     cfg.SOLVER.DEEPKD = CfgNode({"DELTA_TOG": 0.075, "DELTA_TCG": -0.075, "DELTA_NCG": 0.075})
     # DOT: task MOMENTUM − DELTA, distillation MOMENTUM + DELTA.
     cfg.SOLVER.DOT = CfgNode({"DELTA": 0.075})

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class StepMeters:
-    """Means of the loss terms and of top-1 since the last `read`, and the first iteration with a term that is not finite.
+    """Means of the terms and of top-1 since the last `read`, and the first iteration with a term that is no number.
 
     Args:
         names: the terms, in the order that `update` gets them.
@@ -57,7 +57,7 @@ class StepMeters:
             )
 
     def read(self, world_size: int) -> dict[str, float]:
-        """Mean of each term, their sum `loss`, top-1 in percent, images per second over all processes; then restarts."""
+        """Mean of each term, their sum `loss`, top-1 in percent, images per second of all processes; restarts."""
         count, elapsed = max(self.images, 1), time.perf_counter() - self.started
         *terms, right = (self.sums / count).tolist()
         means = {"loss": sum(terms)} | dict(zip(self.names, terms, strict=True))

@@ -1,15 +1,14 @@
 """The optimizer over gradient streams and timm's learning-rate schedule, from a config."""
 
-from collections.abc import Iterable
 from typing import Any
 
 from fvcore.common.config import CfgNode
 from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from torch import nn
 from torch.optim import Optimizer
 
+from kd_cls.student import Student
 from kd_core import optim as streams
 
 STREAM_OPTIMIZERS = ("dot_sgd", "deepkd_sgd", "stream_adamw")
@@ -70,29 +69,36 @@ def check_solver(cfg: CfgNode, world_size: int) -> None:
         )
 
 
-def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
-    """The optimizer of SOLVER.OPTIMIZER over the model's parameters."""
+def build_optimizer(cfg: CfgNode, student: Student) -> Optimizer:
+    """The optimizer of SOLVER.OPTIMIZER over the student's parameters."""
     solver = cfg.SOLVER
-    groups = parameter_groups(cfg, model)
+    groups = parameter_groups(cfg, student)
     common: dict[str, Any] = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
     sgd = {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV, "step": solver.STEP}
+    deltas = {stream: solver.DEEPKD[f"DELTA_{stream.upper()}"] for stream in ("tog", "tcg", "ncg")}
     if solver.OPTIMIZER == "sgd":  # equal momenta: torch.optim.SGD, one backward pass
         return streams.deepkd_sgd(groups, **common, **sgd, delta_tog=0.0, delta_tcg=0.0, delta_ncg=0.0)
     if solver.OPTIMIZER == "deepkd_sgd":
-        delta = {f"delta_{stream}": solver.DEEPKD[f"DELTA_{stream.upper()}"] for stream in ("tog", "tcg", "ncg")}
-        return streams.deepkd_sgd(groups, **common, **sgd, **delta)
+        return streams.deepkd_sgd(groups, **common, **sgd, **{f"delta_{name}": delta for name, delta in deltas.items()})
     if solver.OPTIMIZER == "dot_sgd":
         return streams.dot_sgd(groups, **common, **sgd, delta=solver.DOT.DELTA)
     if solver.OPTIMIZER == "stream_adamw":
-        return streams.StreamAdamW(groups, **common)
+        return streams.StreamAdamW(groups, **common, momenta={name: solver.MOMENTUM + d for name, d in deltas.items()})
     return create_optimizer_v2(groups, opt=solver.OPTIMIZER, **common, momentum=solver.MOMENTUM)
 
 
-def parameter_groups(cfg: CfgNode, model: nn.Module) -> Iterable[Any]:
-    """All trained parameters; in two groups where norms and biases do not decay."""
-    if cfg.SOLVER.DECAY_NORM_AND_BIAS:
-        return [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return param_groups_weight_decay(model, cfg.SOLVER.WEIGHT_DECAY)
+def parameter_groups(cfg: CfgNode, student: Student) -> list[dict[str, Any]]:
+    """Trained parameters, with and without weight decay.
+
+    The serialization layer does not decay (ours): decay pulls towards 0, and that layer starts from the identity.
+    """
+    kept = set()
+    if student.serialization is not None:
+        kept = {f"serialization.{name}" for name, _ in student.serialization.named_parameters()}
+    if not cfg.SOLVER.DECAY_NORM_AND_BIAS:
+        kept |= {f"model.{name}" for name in getattr(student.model, "no_weight_decay", set)()}
+    exclude_norms = not cfg.SOLVER.DECAY_NORM_AND_BIAS
+    return param_groups_weight_decay(student, cfg.SOLVER.WEIGHT_DECAY, exclude_norms, kept)
 
 
 def build_scheduler(cfg: CfgNode, optimizer: Optimizer, steps_per_epoch: int) -> Scheduler:

@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kd_core.losses import merge_linear
+
 
 class Student(nn.Module):
     """z = model(x), and the task logits W·z + b where there is a serialization layer (AEKT), else z itself.
@@ -23,11 +25,8 @@ class Student(nn.Module):
         if freeze_bn:
             for layer in batch_norms(model):
                 layer.requires_grad_(False)
-        if serialization is not None and not isinstance(classifier(model), nn.Linear):
-            raise ValueError(
-                f"KD.LOSS.NAME aekt merges its serialization layer into the classifier, and that of "
-                f"{type(model).__name__} is {type(classifier(model)).__name__}, not Linear: use another student or loss"
-            )
+        if serialization is not None:
+            check_mergeable(model)
 
     def train(self, mode: bool = True) -> "Student":
         """As ever, but for frozen BatchNorm layers."""
@@ -47,11 +46,11 @@ class Student(nn.Module):
         return self(images)[1]
 
     def merged_state_dict(self) -> dict[str, Any]:
-        """The weights under the network's own names, W·classifier merged into one layer: it then predicts as `predict`."""
+        """The weights under the network's own names, W·classifier merged into one: it then predicts as `predict`."""
         state = dict(self.model.state_dict())
         if self.serialization is not None:
-            layer, prefix = self.merged_classifier(), classifier_prefix(self.model)
-            state |= {f"{prefix}{name}": tensor for name, tensor in layer.state_dict().items()}
+            prefix = classifier_prefix(self.model)
+            state[prefix + "weight"], state[prefix + "bias"] = merge_linear(classifier(self.model), self.serialization)
         return state
 
     def factors(self) -> dict[str, Any]:
@@ -64,6 +63,16 @@ class Student(nn.Module):
     def load(self, merged: dict[str, Any], factors: dict[str, Any]) -> None:
         """Undo `merged_state_dict` and `factors`."""
         self.load_state_dict({f"model.{name}": tensor for name, tensor in merged.items()} | factors)
+
+
+def check_mergeable(model: nn.Module) -> None:
+    """Raise a ValueError unless the network's last layer is linear with a bias, which W·z + b can be merged into."""
+    last = classifier(model)
+    if not isinstance(last, nn.Linear) or last.bias is None:
+        raise ValueError(
+            "KD.LOSS.NAME aekt merges its serialization layer into a linear classifier with a bias, and the last layer of "
+            f"{type(model).__name__} is {last}: use another student or another loss"
+        )
 
 
 def classifier(model: nn.Module) -> nn.Module | None:

@@ -1,5 +1,6 @@
 """Classification and distillation as one of timm's training tasks."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,12 +42,12 @@ class DistillationTask(TrainingTask):
         self.trainable_module, self.teacher, self.criterion = student, teacher, criterion
         self.distillation, self.task_weight, self.amp_dtype = loss, task_weight, amp_dtype
         self.streams = {"task": "tog"} | (dict(loss.streams) if loss is not None else {})
-        self.forward_student = student
+        self.compiled_student: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
         self.to(self.device)
 
     def compile(self, backend: str = "inductor", mode: str | None = None, **options: Any) -> None:
         """torch.compile the student's training pass, with a way back; evaluation uses the student itself."""
-        self.forward_student = compile_or_plain(self.trainable_module, "student", backend=backend, mode=mode, **options)
+        self.compiled_student = compile_or_plain(self.trainable_module, "student", backend=backend, mode=mode, **options)
 
     def autocast(self) -> torch.autocast:
         """The context in which networks run."""
@@ -69,7 +70,7 @@ class DistillationTask(TrainingTask):
             with self.autocast():
                 teacher_logits = self.teacher(input)
         with self.autocast():
-            logits, task_logits = self.forward_student(input)
+            logits, task_logits = (self.compiled_student or self.trainable_module)(input)
         terms = {"task": self.task_weight * self.criterion(task_logits.float(), target)}
         if self.distillation is not None:
             labels = target.argmax(1) if target.ndim == 2 else target

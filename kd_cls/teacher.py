@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class Teacher(DistillationTeacher):
         super().__init__(model.eval().requires_grad_(False))
         self.stats, self.student_stats, self.cache = stats, student_stats, cache
         self.same_statistics = stats[:2] == student_stats[:2]
-        self.forward_model = model
+        self.compiled_model: Callable[[Tensor], Tensor] | None = None
         for name, values in (
             ("mean_kd", stats.mean),
             ("std_kd", stats.std),
@@ -53,7 +54,7 @@ class Teacher(DistillationTeacher):
 
     def compile(self) -> "Teacher":
         """torch.compile the network, with a way back."""
-        self.forward_model = compile_or_plain(self.model, "teacher")
+        self.compiled_model = compile_or_plain(self.model, "teacher")
         return self
 
     @torch.no_grad()
@@ -63,7 +64,7 @@ class Teacher(DistillationTeacher):
             images = self.normalize_input(images, self.student_mean, self.student_std)
         if images.shape[-1] != self.stats.size:
             images = F.interpolate(images, size=(self.stats.size,) * 2, mode="bilinear", antialias=True)
-        return self.forward_model(images)
+        return (self.compiled_model or self.model)(images)
 
     def cached(self, images: Tensor, epoch: int, indices: Tensor) -> Tensor:
         """As `forward`, read from the cache where all rows are in it; `indices` (N,) are places in the data set."""
