@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import kd_core.distributed
+from kd_core.gsnr import AutoMomenta
 from kd_core.losses import DKDLoss
 from kd_core.optim import StreamAdamW, StreamSGD, deepkd_sgd
 from kd_core.streams import backward_streams
@@ -141,6 +142,20 @@ def infinity(rank: int, world: int) -> tuple[nn.Module, list[float], list[bool]]
     return model, scales, moved
 
 
+def auto_momenta(rank: int, world: int) -> dict[str, float]:
+    """Momenta that every rank sets by itself, from gradients that it alone has seen, and from all the others'."""
+    model = Net()
+    optimizer = StreamSGD(model.parameters(), 0.01, EQUAL)
+    auto = AutoMomenta(optimizer, model.named_parameters(), warmup=12, every=2)
+    for step in range(14):
+        losses = streams(model, step, slice(rank, 3 * rank + 1))
+        auto.observe(losses, step)
+        optimizer.zero_grad()
+        backward_streams(losses, optimizer)
+        optimizer.step()
+    return dict(optimizer.param_groups[0]["momenta"])
+
+
 def order_and_bytes() -> tuple[list[str], int]:
     """What happens in one call: the reductions, by their bytes, between the backward passes."""
     model, events = Net(), []
@@ -176,6 +191,7 @@ def main(rank: int, world: int, store: str, output: str) -> None:
     results["without foreground"] = state(without_foreground(rank, world))
     model, scales, moved = infinity(rank, world)
     results["infinity"], results["scales"], results["moved"] = state(model), scales, moved
+    results["auto momenta"] = auto_momenta(rank, world)
     results["events"], results["parameter bytes"] = order_and_bytes()
     kd_core.distributed.BUCKET_BYTES = 200  # many buckets, and parameters that are larger than one
     results["small buckets"] = state(train(BUILDS["two sets"], rank, world))

@@ -116,6 +116,11 @@ def test_an_infinity_on_one_rank_skips_the_step_on_all_and_halves_the_scale(resu
         assert result["scales"] == [2.0**8, 2.0**7, 2.0**7]
 
 
+def test_auto_momenta_are_the_same_on_every_rank(results: list[dict[str, Any]]) -> None:
+    assert results[0]["auto momenta"] != ranks.EQUAL
+    assert all(result["auto momenta"] == results[0]["auto momenta"] for result in results)
+
+
 def test_a_set_travels_while_the_next_ones_backward_pass_runs(results: list[dict[str, Any]]) -> None:
     for result in results:
         reduction = f"reduce {result['parameter bytes']}"  # a rank sends sets × parameters, and no more
