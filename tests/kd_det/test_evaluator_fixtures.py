@@ -71,7 +71,7 @@ def test_the_evaluator_gives_the_known_ap_to_six_decimals(fixtures: Path, evalua
 
 
 def test_a_models_float32_boxes_cost_no_more_than_two_ties(fixtures: Path, evaluator: COCOEvaluator):
-    """Two detections overlap the truth by exactly .6 and .8, both COCO thresholds: rounded corners may fall short of them."""
+    """Two detections overlap the truth by exactly .6 and .8, which are thresholds: rounded corners may fall short."""
     expected, detections = read(fixtures)
     for record in DatasetCatalog.get(NAME):
         evaluator.process([record], [{"instances": as_instances(record, detections[record["image_id"]])}])

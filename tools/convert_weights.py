@@ -1,0 +1,64 @@
+#!/usr/bin/env python
+"""Turn ImageNet weights of torchvision or timm into a backbone that detectron2 loads (its zoo has no ResNet-18).
+
+    python tools/convert_weights.py torchvision:resnet18 --output r18.pth
+    python tools/convert_weights.py timm:resnet50.tv_in1k --output r50.pth
+    python tools/convert_weights.py torchvision:mobilenet_v2:IMAGENET1K_V1 --output mobilenet_v2.pth
+    python tools/convert_weights.py downloaded/resnet34.safetensors --output r34.pth
+
+ResNets of depth 18, 34, 50, 101 and 152, ResNeXts and wide ResNets of these depths included, get detectron2's names;
+MobileNetV2 gets those of timm's `mobilenetv2_100`. The classifier's head is left out.
+
+It prints the config that must go with the file. Its preprocessing matters: torchvision's networks were trained on RGB
+with PIXEL_MEAN [123.675, 116.28, 103.53] and PIXEL_STD [58.395, 57.12, 57.375]; detectron2's default is Caffe2's, BGR
+and no division, and nothing complains about the wrong one.
+"""
+
+import argparse
+import sys
+
+import yaml
+from detectron2.config import CfgNode
+
+from kd_det.convert import PREFIX, convert, save
+from kd_det.imagenet_weights import read_classifier
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="torchvision:NAME[:WEIGHTS], timm:NAME, or a .pth or .safetensors file")
+    parser.add_argument("--output", required=True, help="the file to write, .pth")
+    prefix = f"before each name (default: {PREFIX}, a backbone under an FPN; '' to have names matched by their ends)"
+    parser.add_argument("--prefix", default=PREFIX, help=prefix)
+    options = parser.parse_args(arguments)
+    if not options.output.endswith(".pth"):
+        parser.error(f"--output {options.output}: detectron2 knows the format by the suffix, which must be .pth")
+    return options
+
+
+def as_yaml(keys: dict[str, object]) -> str:
+    """Dotted keys as the yaml of a config file."""
+    tree = CfgNode()
+    for key, value in keys.items():
+        node = tree
+        *parents, last = key.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, CfgNode())
+        node[last] = value
+    return yaml.safe_dump(yaml.safe_load(tree.dump()), default_flow_style=None)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+    try:
+        backbone = convert(read_classifier(options.source))
+        save(backbone, options.output, options.prefix)
+    except (ValueError, OSError) as error:
+        sys.exit(f"convert_weights: {error}")
+    print(f"{options.output}: {backbone.name}, {len(backbone.state_dict)} tensors; left out: {len(backbone.left_out)}")
+    print("The config that goes with it:\n")
+    print(as_yaml({"MODEL.WEIGHTS": options.output, **backbone.config}))
+
+
+if __name__ == "__main__":
+    main()
