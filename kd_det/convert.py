@@ -7,8 +7,9 @@ that it is meant for.
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,17 +87,18 @@ def save(backbone: Backbone, path: str | os.PathLike, prefix: str = PREFIX) -> N
 def _convert_resnet(found: dict[str, Tensor]) -> Backbone:
     stages, depth = _resnet_depth(found)
     state_dict, left_out = _renamed(found, _resnet_names(stages, depth), head=("fc.",), what=f"ResNet-{depth}")
-    width, width_per_group = found["layer1.0.conv2.weight"].shape[:2]  # ResNeXts, wide ResNets: not 64, 64
+    kernel = found["layer1.0.conv2.weight"]
+    width, width_per_group = kernel.shape[:2] if depth >= 50 and kernel.ndim == 4 else (64, 64)
     config = {
         "MODEL.RESNETS.DEPTH": depth,
         "MODEL.RESNETS.RES2_OUT_CHANNELS": 64 if depth < 50 else 256,
-        "MODEL.RESNETS.STRIDE_IN_1X1": False,  # torchvision and timm put the stride into the 3×3, unlike Caffe2's ResNets
+        "MODEL.RESNETS.STRIDE_IN_1X1": False,  # torchvision and timm put the stride into the 3×3, Caffe2 did not
         "MODEL.RESNETS.NUM_GROUPS": width // width_per_group,
         "MODEL.RESNETS.WIDTH_PER_GROUP": width_per_group,
     }
     cfg = get_cfg()
     cfg.merge_from_list([*sum(config.items(), ()), "MODEL.RESNETS.OUT_FEATURES", ["res5"]])
-    _load_strictly(build_resnet_backbone(cfg, ShapeSpec(channels=3)), state_dict, f"ResNet-{depth}")
+    _load_strictly(lambda: build_resnet_backbone(cfg, ShapeSpec(channels=3)), state_dict, f"ResNet-{depth}")
     return Backbone(f"ResNet-{depth}", state_dict, config, left_out)
 
 
@@ -132,7 +134,8 @@ def _convert_mobilenet(found: dict[str, Tensor], names: dict[str, str], head: tu
     except ImportError as error:
         raise ValueError("MobileNetV2 is converted to timm's names, which needs timm: pip install timm") from error
     state_dict, left_out = _renamed(found, names, head, what="MobileNetV2")
-    _load_strictly(timm.create_model("mobilenetv2_100", features_only=True), state_dict, "timm's mobilenetv2_100")
+    build = partial(timm.create_model, "mobilenetv2_100", features_only=True)
+    _load_strictly(build, state_dict, "timm's mobilenetv2_100")
     return Backbone("MobileNetV2", state_dict, {}, left_out)
 
 
@@ -163,11 +166,11 @@ def _renamed(
     return {new: found[old].float().contiguous() for old, new in names.items()}, left_out
 
 
-def _load_strictly(backbone: nn.Module, state_dict: dict[str, Tensor], what: str) -> None:
+def _load_strictly(build: Callable[[], nn.Module], state_dict: dict[str, Tensor], what: str) -> None:
     """The proof that names and shapes are right."""
     try:
-        backbone.load_state_dict(state_dict)
-    except RuntimeError as error:
+        build().load_state_dict(state_dict)
+    except (RuntimeError, ValueError) as error:  # ValueError: no layer has such a width
         raise ValueError(f"the weights do not fit {what}: {' '.join(str(error).split())}") from error
 
 

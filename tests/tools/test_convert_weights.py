@@ -183,6 +183,12 @@ def test_what_does_not_fit_a_resnet_is_named(state_dict: dict[str, Tensor], mess
         convert(Classifier(changed("resnet18", **state_dict)))
 
 
+def test_bottlenecks_of_an_impossible_width_are_refused():
+    for shape in ((60, 7, 3, 3), (64,)):
+        with pytest.raises(ValueError, match="the weights do not fit ResNet-50"):
+            convert(Classifier(changed("resnet50", layer1__0__conv2__weight=torch.ones(shape))))
+
+
 def test_what_does_not_fit_mobilenet_v2_is_named():
     with pytest.raises(ValueError, match=r"MobileNetV2 lacks features\.0\.0\.weight$"):
         convert(Classifier(changed("mobilenet_v2", features__0__0__weight=None)))
@@ -192,7 +198,7 @@ def test_what_does_not_fit_mobilenet_v2_is_named():
 
 def test_another_architecture_is_refused_with_its_names():
     with pytest.raises(ValueError, match=r"no ResNet or MobileNetV2 of torchvision or timm: .*features\.0\.weight"):
-        convert(Classifier(models.alexnet().state_dict()))
+        convert(Classifier(models.squeezenet1_1().state_dict()))
 
 
 @pytest.mark.parametrize("file", ["cut.pth", "noise.pth", "noise.safetensors", "empty.pth"])
