@@ -6,7 +6,7 @@ import yaml
 from fvcore.common.config import CfgNode
 
 from kd_cls.config import get_cfg
-from kd_cls.config_merge import all_keys, merge_mapping
+from kd_cls.config_merge import all_keys, lookup, merge_mapping
 
 # Keys that may differ between a run and its continuation: where files are, what is shown, how fast it goes.
 FREE = (
@@ -72,9 +72,3 @@ def prune(values: dict[str, Any], known: set[str], prefix: str = "") -> dict[str
             kept[name] = value
     return {name: value for name, value in kept.items() if value != {}}
 
-
-def lookup(cfg: CfgNode, key: str) -> Any:
-    """The value under a dotted key."""
-    for part in key.split("."):
-        cfg = cfg[part]
-    return cfg
