@@ -160,8 +160,8 @@ def gdkds(cfg: Any) -> ForegroundBackground:
     """LOSS.NAME gdkds: GDKDS.FOREGROUND and GDKDS.BACKGROUND, each with its own keys."""
     parts = []
     for name in (cfg.GDKDS.FOREGROUND, cfg.GDKDS.BACKGROUND):
-        if name == "gdkds":
-            raise ValueError("GDKDS.FOREGROUND and GDKDS.BACKGROUND must be losses other than gdkds")
+        if name in ("none", "gdkds"):
+            raise ValueError(f"GDKDS.FOREGROUND and GDKDS.BACKGROUND must each name a loss of its own, not {name!r}")
         part = cfg.clone()
         part.defrost()
         part.NAME = name

@@ -11,7 +11,7 @@ EPSILON = 1e-7  # as in the released code
 def standardize_logits(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
     """Z-score both (N, C) logit tensors row by row: (z − mean) / (std + 1e-7), std being the sample's.
 
-    A row that is constant on either side, to rounding, has no shape to compare. It is set to 0 on both sides, so that it
+    A row that is constant on either side, to rounding, has no shape to compare. It is set to 0 on both sides, so it
     adds 0 to every loss, with a gradient of 0; the formula alone would multiply its gradient by up to 1e7. In float16,
     which that overflows, rows within 1/256 of their mean count as constant. These exceptions are ours.
 
