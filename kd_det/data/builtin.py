@@ -26,8 +26,9 @@ def datasets_root() -> Path:
 def prepare_digits(root: str | os.PathLike | None = None, seed: int | None = None) -> Path:
     """Write the digits data set as JPEG + COCO json, unless it is there already, and return its folder, `root`/digits.
 
-    The same seed gives the same images. A folder of another seed, or of another version of the generator, is replaced.
-    Any number of processes may call this at once: one writes, the others wait, and none sees half a data set.
+    The same seed gives the same images, to the byte with the same numpy and Pillow. A folder of another seed, or of
+    another version of the generator, is replaced. Any number of processes may call this at once: one writes, the others
+    wait, and none sees half a data set.
 
     Args:
         root: parent folder; `datasets_root()` by default
@@ -75,7 +76,7 @@ def _category_id(label: int) -> int:
     return label + 1  # COCO counts from 1; detectron2 warns of any other range
 
 
-def _fingerprint(seed: int) -> dict:
+def _fingerprint(seed: int | None) -> dict:
     """What the images depend on: change a constant or a line of the generator, and they are written again."""
     sources = [Path(digits.__file__), Path(__file__)]
     return {"seed": seed, "source_sha256": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()}
@@ -83,14 +84,17 @@ def _fingerprint(seed: int) -> dict:
 
 def _is_current(folder: Path, seed: int | None) -> bool:
     found = _marker(folder)
-    return found is not None and found == _fingerprint(found["seed"] if seed is None else seed)
+    return bool(found) and found == _fingerprint(found.get("seed") if seed is None else seed)
 
 
 def _marker(folder: Path) -> dict | None:
+    """What the folder was made of; empty where that cannot be read, None where the folder has no such file."""
     try:
         return json.loads((folder / MARKER).read_text())
     except FileNotFoundError:
         return None
+    except json.JSONDecodeError:
+        return {}
 
 
 def _replace(folder: Path, seed: int | None) -> None:
@@ -99,7 +103,7 @@ def _replace(folder: Path, seed: int | None) -> None:
     if found is None and folder.exists():
         raise ValueError(f"{folder} was not written by kd_det: move it away, or set another DETECTRON2_DATASETS")
     if seed is None:
-        seed = found["seed"] if found else DEFAULT_SEED
+        seed = (found or {}).get("seed", DEFAULT_SEED)
     with tempfile.TemporaryDirectory(prefix=".digits-", dir=folder.parent) as scratch:
         new = Path(scratch) / "new"
         for split in digits.SPLITS:

@@ -119,6 +119,9 @@ def test_a_data_set_of_another_generator_is_written_again_with_its_seed(tiny, tm
     (folder / "tiny_val" / "leftover.jpg").touch()
     prepare_digits(tmp_path)
     assert contents(folder) == expected
+    (folder / builtin.MARKER).write_text("cut o")
+    prepare_digits(tmp_path, seed=7)
+    assert contents(folder) == expected
     assert {path.name for path in tmp_path.iterdir()} <= {"digits", "digits.lock"}
 
 
