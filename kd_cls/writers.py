@@ -19,6 +19,8 @@ FORMAT = logging.Formatter("[%(asctime)s] %(message)s", "%m/%d %H:%M:%S")
 
 def setup_logging(output_dir: Path | None, is_main: bool) -> None:
     """Send the log of kd_cls and kd_core to the console and to `output_dir`/log.txt; other processes only warn."""
+    if is_main and output_dir:
+        output_dir.mkdir(parents=True, exist_ok=True)
     for name in ("kd_cls", "kd_core"):
         target = logging.getLogger(name)
         target.setLevel(logging.INFO if is_main else logging.WARNING)

@@ -1,0 +1,226 @@
+"""Runs, what they leave, and the commands."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from fvcore.common.config import CfgNode
+from timm import create_model
+from timm.models import load_checkpoint
+
+from kd_cls.build import build_trainer
+from kd_cls.config import load_cfg
+from kd_cls.evaluate import evaluate_checkpoint
+from kd_cls.launch import Process
+from kd_cls.train import main, train
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def lines(folder: str | Path) -> list[dict[str, Any]]:
+    """metrics.json of a run."""
+    return [json.loads(line) for line in Path(folder, "metrics.json").read_text().splitlines()]
+
+
+def test_a_run_leaves_config_log_metrics_events_last_and_best(tiny: Callable, process: Process) -> None:
+    cfg = tiny("KD.LOSS.NAME", "dkd")
+    result = train(cfg, process)
+    files = {path.name.split(".out.")[0] for path in Path(cfg.OUTPUT_DIR).iterdir()}
+    assert files == {"config.yaml", "log.txt", "metrics.json", "events", "last.pth", "best.pth"}
+    written = lines(cfg.OUTPUT_DIR)
+    steps = [line for line in written if "task" in line]
+    assert [line["iteration"] for line in steps] == [2, 4, 6, 8]
+    for line in steps:
+        assert line["loss"] == pytest.approx(line["task"] + line["tckd"] + line["nckd"], rel=1e-4)
+    assert [line["iteration"] for line in written if "val/top1" in line] == [4, 8]
+    assert result["images"] == 33 and result["best_top1"] >= result["top1"]
+    assert "eta" in Path(cfg.OUTPUT_DIR, "log.txt").read_text()
+    assert load_cfg(str(Path(cfg.OUTPUT_DIR, "config.yaml"))).KD.LOSS.NAME == "dkd"
+
+
+def test_a_checkpoint_holds_the_student_alone_and_says_what_it_is(tiny: Callable, process: Process) -> None:
+    cfg = tiny("KD.LOSS.NAME", "dkd", "SOLVER.OPTIMIZER", "deepkd_sgd")
+    train(cfg, process)
+    best = torch.load(Path(cfg.OUTPUT_DIR, "best.pth"), weights_only=True)
+    assert set(best) == {"model", "metadata"}
+    student = create_model("cifar_resnet8", num_classes=10)
+    assert list(best["model"]) == list(student.state_dict())
+    metadata = best["metadata"]
+    assert metadata["method"] == "dkd, deepkd_sgd" and metadata["architecture"] == "cifar_resnet8"
+    assert metadata["num_classes"] == 10 and len(metadata["config_hash"]) == 12 and "top1" in metadata["metrics"]
+    assert yaml.safe_load(metadata["config"])["KD"]["LOSS"]["NAME"] == "dkd"
+
+
+def test_plain_timm_loads_a_saved_student_and_it_predicts_the_same(tiny: Callable, process: Process) -> None:
+    cfg = tiny("KD.LOSS.NAME", "aekt", "SOLVER.EMA.ENABLED", True, "SOLVER.EMA.DECAY", 0.5)
+    trainer = build_trainer(cfg, process)
+    trainer.run()
+    model = create_model("cifar_resnet8", num_classes=10).eval()
+    images = torch.randn(8, 3, 16, 16)
+    for use_ema, student in ((False, trainer.task.trainable_module), (True, trainer.task.trainable_module_ema.module)):
+        load_checkpoint(model, str(Path(cfg.OUTPUT_DIR, "last.pth")), use_ema=use_ema)
+        assert (student.serialization.weight - torch.eye(10)).abs().max() > 1e-4  # it has learnt
+        with torch.no_grad():
+            assert (model(images) - student.eval().predict(images)).abs().max() < 1e-5
+
+
+def test_evaluating_the_checkpoint_gives_the_metrics_of_training(tiny: Callable, process: Process) -> None:
+    cfg = tiny()
+    result = train(cfg, process)
+    cfg.MODEL.WEIGHTS = str(Path(cfg.OUTPUT_DIR, "last.pth"))
+    metrics = evaluate_checkpoint(cfg, process)
+    assert metrics == {name: result[name] for name in ("loss", "top1", "top5", "images")}
+
+
+def test_a_distillation_weight_of_0_is_plain_training(run: Callable, tmp_path: Path) -> None:
+    plain = run("OUTPUT_DIR", tmp_path / "plain")
+    weightless = run("OUTPUT_DIR", tmp_path / "kd", "KD.LOSS.NAME", "dkd", "KD.LOSS.WEIGHT", 0)
+    for name, tensor in plain["model"].items():
+        assert torch.equal(tensor, weightless["model"][name]), name
+
+
+def test_sgd_is_torchs_sgd_with_timms_loss(tiny: Callable, process: Process) -> None:
+    cfg = tiny("SOLVER.NESTEROV", True)
+    trainer = build_trainer(cfg, process)
+    reference = build_trainer(cfg, process)
+    trainer.run()
+    student = reference.task.trainable_module.train()
+    sgd = torch.optim.SGD(student.parameters(), 0.02, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    for epoch in range(2):
+        reference.loaders.train.sampler.set_epoch(epoch)
+        reference.loaders.train.dataset.set_epoch(epoch)
+        for batch, (images, target) in enumerate(reference.loaders.train):
+            sgd.param_groups[0]["lr"] = 0.01 * (1 + torch.cos(torch.tensor(torch.pi * (4 * epoch + batch) / 8)).item())
+            sgd.zero_grad()
+            torch.nn.functional.cross_entropy(student.predict(images), target).backward()
+            sgd.step()
+    for (name, ours), theirs in zip(
+        trainer.task.trainable_module.named_parameters(), student.parameters(), strict=True
+    ):
+        assert (ours - theirs).abs().max() < 1e-5, name
+
+
+def test_seeds_run_in_turn_and_end_in_mean_and_std(tiny_yaml: Path, tmp_path: Path) -> None:
+    words = ["--config-file", str(tiny_yaml), "OUTPUT_DIR", str(tmp_path), "SEEDS", "[1, 2]", "SOLVER.EPOCHS", "1"]
+    summary = main(words)
+    values = [lines(tmp_path / f"seed_{seed}")[-1]["val/top1"] for seed in (1, 2)]
+    assert summary["top1"]["values"] == pytest.approx(values, rel=1e-4)
+    assert summary["top1"]["mean"] == pytest.approx(sum(values) / 2, rel=1e-4)
+    assert summary["top1"]["std"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5, rel=1e-4, abs=1e-9)
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert main([*words, "--resume"])["top1"] == summary["top1"]  # both have finished: nothing is trained again
+
+
+def test_a_missing_teacher_is_trained_first_and_only_once(tiny: Callable, tiny_yaml: Path, tmp_path: Path, process: Process) -> None:
+    teacher = tmp_path / "teacher.yaml"
+    teacher.write_text(yaml.safe_dump({"_BASE_": str(tiny_yaml), "OUTPUT_DIR": str(tmp_path / "teacher")}))
+    options = ("KD.LOSS.NAME", "kd", "KD.TEACHER.CONFIG_FILE", teacher)
+    with pytest.raises(ValueError, match=r"has not been trained.*python -m kd_cls.train --config-file .*teacher.yaml"):
+        train(tiny(*options), process)
+    train(tiny(*options, "KD.TEACHER.TRAIN_IF_MISSING", True, "KD.TEACHER.EVALUATE", True), process)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "teacher: top-1" in log
+    before = (tmp_path / "teacher" / "last.pth").stat().st_mtime_ns
+    train(tiny(*options, "KD.TEACHER.TRAIN_IF_MISSING", True), process)
+    assert (tmp_path / "teacher" / "last.pth").stat().st_mtime_ns == before
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(tiny: Callable, process: Process) -> None:
+    cfg = tiny("KD.LOSS.NAME", "kd", "SOLVER.CHECKPOINT_PERIOD", 1)
+    trainer = build_trainer(cfg, process)
+    step, weight = trainer.step, trainer.task.trainable_module.model.fc.weight
+
+    def poisoned(*batch: Any) -> None:
+        if trainer.iteration == 3:
+            weight.data.fill_(float("nan"))
+        step(*batch)
+
+    trainer.step = poisoned
+    with pytest.raises(FloatingPointError, match=r"not finite at iteration 4: task, tckd, nckd \(learning rate 0\.0"):
+        trainer.run()
+    last = torch.load(Path(cfg.OUTPUT_DIR, "last.pth"), weights_only=True)
+    assert last["training"]["iteration"] == 3
+    assert all(tensor.isfinite().all() for tensor in last["model"].values())
+
+
+def test_a_seed_below_0_is_drawn_and_noted(tiny: Callable, process: Process) -> None:
+    cfg = tiny("SEED", -1, "SOLVER.EPOCHS", 1)
+    train(cfg, process)
+    seed = load_cfg(str(Path(cfg.OUTPUT_DIR, "config.yaml"))).SEED
+    assert seed >= 0
+    train(cfg, process, resume=True)
+    assert load_cfg(str(Path(cfg.OUTPUT_DIR, "config.yaml"))).SEED == seed
+
+
+def test_milestones_and_warm_up_hold_to_the_step(tiny: Callable, process: Process) -> None:
+    cfg = tiny("SOLVER.SCHEDULE.NAME", "multistep", "SOLVER.SCHEDULE.MILESTONES", "[1, 1.5]", "SOLVER.BASE_LR", 0.1)
+    trainer = build_trainer(cfg, process)
+    rates = []
+    for iteration in range(8):
+        rates.append(round(trainer.learning_rate, 8))
+        trainer.scheduler.step_update(iteration + 1)
+    assert rates == [0.1] * 4 + [0.01] * 2 + [0.001] * 2
+
+
+@pytest.mark.parametrize("command", [["-m", "kd_cls.train"], [str(ROOT / "kd_cls" / "train.py")]])
+def test_the_command_runs_as_a_module_and_as_a_file(command: list[str], tiny_yaml: Path, tmp_path: Path) -> None:
+    words = ["--config-file", str(tiny_yaml), "SOLVER.EPOCHS", "0.25", "OUTPUT_DIR", str(tmp_path / "run")]
+    done = subprocess.run([sys.executable, *command, *words], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "iter 1/1" in done.stdout and (tmp_path / "run" / "last.pth").is_file()
+
+
+def test_bad_input_ends_the_command_with_one_sentence(tiny_yaml: Path, tmp_path: Path) -> None:
+    words = ["--config-file", str(tiny_yaml), "MODEL.NAME", "cifar_resnet9", "OUTPUT_DIR", str(tmp_path / "run")]
+    done = subprocess.run([sys.executable, "-m", "kd_cls.train", *words], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("ValueError: MODEL.NAME is 'cifar_resnet9', which timm does not know")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["SOLVER.OPTIMIZER", "sgdd"], r"SOLVER.OPTIMIZER is 'sgdd', expected sgd, dot_sgd"),
+        (["SOLVER.IMS_PER_BATCH", 15, "SOLVER.ACCUMULATE_STEPS", 2], r"IMS_PER_BATCH is 15, expected a multiple of 2"),
+        (["SOLVER.EPOCHS", 0], r"SOLVER.EPOCHS is 0.0, expected a number above 0"),
+        (["SOLVER.OPTIMIZER", "deepkd_sgd"], r"deepkd_sgd.*KD.LOSS.NAME is 'none'"),
+        (["SOLVER.SCHEDULE.NAME", "onecycle"], r"SOLVER.SCHEDULE.NAME is 'onecycle', expected one of multistep"),
+        (["SOLVER.AMP.DTYPE", "float8"], r"SOLVER.AMP.DTYPE is 'float8'"),
+        (["DATA.NAME", "digit"], r"DATA.NAME 'digit' is unknown: choose one of"),
+        (["DATA.TRAIN_IMAGES", 100000], r"DATA.TRAIN_IMAGES is 100000, expected 0 \(all\) … 1198"),
+        (["DATA.AUGMENTATION", "blur"], r"unknown augmentation 'blur'"),
+        (["MODEL.STD", "[1, 0, 1]"], r"MODEL.STD is \[1, 0, 1\], expected numbers above 0"),
+        (["MODEL.MEAN", "[0.5]"], r"MODEL.MEAN is \[0.5\], expected three numbers"),
+        (["MODEL.KWARGS", "{depths: 3}"], r"MODEL.KWARGS is .* refuses"),
+        (["MODEL.KWARGS", "[1]"], r"MODEL.KWARGS is '\[1\]', expected a yaml mapping"),
+        (["MODEL.WEIGHTS", "gone.pth"], r"MODEL.WEIGHTS: there is no file gone.pth"),
+        (["KD.LOSS.NAME", "dkdd"], r"KD.LOSS.NAME is 'dkdd', but the losses are: none, aekt"),
+        (["KD.LOSS.NAME", "kd", "KD.LOSS.TEMPERATURE", 0], r"KD.LOSS kd: .*temperature"),
+        (["KD.LOSS.NAME", "gdkd", "KD.LOSS.GDKD.K", 10], r"KD.LOSS gdkd: .*k"),
+        (["KD.LOSS.NAME", "gdkds"], r"gdkds is a mix for foreground and background"),
+        (["KD.LOSS.NAME", "dkd", "SOLVER.MIXUP.ALPHA", 0.2], r"SOLVER.MIXUP mixes the labels.*'dkd'"),
+        (["KD.LOSS.NAME", "kd", "KD.LOSS.WARMUP", 0.1, "KD.LOSS.WARMUP_EPOCHS", 1], r"set one of them"),
+        (["DEVICE", "cuda"], r"DEVICE is 'cuda'"),
+        (["WANDB.ENABLED", True], r"the wandb package is not installed: pip install wandb"),
+    ],
+)
+def test_bad_input_is_named_before_training_starts(tiny: Callable, process: Process, options: list, message: str) -> None:
+    if options[0] == "DEVICE" and torch.cuda.is_available():
+        options, message = ["DEVICE", "tpu"], "tpu"
+    cfg: CfgNode = tiny(*options)
+    with pytest.raises(ValueError, match=message):
+        main(["--config-file", write(cfg)])
+
+
+def write(cfg: CfgNode) -> str:
+    """A config as a file."""
+    path = Path(cfg.OUTPUT_DIR).parent / "given.yaml"
+    path.write_text(cfg.dump())
+    return str(path)
