@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kd_core.distributed import SetReduction, world_size
+from kd_core.spare import SpareTensors
 
 # .9 + .05 and .95 differ by one bit; momenta that are meant to differ do so by far more than this.
 MOMENTUM_TOLERANCE = 1e-9
@@ -110,6 +111,7 @@ class StreamGradients:
     """
 
     def __init__(self) -> None:
+        self.spare = SpareTensors()
         self.clear()
 
     def clear(self) -> None:
@@ -149,25 +151,31 @@ class StreamGradients:
 
     def show(self, params: Iterable[Tensor]) -> None:
         """Makes `p.grad` the sum over the sets; where one set alone reaches a parameter, they are the same tensor."""
-        sums: dict[Tensor, Tensor | None] = {}
-        several: dict[Tensor, list[Tensor]] = {}
+        self.shown = {}
+        parts = {p: [gradient[p] for gradient in self.of_set if p in gradient] for p in params}
         for p in params:
-            parts = [gradient[p] for gradient in self.of_set if p in gradient]
-            if len(parts) > 1:
-                several[p] = parts
-            elif parts and self.scaler is not None and len(self.of_set) > 1:
-                sums[p] = parts[0].clone()  # scaler.unscale_ divides p.grad: not the stream's own gradient with it
-            elif parts:
-                sums[p] = parts[0]
-        if several:
-            firsts, seconds, *_ = zip(*(parts[:2] for parts in several.values()), strict=True)
-            sums.update(zip(several, torch._foreach_add(firsts, seconds), strict=True))
-            for p, parts in several.items():
-                for part in parts[2:]:
-                    sums[p].add_(part)
-        for p in params:
+            p.grad = None
+        sums = self._sums({p: of_p for p, of_p in parts.items() if len(of_p) > 1})
+        for p, of_p in parts.items():
+            if len(of_p) == 1:
+                # scaler.unscale_ divides p.grad, and shall not divide the stream's own gradient with it.
+                sums[p] = of_p[0].clone() if self.scaler is not None and len(self.of_set) > 1 else of_p[0]
             p.grad = sums.get(p)
         self.shown = {p: (total, total._version) for p, total in sums.items()}
+
+    def _sums(self, parts: Mapping[Tensor, list[Tensor]]) -> dict[Tensor, Tensor]:
+        """The sum of each list of two or more."""
+        sums: dict[Tensor, Tensor] = {}
+        for p in (p for p in parts if p.device.type == "cpu"):
+            sums[p] = torch.add(parts[p][0], parts[p][1], out=self.spare.take(p))
+            self.spare.keep(p, sums[p])
+        if elsewhere := [p for p in parts if p not in sums]:
+            firsts, seconds = [parts[p][0] for p in elsewhere], [parts[p][1] for p in elsewhere]
+            sums.update(zip(elsewhere, torch._foreach_add(firsts, seconds), strict=True))
+        for i in range(2, len(self.of_set)):
+            if more := [p for p in parts if len(parts[p]) > i]:
+                torch._foreach_add_([sums[p] for p in more], [parts[p][i] for p in more])
+        return sums
 
     def accept(self) -> None:
         """What `p.grad` holds now is what was meant."""

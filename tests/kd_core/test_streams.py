@@ -217,3 +217,27 @@ def test_frozen_parameters_are_left_alone() -> None:
     optimizer.step()
     assert model[0].weight.grad is None
     assert torch.equal(model[0].weight, before)
+
+
+def test_the_memory_of_the_sum_is_used_again_unless_somebody_holds_it() -> None:
+    def used_again(hold) -> bool:
+        model = small_net()
+        optimizer = deepkd_sgd(model.parameters(), lr=0.1)
+        backward_streams(dkd_streams(model), optimizer)
+        held = hold(model[0].weight.grad)
+        kept, address = None if held is None else held.clone(), model[0].weight.grad.data_ptr()
+        optimizer.zero_grad()
+        backward_streams(dkd_streams(model, seed=1), optimizer)
+        assert held is None or torch.equal(held, kept)
+        return model[0].weight.grad.data_ptr() == address
+
+    assert used_again(lambda grad: None)
+    for hold in (lambda grad: grad, lambda grad: grad[0], lambda grad: grad.detach(), lambda grad: grad.view(-1)):
+        assert not used_again(hold)
+
+
+def test_the_streams_of_a_parameter_that_two_of_three_sets_reach_add_up() -> None:
+    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = StreamSGD([p, q], 0.1, {"tog": 0.9, "tcg": 0.8, "ncg": 0.95})
+    backward_streams({"tog": p.sum(), "tcg": 2 * (p + q).sum(), "ncg": 4 * (p + q).sum()}, optimizer)
+    assert (p.grad.tolist(), q.grad.tolist()) == ([7, 7], [6, 6])
