@@ -7,10 +7,10 @@ from detectron2.config import CfgNode
 from .data import check_datasets, register_datasets
 
 
-def check_data(cfg: CfgNode) -> None:
-    """Register the data sets of one's own and see that every named data set is there."""
+def check_data(cfg: CfgNode, training: bool) -> None:
+    """Register the data sets of one's own and see that every named data set is there; evaluation needs no training set."""
     register_datasets(cfg)
-    check_datasets(cfg)
+    check_datasets(cfg, ("TRAIN", "TEST") if training else ("TEST",))
 
 
 def check_before_training(cfg: CfgNode, resume: bool) -> None:

@@ -34,7 +34,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg = read_config(args.config_file, args.opts)
     choose_device(cfg, args.num_gpus)
     cfg.freeze()
-    check_data(cfg)
+    check_data(cfg, training=not args.eval_only)
     if not args.eval_only:
         check_before_training(cfg, resume=args.resume)
     default_setup(cfg, args)

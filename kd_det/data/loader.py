@@ -101,10 +101,13 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         self.batches.start = self.start
+        # Starting the workers draws a number: from a generator of the loader's own, since the step's must not notice.
+        generator = None if self.dataset.seed is None else torch.Generator().manual_seed(self.dataset.seed)
         yield from DataLoader(
             self.dataset,
             batch_sampler=self.batches,
             num_workers=self.num_workers,
+            generator=generator,
             collate_fn=trivial_batch_collator,
             worker_init_fn=worker_init_reset_seed,
         )

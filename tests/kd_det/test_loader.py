@@ -62,6 +62,12 @@ def test_grouping_delays_images_but_loses_none():
     assert all(0 <= drawn.count(i) - seen.count(i) <= 1 for i in range(20))
 
 
+def test_the_first_batch_draws_nothing_from_the_steps_generator():
+    before = torch.get_rng_state()
+    next(iter(loader()))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_seeded_leaves_the_generators_where_they_were():
     before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
     with seeded(1, 2):

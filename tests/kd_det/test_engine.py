@@ -1,0 +1,79 @@
+"""The trainer, in this process: resuming, its hooks, and what it says when the numbers break."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from detectron2.utils.env import seed_all_rng
+
+from kd_det.engine import DistillationTrainer
+from kd_det.hooks import cut_metrics, student_config
+
+TRAINING = (
+    "KD.LOSS.NAME", "dkd", "KD.LOSS.WARMUP_ITERS", 4, "DATASETS.TRAIN", "('digits_train',)", "DATASETS.TEST", "()",
+    "INPUT.MIN_SIZE_TRAIN", "(64,)", "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 8, "SOLVER.STEPS", "(6,)", "SOLVER.BASE_LR", 0.01,
+    "SOLVER.CHECKPOINT_PERIOD", 4, "DATALOADER.NUM_WORKERS", 0, "SEED", 1,
+)  # fmt: skip
+
+
+def train(cfg, resume=False):
+    """The losses of every step and the weights after the last."""
+    seed_all_rng(1)  # as detectron2's default_setup does
+    trainer = DistillationTrainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    steps = []
+    trainer._trainer.model.register_forward_hook(
+        lambda _, __, out: steps.append((trainer.iter, {k: v.item() for k, v in out.items()}))
+    )
+    trainer.train()
+    return steps, trainer._trainer.model.state_dict()
+
+
+@pytest.fixture
+def cfg(tiny_cfg, tmp_path):
+    (tmp_path / "output").mkdir()
+    return tiny_cfg(*TRAINING)
+
+
+def test_a_resumed_run_takes_the_very_steps_of_an_undisturbed_one(cfg, tmp_path):
+    steps, weights = train(cfg)
+    cfg.OUTPUT_DIR = str(shutil.copytree(tmp_path / "output", tmp_path / "resumed"))
+    (tmp_path / "resumed" / "last_checkpoint").write_text("model_0000003.pth")
+    resumed, ours = train(cfg, resume=True)
+    assert [i for i, _ in resumed] == [4, 5, 6, 7]
+    assert resumed == steps[4:]
+    assert all(torch.equal(weights[k], ours[k]) for k in weights)
+
+
+def test_the_distillation_loss_warms_up_over_its_iterations(cfg):
+    cfg.SOLVER.BASE_LR = 0.0
+    steps, _ = train(cfg)
+    assert steps[0][1]["loss_kd_nckd"] == 0 and steps[1][1]["loss_kd_nckd"] > 0
+
+
+def test_the_teachers_ap_is_reported_when_asked_for(cfg, tmp_path, monkeypatch):
+    evaluated = []
+    monkeypatch.setattr(DistillationTrainer, "test", classmethod(lambda cls, cfg, model, evaluators=None: evaluated.append(model) or {}))
+    cfg.KD.TEACHER.EVALUATE = True
+    cfg.SOLVER.MAX_ITER = 1
+    trainer = DistillationTrainer(cfg)
+    trainer.train()
+    assert evaluated[0] is trainer._trainer.model.teacher.model
+
+
+def test_metrics_are_cut_where_a_resumed_run_writes_them_again(tmp_path):
+    path = tmp_path / "metrics.json"
+    path.write_text("".join(json.dumps({"iteration": i}) + "\n" for i in (19, 39, 59)) + '{"iteration": 7')
+    cut_metrics(path, 40)
+    assert [json.loads(line)["iteration"] for line in path.read_text().splitlines()] == [19, 39]
+
+
+def test_the_students_config_has_no_key_that_plain_detectron2_refuses(cfg):
+    from detectron2.config import get_cfg
+
+    plain = get_cfg()
+    plain.merge_from_other_cfg(student_config(cfg))
+    assert plain.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+    assert plain.MODEL.WEIGHTS.endswith("model_final.pth")
+    assert plain.MODEL.FPN.OUT_CHANNELS == cfg.MODEL.FPN.OUT_CHANNELS
