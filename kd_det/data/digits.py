@@ -13,13 +13,14 @@ import numpy as np
 from PIL import Image
 
 IMAGE_SIZE = 192  # pixels, square
-NUM_DIGITS = (2, 8)  # labelled digits an image, both ends included
-NUM_CLUTTER = (1, 4)  # digits cut in four and shuffled, an image: strokes of the same pen that are no digit
-DIGIT_HEIGHT = (16.0, 88.0)  # pixels, log-uniform, before rotation
-MAX_ROTATION = 30.0  # degrees either way; 6 and 9 stay apart
-MAX_COVERED = 0.35  # of the smaller of two digits' boxes
-CONTRAST = (36.0, 150.0)  # difference of luminance (0…255) between ink and the photograph under it
-OPACITY = (0.7, 1.0)  # of the ink
+NUM_DIGITS = (2, 6)  # labelled digits an image, both ends included
+NUM_CLUTTER = (0, 2)  # digits cut in four and shuffled, an image: strokes of the same pen that are no digit
+DIGIT_HEIGHT = (32.0, 112.0)  # pixels, log-uniform, before rotation
+MAX_ROTATION = 15.0  # degrees either way
+MAX_COVERED = 0.2  # of the smaller of two digits' boxes
+INK_LUMINANCE = (190.0, 250.0)  # of 255: bright ink of any hue, as chalk
+PHOTO_BRIGHTNESS = 0.55  # the photographs are dimmed: ink of either polarity is not learnt within a demo's minutes
+OPACITY = (0.9, 1.0)  # of the ink
 CROP_SIZE = (120, 280)  # pixels of the photograph that fill an image
 MAX_PHOTO_SIDE = 640  # the larger photographs are reduced to this
 MAX_NOISE = 10.0  # standard deviation of the sensor noise, of 255
@@ -131,7 +132,7 @@ def _photo_crop(photos: tuple[Image.Image, ...], rng: np.random.Generator) -> np
     side = int(rng.integers(CROP_SIZE[0], min(CROP_SIZE[1], *photo.size), endpoint=True))
     left, top = (int(rng.integers(length - side, endpoint=True)) for length in photo.size)
     crop = photo.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-    pixels = np.asarray(crop, dtype=np.float64)
+    pixels = np.asarray(crop, dtype=np.float64) * PHOTO_BRIGHTNESS
     return pixels[:, :: rng.choice([1, -1])].copy()
 
 
@@ -175,13 +176,9 @@ def _free_box(label: int, ink: np.ndarray, taken: list[Box], rng: np.random.Gene
 
 
 def _paste(canvas: np.ndarray, ink: np.ndarray, x: int, y: int, rng: np.random.Generator) -> None:
-    """Blend ink of a random colour into the canvas, CONTRAST brighter or darker than what is under it."""
+    """Blend bright ink of a random hue into the canvas."""
     under = canvas[y : y + ink.shape[0], x : x + ink.shape[1]]
-    luminance = float((under @ LUMINANCE).mean())
-    contrast = rng.uniform(*CONTRAST) * rng.choice([1, -1])
-    if not 0 <= luminance + contrast <= 255:
-        contrast = -contrast
-    colour = rng.uniform(0, 255, 3)
-    colour += luminance + contrast - colour @ LUMINANCE
     coverage = ink[..., None] * rng.uniform(*OPACITY)
+    colour = rng.uniform(0, 255, 3)
+    colour += rng.uniform(*INK_LUMINANCE) - colour @ LUMINANCE
     under += coverage * (colour.clip(0, 255) - under)
