@@ -19,7 +19,7 @@ from kd_cls.evaluate import evaluate
 from kd_cls.launch import Process, seed_step
 from kd_cls.network import InputStats, build_student, input_stats
 from kd_cls.pipeline import augmentation, autocast_dtype, build_data, build_loaders, mixes
-from kd_cls.solver import build_optimizer, build_scheduler
+from kd_cls.solver import build_auto_momenta, build_optimizer, build_scheduler
 from kd_cls.student import Student
 from kd_cls.task import DistillationTask
 from kd_cls.teacher import Teacher, build_teacher, digest
@@ -47,9 +47,11 @@ def build_trainer(cfg: CfgNode, process: Process) -> Trainer:
     prepare_networks(cfg, task)
     if teacher is not None and cfg.KD.TEACHER.EVALUATE:
         report_teacher(teacher, loaders, process)
-    optimizer = build_optimizer(cfg, task.trainable_module)
+    optimizer = build_optimizer(cfg, student)
     scheduler = build_scheduler(cfg, optimizer, loaders.train.sampler.num_batches)
-    return Trainer(cfg, task, loaders, optimizer, scheduler, process, partial(describe, cfg, data.num_classes, stats))
+    auto_momenta = build_auto_momenta(cfg, optimizer, student)
+    metadata = partial(describe, cfg, data.num_classes, stats)
+    return Trainer(cfg, task, loaders, optimizer, scheduler, process, metadata, auto_momenta)
 
 
 def build_distillation_loss(cfg: CfgNode, num_classes: int) -> DistillationLoss | None:

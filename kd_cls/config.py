@@ -143,6 +143,9 @@ def add_solver_config(cfg: CfgNode) -> None:
     cfg.SOLVER.STEP = "paper"
     # "auto": momenta drawn from the measured gradient signal-to-noise ratio. Empty: those of OPTIMIZER.
     cfg.SOLVER.MOMENTA = ""
+    # For MOMENTA auto: iterations between two samples, iterations until the momenta are set, share of each tensor that
+    # is looked at, and how far momenta may go from MOMENTUM.
+    cfg.SOLVER.GSNR = CfgNode({"PERIOD": 200, "WINDOW": 4000, "SAMPLE": 1.0, "SPAN": 0.075})
 
     # Passes over the training images; may be a fraction.
     cfg.SOLVER.EPOCHS = 240.0

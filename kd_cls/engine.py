@@ -27,6 +27,7 @@ from kd_cls.meters import StepMeters
 from kd_cls.resume import check_resumable
 from kd_cls.task import DistillationTask
 from kd_cls.writers import Writers
+from kd_core.gsnr import AutoMomenta
 from kd_core.streams import backward_streams
 
 logger = logging.getLogger("kd_cls")
@@ -41,6 +42,7 @@ class Trainer:
         loaders: of both splits.
         optimizer, scheduler: over the task's trainable module.
         process: this process among all.
+        auto_momenta: sets the optimizer's momenta from what it measures; None for fixed ones.
         describe: (iteration, max_iter, metrics) → the metadata of a checkpoint.
     """
 
@@ -53,9 +55,10 @@ class Trainer:
         scheduler: Scheduler,
         process: Process,
         describe: Callable[[int, int, dict[str, float]], dict[str, Any]],
+        auto_momenta: AutoMomenta | None = None,
     ) -> None:
         self.cfg, self.task, self.loaders, self.process, self.describe = cfg, task, loaders, process, describe
-        self.optimizer, self.scheduler = optimizer, scheduler
+        self.optimizer, self.scheduler, self.auto_momenta = optimizer, scheduler, auto_momenta
         self.steps_per_epoch = loaders.train.sampler.num_batches
         self.max_iter = max(round(cfg.SOLVER.EPOCHS * self.steps_per_epoch), 1)
         self.iteration, self.metrics, self.best = 0, {}, -1.0
@@ -102,6 +105,8 @@ class Trainer:
             result = self.task(images_part, target_part, self.iteration / self.max_iter, teacher_logits)
             self.record(result, target_part)
             losses = self.task.stream_losses(result, len(images_part) / len(images))
+            if self.auto_momenta is not None and number == 1:
+                self.auto_momenta.observe(losses, self.iteration, self.scaler.get_scale())
             backward_streams(losses, self.optimizer, self.scaler, sync=number == len(parts))
         self.update()
 
@@ -200,6 +205,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "auto_momenta": None if self.auto_momenta is None else self.auto_momenta.state_dict(),
         }
 
     def resume(self, checkpoint: dict[str, Any]) -> None:
@@ -215,6 +221,8 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
+        if self.auto_momenta is not None:
+            self.auto_momenta.load_state_dict(state["auto_momenta"])
 
 
 def clip_gradients(optimizer: Optimizer, scaler: torch.amp.GradScaler, max_norm: float) -> None:

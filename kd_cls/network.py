@@ -110,9 +110,8 @@ def compile_or_plain(model: nn.Module, name: str, **options: Any) -> Callable[..
         try:
             return compiled(images)
         except Exception as error:  # dynamo, inductor and the C++ compiler each raise their own
-            logger.warning(
-                "torch.compile of the %s failed (%s); going on without it", name, str(error).strip().splitlines()[0]
-            )
+            reason = " ".join(str(error).split())[:200]
+            logger.warning("torch.compile of the %s failed (%s); going on without it", name, reason)
             compiled = model
             return model(images)
 

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from kd_cls.student import Student
 from kd_core import optim as streams
+from kd_core.gsnr import AutoMomenta
 
 STREAM_OPTIMIZERS = ("dot_sgd", "deepkd_sgd", "stream_adamw")
 SCHEDULES = ("multistep", "cosine", "step", "poly", "tanh", "wsd", "rsqrt", "constant")
@@ -85,6 +86,28 @@ def build_optimizer(cfg: CfgNode, student: Student) -> Optimizer:
     if solver.OPTIMIZER == "stream_adamw":
         return streams.StreamAdamW(groups, **common, momenta={name: solver.MOMENTUM + d for name, d in deltas.items()})
     return create_optimizer_v2(groups, opt=solver.OPTIMIZER, **common, momentum=solver.MOMENTUM)
+
+
+def build_auto_momenta(cfg: CfgNode, optimizer: Optimizer, student: Student) -> AutoMomenta | None:
+    """What SOLVER.MOMENTA auto asks for, None otherwise.
+
+    Raises:
+        ValueError: an optimizer without streams, a window with fewer than two samples, or momenta outside [0, 1).
+    """
+    if cfg.SOLVER.MOMENTA != "auto":
+        return None
+    if not hasattr(optimizer, "set_momenta") or cfg.KD.LOSS.NAME == "none":
+        raise ValueError(
+            f"SOLVER.MOMENTA auto compares the gradient streams of a distillation loss; with SOLVER.OPTIMIZER "
+            f"{cfg.SOLVER.OPTIMIZER!r} and KD.LOSS.NAME {cfg.KD.LOSS.NAME!r} there are none: leave it empty"
+        )
+    gsnr = cfg.SOLVER.GSNR
+    try:
+        return AutoMomenta(
+            optimizer, student.named_parameters(), gsnr.WINDOW, gsnr.PERIOD, gsnr.SAMPLE, cfg.SOLVER.MOMENTUM, gsnr.SPAN
+        )
+    except ValueError as error:
+        raise ValueError(f"SOLVER.GSNR: {error}") from error
 
 
 def parameter_groups(cfg: CfgNode, student: Student) -> list[dict[str, Any]]:

@@ -70,7 +70,7 @@ def check_mergeable(model: nn.Module) -> None:
     last = classifier(model)
     if not isinstance(last, nn.Linear) or last.bias is None:
         raise ValueError(
-            "KD.LOSS.NAME aekt merges its serialization layer into a linear classifier with a bias, and the last layer of "
+            "KD.LOSS.NAME aekt merges its layer into a linear classifier with a bias, and the last layer of "
             f"{type(model).__name__} is {last}: use another student or another loss"
         )
 

@@ -46,7 +46,7 @@ class DistillationTask(TrainingTask):
         self.to(self.device)
 
     def compile(self, backend: str = "inductor", mode: str | None = None, **options: Any) -> None:
-        """torch.compile the student's training pass, with a way back; evaluation uses the student itself."""
+        """torch.compile the training pass of the student, with a way back."""
         self.compiled_student = compile_or_plain(self.trainable_module, "student", backend=backend, mode=mode, **options)
 
     def autocast(self) -> torch.autocast:

@@ -52,9 +52,9 @@ class Teacher(DistillationTeacher):
         """Stay in eval mode whatever is asked: `task.train()` reaches every submodule."""
         return super().train(False)
 
-    def compile(self) -> "Teacher":
-        """torch.compile the network, with a way back."""
-        self.compiled_model = compile_or_plain(self.model, "teacher")
+    def compile(self, **options: Any) -> "Teacher":
+        """torch.compile the network, with a way back; `options` are torch.compile's."""
+        self.compiled_model = compile_or_plain(self.model, "teacher", **options)
         return self
 
     @torch.no_grad()

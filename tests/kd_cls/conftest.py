@@ -48,7 +48,7 @@ def teacher_yaml(tiny_yaml: Path, tmp_path_factory: pytest.TempPathFactory, proc
 
 @pytest.fixture
 def tiny(tiny_yaml: Path, teacher_yaml: Path, tmp_path: Path) -> Callable[..., CfgNode]:
-    """`tiny("KEY", value, …)`: the config of a run in a folder of its own, with the teacher named where there is a loss."""
+    """`tiny("KEY", value, …)`: the config of a run in a folder of its own, with a teacher where there is a loss."""
 
     def build(*options: Any) -> CfgNode:
         words = ["OUTPUT_DIR", str(tmp_path / "run"), *map(str, options)]

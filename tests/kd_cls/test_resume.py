@@ -26,6 +26,9 @@ METHODS = {
     ],
     "aekt, mixed dropout": ["KD.LOSS.NAME", "aekt", "MODEL.KWARGS", "{drop_rate: 0.3}", "SOLVER.EMA.ENABLED", True],
     "gdkd, mixup": ["KD.LOSS.NAME", "gdkd", "SOLVER.MIXUP.ALPHA", 0.4, "SOLVER.LABEL_SMOOTHING", 0.1],
+    "momenta auto": [
+        *["KD.LOSS.NAME", "dkd", "SOLVER.MOMENTA", "auto", "SOLVER.GSNR.PERIOD", 1, "SOLVER.GSNR.WINDOW", 6],
+    ],
     "adamw": ["KD.LOSS.NAME", "kd", "SOLVER.OPTIMIZER", "stream_adamw", "SOLVER.BASE_LR", 1e-3],
 }
 

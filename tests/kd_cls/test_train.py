@@ -117,7 +117,9 @@ def test_seeds_run_in_turn_and_end_in_mean_and_std(tiny_yaml: Path, tmp_path: Pa
     assert main([*words, "--resume"])["top1"] == summary["top1"]  # both have finished: nothing is trained again
 
 
-def test_a_missing_teacher_is_trained_first_and_only_once(tiny: Callable, tiny_yaml: Path, tmp_path: Path, process: Process) -> None:
+def test_a_missing_teacher_is_trained_first_and_only_once(
+    tiny: Callable, tiny_yaml: Path, tmp_path: Path, process: Process
+) -> None:
     teacher = tmp_path / "teacher.yaml"
     teacher.write_text(yaml.safe_dump({"_BASE_": str(tiny_yaml), "OUTPUT_DIR": str(tmp_path / "teacher")}))
     options = ("KD.LOSS.NAME", "kd", "KD.TEACHER.CONFIG_FILE", teacher)
@@ -155,7 +157,7 @@ def test_a_seed_below_0_is_drawn_and_noted(tiny: Callable, process: Process) -> 
     seed = load_cfg(str(Path(cfg.OUTPUT_DIR, "config.yaml"))).SEED
     assert seed >= 0
     train(cfg, process, resume=True)
-    assert load_cfg(str(Path(cfg.OUTPUT_DIR, "config.yaml"))).SEED == seed
+    assert seed == load_cfg(str(Path(cfg.OUTPUT_DIR, "config.yaml"))).SEED
 
 
 def test_milestones_and_warm_up_hold_to_the_step(tiny: Callable, process: Process) -> None:
@@ -180,7 +182,11 @@ def test_bad_input_ends_the_command_with_one_sentence(tiny_yaml: Path, tmp_path:
     words = ["--config-file", str(tiny_yaml), "MODEL.NAME", "cifar_resnet9", "OUTPUT_DIR", str(tmp_path / "run")]
     done = subprocess.run([sys.executable, "-m", "kd_cls.train", *words], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("ValueError: MODEL.NAME is 'cifar_resnet9', which timm does not know")
+    assert (
+        done.stderr.strip()
+        .splitlines()[-1]
+        .startswith("ValueError: MODEL.NAME is 'cifar_resnet9', which timm does not know")
+    )
     assert "Traceback" not in done.stderr
 
 
@@ -211,7 +217,9 @@ def test_bad_input_ends_the_command_with_one_sentence(tiny_yaml: Path, tmp_path:
         (["WANDB.ENABLED", True], r"the wandb package is not installed: pip install wandb"),
     ],
 )
-def test_bad_input_is_named_before_training_starts(tiny: Callable, process: Process, options: list, message: str) -> None:
+def test_bad_input_is_named_before_training_starts(
+    tiny: Callable, process: Process, options: list, message: str
+) -> None:
     if options[0] == "DEVICE" and torch.cuda.is_available():
         options, message = ["DEVICE", "tpu"], "tpu"
     cfg: CfgNode = tiny(*options)
