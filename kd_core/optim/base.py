@@ -150,21 +150,24 @@ class StreamOptimizer(torch.optim.Optimizer):
         if self.gradients.scale is not None and not hasattr(self, "found_inf"):
             raise RuntimeError("the gradients are scaled: step by scaler.step(optimizer), not by optimizer.step()")
         self._regroup_buffers(sets)
-        shown = {p: p.grad for p in self._params() if p.grad is not None}
         if getattr(self, "grad_scale", None) is not None:  # the scaler has looked at p.grad, but not divided it
-            foreach_multiply_(shown.values(), _reciprocal(self.grad_scale))
+            shown = [p.grad for p in self._params() if p.grad is not None]
+            foreach_multiply_(shown, _reciprocal(self.grad_scale))
             self.gradients.accept()
         self._unscale_streams()
         if len(sets) == 1:
-            return [(sets[0], shown)]
+            return [(sets[0], {p: p.grad for p in self._params() if p.grad is not None})]
         return list(zip(sets, self.gradients.of_set or [{} for _ in sets], strict=True))
 
-    def _buffer(self, p: Tensor, name: str) -> Tensor:
+    def _buffer(self, p: Tensor, name: str, create: bool = True) -> Tensor | None:
         """The buffer of a set, made at 0, and in the parameter's own memory format, when first asked for."""
-        buffers = self.state[p].setdefault(BUFFERS, {})
-        if name not in buffers:
+        state = self.state[p]
+        if BUFFERS not in state:
+            state[BUFFERS] = {}
+        buffers = state[BUFFERS]
+        if create and name not in buffers:
             buffers[name] = torch.zeros_like(p)
-        return buffers[name]
+        return buffers.get(name)
 
     def _regroup_buffers(self, sets: StreamSets) -> None:
         """Moves every buffer to the set that its heir is in now."""

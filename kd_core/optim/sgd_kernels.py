@@ -33,16 +33,19 @@ def sgd_(
 
 
 def _by_kernel(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor] | None) -> dict[tuple[Any, ...], Lists]:
-    """The lists, split by kernel, device and dtype."""
+    """The lists, split by (whether the fused kernel is right, device, dtype)."""
+    # The fused CPU kernel ignores strides: where layouts differ it would pair the wrong elements, silently.
+    alike = [p.stride() == g.stride() == v.stride() for p, g, v in zip(params, grads, buffers or grads, strict=True)]
+    kinds = [(p.device, p.dtype) for p in params]
+    if all(alike) and len(set(kinds)) == 1:
+        return {(has_fused_kernel(params[0]), *kinds[0]): (params, grads, buffers)}
     split: dict[tuple[Any, ...], Lists] = {}
-    for i, (p, g) in enumerate(zip(params, grads, strict=True)):
-        # The fused CPU kernel ignores strides: where layouts differ it would pair the wrong elements, silently.
-        fused = has_fused_kernel(p) and p.stride() == g.stride() == (g if buffers is None else buffers[i]).stride()
-        lists = split.setdefault((fused, p.device, p.dtype), ([], [], None if buffers is None else []))
-        lists[0].append(p)
-        lists[1].append(g)
-        if buffers is not None:
-            lists[2].append(buffers[i])
+    for i, kind in enumerate(kinds):
+        key = (alike[i] and has_fused_kernel(params[i]), *kind)
+        lists = split.setdefault(key, ([], [], None if buffers is None else []))
+        for whole, part in zip((params, grads, buffers), lists, strict=True):
+            if whole is not None:
+                part.append(whole[i])
     return split
 
 

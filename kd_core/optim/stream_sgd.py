@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd_core.optim.base import BUFFERS, MOMENTA, StreamOptimizer, label, run_closure
+from kd_core.optim.base import MOMENTA, StreamOptimizer, label, run_closure
 from kd_core.optim.sgd_kernels import sgd_
 
 STEPS = ("paper", "matched")
@@ -78,22 +78,28 @@ class StreamSGD(StreamOptimizer):
         loss = run_closure(closure)
         sets = self._gradients_for_step()
         for group in self.param_groups:
-            reached = [p for p in group["params"] if any(p in gradient for _, gradient in sets)]
+            columns = [(streams, [gradient.get(p) for p in group["params"]]) for streams, gradient in sets]
+            reached = [any(g is not None for g in row) for row in zip(*(grads for _, grads in columns), strict=True)]
             # The decay stream's set goes first: it reads θ, and every set moves θ.
-            for streams, gradient in sorted(sets, key=lambda each: group["decay_stream"] not in each[0]):
-                self._step_set(group, reached, streams, gradient)
+            for streams, grads in sorted(columns, key=lambda column: group["decay_stream"] not in column[0]):
+                self._step_set(group, reached, streams, grads)
         return loss
 
     def _step_set(
-        self, group: dict[str, Any], reached: list[Tensor], streams: tuple[str, ...], gradient: dict[Tensor, Tensor]
+        self, group: dict[str, Any], reached: list[bool], streams: tuple[str, ...], gradients: list[Tensor | None]
     ) -> None:
-        momentum = group[MOMENTA][streams[0]]
+        momentum, name = group[MOMENTA][streams[0]], label(streams)
         decay = group["weight_decay"] if group["decay_stream"] in streams else 0.0
         scale = (1 - momentum) / (1 - group["base_momentum"]) if group["step"] == "matched" else 1.0
-        name = label(streams)
-        # Where there is no gradient, decay or buffer, v is 0 and stays 0.
-        params = [p for p in reached if p in gradient or decay != 0 or name in self.state[p].get(BUFFERS, {})]
-        grads = [gradient[p] if p in gradient else torch.zeros_like(p) for p in params]
-        buffers = [self._buffer(p, name) for p in params] if momentum != 0 else None
+        params, grads, buffers = [], [], []
+        for p, g, is_reached in zip(group["params"], gradients, reached, strict=True):
+            if not is_reached:
+                continue
+            v = self._buffer(p, name, create=momentum != 0 and (g is not None or decay != 0))
+            if g is None and v is None and decay == 0:
+                continue  # v is 0, and stays 0
+            params.append(p)
+            grads.append(torch.zeros_like(p) if g is None else g)
+            buffers.append(v)
         lr, found_inf = group["lr"] * scale, getattr(self, "found_inf", None)
-        sgd_(params, grads, buffers, lr, momentum, decay, group["nesterov"], found_inf)
+        sgd_(params, grads, buffers if momentum != 0 else None, lr, momentum, decay, group["nesterov"], found_inf)
