@@ -3,7 +3,8 @@
 from setuptools import find_packages, setup
 
 # detectron2 stands in no extra: it is on no package index under its own name. tools/install_detectron2.py brings it.
-DET = ["torchvision", "iopath", "pycocotools", "yacs", "tabulate", "termcolor", "tensorboard", "scikit-learn", "scikit-image"]
+DET = ["torchvision", "iopath", "pycocotools", "yacs", "tabulate", "termcolor", "tensorboard", "scikit-learn", "scikit-image",
+       "opencv-python-headless"]  # what detectron2's Visualizer draws with
 CLS = ["torchvision", "timm>=1.0", "yacs", "tabulate", "tensorboard", "scikit-learn", "safetensors"]
 DEV = ["pytest>=8", "hypothesis", "ruff", "matplotlib"]
 

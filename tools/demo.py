@@ -8,9 +8,11 @@ Interrupt it when you like: run again, it goes on where it was, and what is fini
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,7 +27,7 @@ def train(name: str, output_dir: Path, *options: str) -> None:
     print(f"[demo] {name}: training into {output_dir}", flush=True)
     command = [sys.executable, str(ROOT / "tools" / "train_net.py"), "--config-file", str(CONFIGS / f"{name}.yaml"), "--resume",
                "OUTPUT_DIR", str(output_dir), *options]
-    subprocess.run(command, cwd=ROOT, check=True)
+    subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"PYTHONWARNINGS": "ignore"})  # progress, not deprecations
     (output_dir / "finished").touch()
 
 
@@ -45,6 +47,7 @@ def main() -> None:
             weights = [] if student == "baseline" else ["KD.TEACHER.WEIGHTS", str(teacher / "model_final.pth")]
             train(student, output / f"{student}_seed{seed}", "SEED", str(seed), *weights, *args.options)
 
+    warnings.simplefilter("ignore")
     from kd_det import report  # detectron2 takes seconds to import: only when there is something to report
 
     runs = {"teacher": [report.read_run(teacher)]}
