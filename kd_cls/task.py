@@ -47,7 +47,8 @@ class DistillationTask(TrainingTask):
 
     def compile(self, backend: str = "inductor", mode: str | None = None, **options: Any) -> None:
         """torch.compile the training pass of the student, with a way back."""
-        self.compiled_student = compile_or_plain(self.trainable_module, "student", backend=backend, mode=mode, **options)
+        options |= {"backend": backend, "mode": mode}
+        self.compiled_student = compile_or_plain(self.trainable_module, "student", **options)
 
     def autocast(self) -> torch.autocast:
         """The context in which networks run."""
