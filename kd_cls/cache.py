@@ -120,9 +120,11 @@ class LogitCache:
         if self.kind == "full":
             rows["value"] = logits.numpy()
         else:
-            log_probs, index = logits.log_softmax(1).topk(rows["index"].shape[1], dim=1)
-            rows["value"], rows["index"] = log_probs.clamp(min=-65504).numpy(), index.numpy()
-            rows["rest"] = log_rest_mass(logits, index).clamp(min=-1e30).numpy()
+            log_probs = logits.log_softmax(1)
+            value, index = log_probs.topk(rows["index"].shape[1], dim=1)
+            rest = log_probs.scatter(1, index, -math.inf).logsumexp(1)
+            rows["value"], rows["index"] = value.clamp(min=-65504).numpy(), index.numpy()  # float16's smallest number
+            rows["rest"] = rest.clamp(min=-1e30).numpy()
         rows["check"] = [checksum(row) for row in rows]
         self.records(epoch)[indices.numpy()] = rows
 
@@ -130,12 +132,6 @@ class LogitCache:
 def checksum(row: np.void) -> int:
     """CRC-32 of a record without its checksum; never 0, which is what an absent record says."""
     return zlib.crc32(row.tobytes()[4:]) or 1
-
-
-def log_rest_mass(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Log of the probability (n,) of all classes but those in `index` (n, k)."""
-    rest = logits.scatter(1, index, -math.inf)
-    return rest.logsumexp(1) - logits.logsumexp(1)
 
 
 def spread_rest(rows: np.ndarray, num_classes: int) -> torch.Tensor:

@@ -9,19 +9,16 @@ and last.pth, for --resume,
 """
 
 import os
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import safetensors
 import torch
 from timm.models import load_state_dict
 from timm.models._hub import download_cached_file
 from torch import nn
 
 LAST, BEST = "last.pth", "best.pth"
-UNREADABLE = (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError, safetensors.SafetensorError)
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -55,7 +52,7 @@ def read_checkpoint(path: str | Path, key: str) -> dict[str, Any]:
         raise ValueError(f"{key}: there is no file {path}")
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
+    except Exception as error:  # every way to be broken raises another kind
         raise ValueError(
             f"{key}: {path} is no checkpoint that can be read: it is truncated, or holds more than tensors and "
             f"plain values ({first_line(error)})"
@@ -69,7 +66,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     """The metadata of a checkpoint of ours; empty for any other file."""
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (*UNREADABLE, OSError):
+    except Exception:  # another kind of file, or a broken one, which loading it will tell
         return {}
     return dict(loaded.get("metadata", {})) if isinstance(loaded, dict) else {}
 
@@ -104,7 +101,7 @@ def load_weights(model: nn.Module, path: str, key: str, new_classifier: bool = F
     local = fetch(path, key)
     try:
         weights = load_state_dict(local)
-    except UNREADABLE as error:
+    except Exception as error:  # every way to be broken raises another kind
         raise ValueError(f"{key}: {path} is no file of weights that can be read ({first_line(error)})") from error
     own = model.state_dict()
     if new_classifier:
