@@ -78,6 +78,7 @@ def backward_streams(
                 reduction.start(i, gradients.of_set[i])
         if reduction is not None:
             reduction.finish(gradients.of_set)
+            gradients.bytes_sent += reduction.bytes_sent
     except BaseException:
         gradients.clear()  # half of a step's gradients is worth nothing
         for p in params:
@@ -112,6 +113,7 @@ class StreamGradients:
 
     def __init__(self) -> None:
         self.spare = SpareTensors()
+        self.bytes_sent = 0  # by this rank, over the optimizer's life
         self.clear()
 
     def clear(self) -> None:

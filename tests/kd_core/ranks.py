@@ -156,7 +156,7 @@ def auto_momenta(rank: int, world: int) -> dict[str, float]:
     return dict(optimizer.param_groups[0]["momenta"])
 
 
-def order_and_bytes() -> tuple[list[str], int]:
+def order_and_bytes() -> tuple[list[str], int, int]:
     """What happens in one call: the reductions, by their bytes, between the backward passes."""
     model, events = Net(), []
     model.classifier.register_full_backward_hook(lambda *_: events.append("backward"))
@@ -171,7 +171,7 @@ def order_and_bytes() -> tuple[list[str], int]:
     dist.all_reduce = counted
     backward_streams(streams(model, 0, slice(0, 4)), optimizer)
     dist.all_reduce = all_reduce
-    return events, sum(p.nbytes for p in model.parameters())
+    return events, optimizer.gradients.bytes_sent, sum(p.nbytes for p in model.parameters())
 
 
 def state(model: nn.Module) -> list[Tensor]:
@@ -192,7 +192,7 @@ def main(rank: int, world: int, store: str, output: str) -> None:
     model, scales, moved = infinity(rank, world)
     results["infinity"], results["scales"], results["moved"] = state(model), scales, moved
     results["auto momenta"] = auto_momenta(rank, world)
-    results["events"], results["parameter bytes"] = order_and_bytes()
+    results["events"], results["bytes sent"], results["parameter bytes"] = order_and_bytes()
     kd_core.distributed.BUCKET_BYTES = 200  # many buckets, and parameters that are larger than one
     results["small buckets"] = state(train(BUILDS["two sets"], rank, world))
     torch.save(results, f"{output}/rank{rank}.pt")

@@ -123,8 +123,9 @@ def test_auto_momenta_are_the_same_on_every_rank(results: list[dict[str, Any]]) 
 
 def test_a_set_travels_while_the_next_ones_backward_pass_runs(results: list[dict[str, Any]]) -> None:
     for result in results:
-        reduction = f"reduce {result['parameter bytes']}"  # a rank sends sets × parameters, and no more
+        reduction = f"reduce {result['parameter bytes']}"
         assert result["events"] == ["backward", reduction, "backward", reduction]
+        assert result["bytes sent"] == 2 * result["parameter bytes"]  # sets × parameters
 
 
 def test_a_bucket_holds_one_dtype_and_at_most_its_bytes() -> None:
