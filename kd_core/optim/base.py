@@ -89,12 +89,13 @@ class StreamOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients of every stream; `set_to_none=False` makes them 0, so momentum and decay go on."""
-        if not set_to_none and len(self.gradients.sets) > 1:
+        sets = self.stream_sets
+        if not set_to_none and len(sets) > 1 and sets == self.gradients.sets:
             torch._foreach_zero_(self.gradients.tensors())
             self.gradients.accept()
         else:
             self.gradients.clear()
-            super().zero_grad(set_to_none)
+            super().zero_grad(set_to_none or len(sets) > 1)
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:

@@ -32,7 +32,7 @@ class StreamSGD(StreamOptimizer):
         lr: learning rate, ≥ 0.
         momenta: {stream: momentum in [0, 1)}.
         weight_decay: L2 penalty, applied once for every parameter, through `decay_stream`.
-        decay_stream: by default the first stream of `momenta`.
+        decay_stream: by default "tog", or the first stream where there is no such.
         nesterov: as in `torch.optim.SGD`, for each set.
         step: "paper" or "matched".
         base_momentum: the μ of step="matched".
@@ -51,11 +51,13 @@ class StreamSGD(StreamOptimizer):
         step: str = "paper",
         base_momentum: float = 0.9,
     ) -> None:
+        if decay_stream is None:
+            decay_stream = "tog" if "tog" in momenta else next(iter(momenta), None)
         defaults = {
             "lr": lr,
             MOMENTA: dict(momenta),
             "weight_decay": weight_decay,
-            "decay_stream": next(iter(momenta), None) if decay_stream is None else decay_stream,
+            "decay_stream": decay_stream,
             "nesterov": nesterov,
             "step": step,
             "base_momentum": base_momentum,

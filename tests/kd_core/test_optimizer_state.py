@@ -176,6 +176,18 @@ def test_regrouping_and_back_keeps_every_buffer_somewhere(build) -> None:
     torch.testing.assert_close(sum(buffers(optimizer, model).values()), before, rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_momenta_may_be_set_before_the_gradients_are_zeroed(build, set_to_none: bool) -> None:
+    model = net()
+    optimizer = build(model, DEEPKD)
+    train(model, optimizer, range(2))
+    optimizer.set_momenta(THREE)
+    optimizer.zero_grad(set_to_none)
+    backward_streams(streams(model, 2), optimizer)
+    optimizer.step()
+    assert set(buffers(optimizer, model)) == {"tog", "tcg", "ncg"}
+
+
 def test_momenta_edited_in_the_groups_regroup_as_well(build) -> None:
     model = net()
     optimizer = build(model, DEEPKD)

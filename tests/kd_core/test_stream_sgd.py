@@ -186,6 +186,12 @@ def test_every_parameter_decays_once_whichever_streams_reach_it() -> None:
         torch.testing.assert_close(model.task_head.weight, expected, rtol=0, atol=1e-15)
 
 
+def test_the_task_decays_by_default_and_the_first_stream_where_there_is_no_task() -> None:
+    p = nn.Parameter(torch.zeros(1))
+    assert StreamSGD([p], 0.1, {"tcg": 0.9, "tog": 0.8}).param_groups[0]["decay_stream"] == "tog"
+    assert StreamSGD([p], 0.1, {"hints": 0.9, "logits": 0.8}).param_groups[0]["decay_stream"] == "hints"
+
+
 def test_a_stream_that_stops_reaching_a_parameter_goes_on_by_its_momentum() -> None:
     p = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
     optimizer = StreamSGD([p], 1.0, {"tog": 0.5, "tcg": 0.25})
