@@ -1,6 +1,8 @@
 """What hangs on the training loop."""
 
 import json
+import os
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +67,16 @@ def copy_shared(source: CfgNode, target: CfgNode) -> None:
 
 
 def cut_metrics(path: Path, start: int) -> None:
-    """Drop the lines of `metrics.json` from iteration `start` on: after a kill, a resumed run writes them again."""
-    if not path.is_file():
-        return
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if before(line, start)]
-    write_whole(path, lambda file: file.write("".join(f"{line}\n" for line in kept).encode()))
+    """Cut `metrics.json` off at iteration `start`: after a kill, a resumed run writes the lines from there again.
+
+    The file is truncated where it is: the writer has it open already, for appending.
+    """
+    if path.is_file():
+        kept = takewhile(lambda line: before(line, start), path.read_bytes().splitlines(keepends=True))
+        os.truncate(path, sum(map(len, kept)))
 
 
-def before(line: str, start: int) -> bool:
+def before(line: bytes, start: int) -> bool:
     """Whether a line of metrics.json is whole and stems from an iteration before `start`."""
     try:
         entry: dict[str, Any] = json.loads(line)
