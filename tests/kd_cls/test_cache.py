@@ -50,9 +50,8 @@ def test_extreme_logits_survive_topk(tmp_path: Path) -> None:
     kept = cache(tmp_path, "topk")
     kept.write(0, torch.tensor([0, 1]), logits)
     found = kept.read(0, torch.tensor([0, 1]))
-    assert (
-        found.isfinite().all() and found[0].argmax() == 3 and torch.allclose(found[1].softmax(0), torch.tensor(1 / 50))
-    )
+    assert found.isfinite().all() and found[0].argmax() == 3
+    assert torch.allclose(found[1].softmax(0), torch.full((50,), 1 / 50), rtol=1e-2)
 
 
 def test_a_record_that_was_half_written_counts_as_absent(tmp_path: Path) -> None:

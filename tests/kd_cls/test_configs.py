@@ -1,0 +1,126 @@
+"""Every classification config in configs/: reads, builds what needs no download, and says the papers' numbers."""
+
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from kd_cls.build import build_distillation_loss, serialization_layer
+from kd_cls.config import load_cfg
+from kd_cls.data import AUGMENTATIONS, DATASETS
+from kd_cls.network import create_network
+from kd_cls.pipeline import augmentation
+from kd_cls.solver import build_optimizer, build_scheduler, check_solver
+from kd_cls.student import Student
+from kd_cls.teacher import teacher_description
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ("CIFAR100", "ImageNet", "TinyImageNet", "CUB200")
+CONFIGS = [path for folder in FOLDERS for path in sorted((ROOT / "configs" / folder).glob("[!B]*.yaml"))]
+CONFIGS += sorted((ROOT / "configs" / "Digits").glob("cls_*.yaml"))
+CLASSES = {"digits": 10, "cifar100": 100, "imagenet": 1000, "tiny_imagenet": 200, "cub200": 200}
+
+# Teacher, student: DKD's β; GDKD's w1, w2 (arXiv 2203.08679 and 2512.04625, released code).
+PAIRS = {
+    ("resnet56", "resnet20"): (2, 1, 1),
+    ("resnet110", "resnet32"): (2, 1, 1),
+    ("resnet32x4", "resnet8x4"): (8, 2, 8),
+    ("wrn_40_2", "wrn_16_2"): (6, 2, 6),
+    ("wrn_40_2", "wrn_40_1"): (6, 2, 6),
+    ("vgg13", "vgg8"): (6, 1, 6),
+    ("resnet32x4", "shufflev1"): (8, 1, 8),
+    ("wrn_40_2", "shufflev1"): (8, 2, 6),
+    ("vgg13", "mobilenetv2"): (6, 1, 6),
+    ("resnet50", "mobilenetv2"): (8, 1, 8),
+    ("resnet32x4", "shufflev2"): (8, 1, 8),
+}
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths in configs start at the folder that one works in."""
+    monkeypatch.chdir(ROOT)
+
+
+@cache
+def network(name: str, num_classes: int) -> torch.nn.Module:
+    """The network without memory for its weights."""
+    with torch.device("meta"):
+        return create_network(name, num_classes, "", False, "MODEL")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[f"{path.parent.name}/{path.stem}" for path in CONFIGS])
+def test_a_config_says_its_command_and_builds(path: Path) -> None:
+    relative = path.relative_to(ROOT)
+    text = path.read_text()
+    assert f"--config-file {relative}\n" in text and "--config-file" in text.split("_BASE_")[0]
+    cfg = load_cfg(str(relative))
+    assert cfg.OUTPUT_DIR.split("/")[-1] == path.stem and cfg.OUTPUT_DIR.startswith("output/")
+    check_solver(cfg, world_size=1)
+    assert cfg.DATA.NAME in DATASETS and augmentation(cfg) in AUGMENTATIONS
+    classes = CLASSES[cfg.DATA.NAME]
+    loss = build_distillation_loss(cfg, classes)
+    student = Student(network(cfg.MODEL.NAME, classes), serialization_layer(cfg, classes))
+    scheduler = build_scheduler(cfg, build_optimizer(cfg, student), steps_per_epoch=10)
+    assert scheduler.optimizer.param_groups[0]["lr"] == pytest.approx(cfg.SOLVER.BASE_LR)
+    if loss is None:
+        assert path.stem.replace("cls_", "").startswith(("teacher", "baseline"))
+        return
+    name, _, weights, own = teacher_description(cfg)
+    assert network(name, classes).num_classes == classes
+    if own is not None:
+        assert own.DATA.NAME == cfg.DATA.NAME and weights.startswith(own.OUTPUT_DIR)
+
+
+def test_no_two_configs_write_into_one_folder() -> None:
+    folders = [load_cfg(str(path)).OUTPUT_DIR for path in CONFIGS]
+    assert len(set(folders)) == len(folders) > 100
+
+
+@pytest.mark.parametrize(("teacher", "student"), PAIRS)
+def test_every_pair_of_the_papers_has_its_five_configs_with_their_numbers(teacher: str, student: str) -> None:
+    beta, w1, w2 = PAIRS[teacher, student]
+    for method in ("kd", "dkd", "gdkd", "deepkd", "deepkd_kd"):
+        cfg = load_cfg(f"configs/CIFAR100/{method}_{teacher}_{student}.yaml")
+        assert f"cifar_{student}" == cfg.MODEL.NAME and cfg.KD.TEACHER.CONFIG_FILE.endswith(f"/teacher_{teacher}.yaml")
+        solver, loss = cfg.SOLVER, cfg.KD.LOSS
+        light = student in ("mobilenetv2", "shufflev1", "shufflev2")
+        assert (0.01 if light else 0.05, 240, 64) == (solver.BASE_LR, solver.EPOCHS, solver.IMS_PER_BATCH)
+        assert solver.SCHEDULE.MILESTONES == [150, 180, 210] and solver.WEIGHT_DECAY == 5e-4 and loss.TEMPERATURE == 4
+        deep = method.startswith("deepkd")
+        assert ("deepkd_sgd" if deep else "sgd") == solver.OPTIMIZER and deep == loss.TOPK.ENABLED
+        if method == "kd":
+            assert (cfg.KD.TASK_WEIGHT, loss.WEIGHT) == (0.1, 0.9)
+        if method in ("dkd", "gdkd"):
+            assert (cfg.KD.TASK_WEIGHT, loss.WEIGHT, loss.WARMUP_EPOCHS) == (1, 1, 20)
+        if method == "dkd":
+            assert (1, beta) == (loss.DKD.ALPHA, loss.DKD.BETA)
+        if method == "gdkd":
+            assert (1, w1, w2, 5) == (loss.GDKD.W0, loss.GDKD.W1, loss.GDKD.W2, loss.GDKD.K)
+        if deep:
+            text = (ROOT / "configs" / "CIFAR100" / f"Base-{method}.yaml").read_text()
+            assert "The learning rate is that of DeepKD's released configs" in text
+
+
+@pytest.mark.parametrize(("student", "beta", "w"), [("resnet34_resnet18", 0.5, 1), ("resnet50_mobilenetv1", 2, 2)])
+def test_imagenet_has_the_papers_numbers(student: str, beta: float, w: float) -> None:
+    for method in ("kd", "dkd", "gdkd", "deepkd", "deepkd_kd", "aekt", "dot"):
+        cfg = load_cfg(f"configs/ImageNet/{method}_{student}.yaml")
+        assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.EPOCHS, cfg.SOLVER.IMS_PER_BATCH) == (0.2, 100, 512)
+        assert cfg.SOLVER.WEIGHT_DECAY == 1e-4 and cfg.KD.LOSS.TEMPERATURE == 1
+        assert method != "dkd" or (beta, 1) == (cfg.KD.LOSS.DKD.BETA, cfg.KD.LOSS.WARMUP_EPOCHS)
+        gdkd = cfg.KD.LOSS.GDKD
+        assert method != "gdkd" or (0.5, w, w, 5) == (gdkd.W0, gdkd.W1, gdkd.W2, gdkd.K)
+    for folder in ("TinyImageNet", "CUB200"):
+        gdkd = load_cfg(f"configs/{folder}/gdkd_{student}.yaml").KD.LOSS.GDKD
+        assert (0.5, w, w, 5) == (gdkd.W0, gdkd.W1, gdkd.W2, gdkd.K)
+
+
+def test_no_config_sets_a_key_of_another_loss() -> None:
+    groups = {"dkd": "DKD", "gdkd": "GDKD", "gdkd3": "GDKD3", "aekt": "AEKT"}
+    for path in CONFIGS:
+        own = groups.get(load_cfg(str(path)).KD.LOSS.NAME)
+        for group in set(groups.values()) - {own}:
+            assert not re.search(rf"^    {group}:", path.read_text(), re.MULTILINE), path
