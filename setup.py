@@ -1,10 +1,22 @@
 """Packaging of decoupled-kd. Nothing here imports torch: an sdist or wheel builds on a machine that has none."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 # detectron2 stands in no extra: it is on no package index under its own name. tools/install_detectron2.py brings it.
-DET = ["torchvision", "iopath", "pycocotools", "yacs", "tabulate", "termcolor", "tensorboard", "scikit-learn", "scikit-image",
-       "opencv-python-headless"]  # what detectron2's Visualizer draws with
+DET = [
+    "torchvision",
+    "iopath",
+    "pycocotools",
+    "yacs",
+    "tabulate",
+    "termcolor",
+    "tensorboard",
+    "scikit-learn",
+    "scikit-image",
+    "opencv-python-headless",
+]  # what detectron2's Visualizer draws with
 CLS = ["torchvision", "timm>=1.0", "yacs", "tabulate", "tensorboard", "scikit-learn", "safetensors"]
 DEV = ["pytest>=8", "hypothesis", "ruff", "matplotlib"]
 
@@ -12,7 +24,7 @@ setup(
     name="decoupled-kd",
     version="0.1.0",
     description="Knowledge distillation of detectors and classifiers through their logits: DKD, DeepKD, GDKD, AEKT",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

@@ -6,7 +6,9 @@ Importing it registers the meta-architecture `DistilledRCNN` and the data sets `
 try:
     import detectron2  # noqa: F401
 except ImportError as error:
-    raise ImportError("kd_det needs detectron2: run `python tools/install_detectron2.py`, or install an upstream build.") from error
+    raise ImportError(
+        "kd_det needs detectron2: run `python tools/install_detectron2.py`, or install an upstream build."
+    ) from error
 
 from . import data  # noqa: F401  (registers the built-in data sets)
 from .config import add_kd_config

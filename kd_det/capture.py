@@ -24,8 +24,8 @@ def capture_box_stages(heads: ROIHeads) -> Iterator[list[BoxStage]]:
     """Record a `BoxStage` a call of `box_predictor.losses(predictions, proposals)` while the context is open.
 
     A forward hook on the predictor would see no proposals, and the proposals' boxes may be replaced after the call
-    (TRAIN_ON_PRED_BOXES). The method is shadowed on the instance for the time of one forward pass only, so that copies and
-    pickles of the model never carry it.
+    (TRAIN_ON_PRED_BOXES). The method is shadowed on the instance for the time of one forward pass only, so that copies
+    and pickles of the model never carry it.
     """
     predictors = heads.box_predictor if isinstance(heads.box_predictor, nn.ModuleList) else [heads.box_predictor]
     stages: list[BoxStage] = []

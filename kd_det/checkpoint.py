@@ -40,8 +40,8 @@ def check_pickle(file: BinaryIO) -> None:
 class WholeCheckpointer(DetectionCheckpointer):
     """detectron2's checkpointer, safe against a kill while it writes and against code in the files it reads.
 
-    A checkpoint is written beside its name and moved there when it is complete; `last_checkpoint`, which `--resume` follows,
-    is moved after it. `incompatible` tells what the last `load` could not match.
+    A checkpoint is written beside its name and moved there when it is complete; `last_checkpoint`, which `--resume`
+    follows, is moved after it. `incompatible` tells what the last `load` could not match.
     """
 
     incompatible: Any = None
@@ -69,8 +69,10 @@ class WholeCheckpointer(DetectionCheckpointer):
             with PathManager.open(filename, "rb") as file:
                 loaded = torch.load(file, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
-            raise ValueError(f"{filename} is no checkpoint that can be read: it is truncated, or not made of tensors alone "
-                             f"({str(error).splitlines()[0]})") from error
+            raise ValueError(
+                f"{filename} is no checkpoint that can be read: it is truncated, or not made of tensors alone "
+                f"({str(error).splitlines()[0]})"
+            ) from error
         if not isinstance(loaded, dict):
             raise ValueError(f"{filename} holds a {type(loaded).__name__}, expected a dict of tensors")
         return loaded if "model" in loaded else {"model": loaded}
@@ -100,7 +102,8 @@ def load_all_weights(model: nn.Module, path: str, key: str) -> None:
         key: the config key that named the file, for the error message.
 
     Raises:
-        ValueError: the file is missing or unreadable, or any weight of the model is missing from it or has another shape.
+        ValueError: the file is missing or unreadable, or any weight of the model is missing from it or has another
+        shape.
     """
     try:
         local = PathManager.get_local_path(path)
@@ -116,8 +119,10 @@ def load_all_weights(model: nn.Module, path: str, key: str) -> None:
     wrong = checkpointer.incompatible.incorrect_shapes
     if wrong:
         name, found, expected = wrong[0]
-        raise ValueError(f"{key}: {path} does not fit the model: {len(wrong)} weights have another shape, the first is {name} "
-                         f"with {tuple(found)}, expected {tuple(expected)}")
+        raise ValueError(
+            f"{key}: {path} does not fit the model: {len(wrong)} weights have another shape, the first is {name} "
+            f"with {tuple(found)}, expected {tuple(expected)}"
+        )
     missing = checkpointer.incompatible.missing_keys
     if missing:
         raise ValueError(f"{key}: {path} lacks {len(missing)} weights of the model, the first is {missing[0]}")

@@ -8,7 +8,9 @@ from .data import check_datasets, register_datasets
 
 
 def check_data(cfg: CfgNode, training: bool) -> None:
-    """Register the data sets of one's own and see that every named data set is there; evaluation needs no training set."""
+    """Register the data sets of one's own and see that every named data set is there; evaluation needs no training
+    set.
+    """
     register_datasets(cfg)
     check_datasets(cfg, ("TRAIN", "TEST") if training else ("TEST",))
 
@@ -27,12 +29,16 @@ def check_before_training(cfg: CfgNode, resume: bool) -> None:
 def check_meta_architecture(cfg: CfgNode) -> None:
     """A loss that no model reads would be a plain training under another name."""
     if cfg.KD.LOSS.NAME != "none" and cfg.MODEL.META_ARCHITECTURE != "DistilledRCNN":
-        raise ValueError(f"KD.LOSS.NAME is {cfg.KD.LOSS.NAME!r} but MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}, which "
-                         "does not distil: set MODEL.META_ARCHITECTURE DistilledRCNN, or KD.LOSS.NAME none")
+        raise ValueError(
+            f"KD.LOSS.NAME is {cfg.KD.LOSS.NAME!r} but MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}, "
+            "which does not distil: set MODEL.META_ARCHITECTURE DistilledRCNN, or KD.LOSS.NAME none"
+        )
 
 
 def check_frozen_stem(cfg: CfgNode) -> None:
     """Frozen layers must have been trained by someone."""
     if not cfg.MODEL.WEIGHTS and cfg.MODEL.BACKBONE.FREEZE_AT > 0:
-        raise ValueError(f"MODEL.WEIGHTS is empty and MODEL.BACKBONE.FREEZE_AT is {cfg.MODEL.BACKBONE.FREEZE_AT}: random layers would stay "
-                         "frozen. Give MODEL.WEIGHTS (tools/convert_weights.py makes them), or set MODEL.BACKBONE.FREEZE_AT 0")
+        raise ValueError(
+            f"MODEL.WEIGHTS is empty and MODEL.BACKBONE.FREEZE_AT is {cfg.MODEL.BACKBONE.FREEZE_AT}: random layers "
+            "would stay frozen. Give MODEL.WEIGHTS (tools/convert_weights.py makes them), or set MODEL.BACKBONE.FREEZE_AT 0"
+        )

@@ -24,8 +24,8 @@ class BoxEvaluator(COCOEvaluator):
     def _eval_predictions(self, predictions: list[dict[str, Any]], *args: Any, **kwargs: Any) -> None:
         if not any(len(p["instances"]) for p in predictions):
             logger.error(
-                "NOT ONE DETECTION on %d images: no AP can be computed. Training has diverged, the weights were not loaded, or "
-                "MODEL.ROI_HEADS.SCORE_THRESH_TEST is too high.",
+                "NOT ONE DETECTION on %d images: no AP can be computed. Training has diverged, the weights were not "
+                "loaded, or MODEL.ROI_HEADS.SCORE_THRESH_TEST is too high.",
                 len(predictions),
             )
         with mock.patch.object(coco_evaluation, "COCOeval", coco_eval_class()):
@@ -49,6 +49,8 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     """
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
     if kind != "coco":
-        raise ValueError(f"DATASETS.TEST: {dataset_name} wants the evaluator {kind!r}; tools/train_net.py evaluates COCO-format data "
-                         "sets: override DistillationTrainer.build_evaluator for others")
+        raise ValueError(
+            f"DATASETS.TEST: {dataset_name} wants the evaluator {kind!r}; tools/train_net.py evaluates COCO-format "
+            "data sets: override DistillationTrainer.build_evaluator for others"
+        )
     return BoxEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))

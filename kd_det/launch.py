@@ -68,10 +68,19 @@ def launch_training(main: Callable[[argparse.Namespace], Any], args: argparse.Na
         join_process_group()
         return main(args)
     if args.num_gpus == 0 and args.num_machines > 1:
-        raise ValueError(f"--num-machines {args.num_machines} with --num-gpus 0 would run {args.num_machines} separate trainings: start "
-                         f"CPU processes with `torchrun --nnodes {args.num_machines} --nproc-per-node 1 tools/train_net.py … --num-gpus 0`")
-    return launch(main, args.num_gpus, num_machines=args.num_machines, machine_rank=args.machine_rank, dist_url=args.dist_url,
-                  args=(args,))
+        raise ValueError(
+            f"--num-machines {args.num_machines} with --num-gpus 0 would run {args.num_machines} separate trainings: "
+            f"start CPU processes with `torchrun --nnodes {args.num_machines} --nproc-per-node 1 tools/train_net.py … "
+            "--num-gpus 0`"
+        )
+    return launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
 
 
 def join_process_group() -> None:
@@ -80,7 +89,9 @@ def join_process_group() -> None:
     per_machine = int(os.environ["LOCAL_WORLD_SIZE"])
     if torch.cuda.is_available():
         torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", rank=rank, world_size=world, timeout=TIMEOUT)
+    dist.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo", rank=rank, world_size=world, timeout=TIMEOUT
+    )
     for machine in range(world // per_machine):  # every process must take part in making every group
         ranks = list(range(machine * per_machine, (machine + 1) * per_machine))
         group = dist.new_group(ranks)

@@ -18,14 +18,15 @@ class DistilledRCNN(GeneralizedRCNN):
     """A GeneralizedRCNN trained on its own losses plus a distillation loss on its ROI classification logits.
 
     The student's RPN proposals, as its ROI heads sampled and labelled them, are pooled from the teacher's features and
-    classified by the teacher's box head (DKD, arXiv 2203.08679, detection code). With N sampled proposals over all images and
-    C = foreground classes + background,
+    classified by the teacher's box head (DKD, arXiv 2203.08679, detection code). With N sampled proposals over all
+    images and C = foreground classes + background,
 
-        losses = GeneralizedRCNN's losses + {loss_kd_<term>: term(student_logits (N, C), teacher_logits (N, C), gt_classes (N,))}
+        losses = GeneralizedRCNN's losses + {loss_kd_<term>: term(student_logits, teacher_logits, gt_classes)}
+        student_logits (N, C), teacher_logits (N, C), gt_classes (N,)
 
-    A cascade head distils every stage, as `loss_kd_<term>_stage<k>`. The student's logits are those of the forward pass that
-    happens anyway. Boxes, masks and keypoints are not distilled. In eval mode, and with `loss=None`, it is a GeneralizedRCNN
-    to the bit, and needs no teacher.
+    A cascade head distils every stage, as `loss_kd_<term>_stage<k>`. The student's logits are those of the forward
+    pass that happens anyway. Boxes, masks and keypoints are not distilled. In eval mode, and with `loss=None`, it is a
+    GeneralizedRCNN to the bit, and needs no teacher.
 
     Args:
         loss: maps (student_logits, teacher_logits, target, progress) to named scalar terms; None for plain training.
@@ -36,7 +37,12 @@ class DistilledRCNN(GeneralizedRCNN):
 
     @configurable
     def __init__(
-        self, *, loss: nn.Module | None = None, teacher: Teacher | None = None, max_iter: int | None = None, **kwargs: Any
+        self,
+        *,
+        loss: nn.Module | None = None,
+        teacher: Teacher | None = None,
+        max_iter: int | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         if loss is not None and teacher is None:
@@ -81,7 +87,7 @@ class DistilledRCNN(GeneralizedRCNN):
         return None if self.max_iter is None else get_event_storage().iter / self.max_iter
 
     def load_teacher(self) -> None:
-        """Build and load the teacher, once; a trainer calls it early, so that what is wrong shows before training starts."""
+        """Build and load the teacher, once. A trainer calls it early: what is wrong shows before training starts."""
         if self.teacher is not None:
             self.teacher.load(self.device)
 

@@ -42,8 +42,14 @@ def read_run(output_dir: Path) -> Run:
         raise ValueError(f"{output_dir} holds no finished training: metrics.json has no bbox/AP")
     last = results[-1]
     iterations = last["iteration"] + 1
-    return Run(last["bbox/AP"], last["bbox/AP50"], last["bbox/AP75"], float(np.median(times)), mean(times) * iterations,
-               count_parameters(output_dir))
+    return Run(
+        last["bbox/AP"],
+        last["bbox/AP50"],
+        last["bbox/AP75"],
+        float(np.median(times)),
+        mean(times) * iterations,
+        count_parameters(output_dir),
+    )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -62,9 +68,13 @@ def table(runs: dict[str, list[Run]]) -> str:
     """A Markdown table, a row a name; several runs of one name give mean ± standard deviation."""
     header = ["", "AP", "AP50", "AP75", "parameters", "s / iteration", "training time"]
     rows = [
-        [name, *(spread([getattr(run, key) for run in group]) for key in ("ap", "ap50", "ap75")),
-         f"{group[0].parameters / 1e6:.2f} M", f"{mean(run.seconds_per_iteration for run in group):.3f}",
-         clock(mean(run.training_seconds for run in group))]
+        [
+            name,
+            *(spread([getattr(run, key) for run in group]) for key in ("ap", "ap50", "ap75")),
+            f"{group[0].parameters / 1e6:.2f} M",
+            f"{mean(run.seconds_per_iteration for run in group):.3f}",
+            clock(mean(run.training_seconds for run in group)),
+        ]
         for name, group in runs.items()
     ]
     return tabulate(rows, header, tablefmt="github", disable_numparse=True)
@@ -79,7 +89,9 @@ def clock(seconds: float) -> str:
     return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
 
 
-def draw_detections(output_dirs: dict[str, Path], dataset: str, path: Path, images: int = 4, threshold: float = 0.5) -> None:
+def draw_detections(
+    output_dirs: dict[str, Path], dataset: str, path: Path, images: int = 4, threshold: float = 0.5
+) -> None:
     """A picture: a row an image of `dataset`, ground truth in the first column, each model's boxes in the next ones.
 
     Args:
@@ -93,7 +105,9 @@ def draw_detections(output_dirs: dict[str, Path], dataset: str, path: Path, imag
 
     metadata = MetadataCatalog.get(dataset)
     records = DatasetCatalog.get(dataset)[:images]
-    figure, axes = plt.subplots(len(records), len(output_dirs) + 1, figsize=(3 * (len(output_dirs) + 1), 3 * len(records)), squeeze=False)
+    figure, axes = plt.subplots(
+        len(records), len(output_dirs) + 1, figsize=(3 * (len(output_dirs) + 1), 3 * len(records)), squeeze=False
+    )
     for row, record in enumerate(records):
         rgb = read_image(record["file_name"], "RGB")
         axes[row][0].imshow(Visualizer(rgb, metadata, scale=2).draw_dataset_dict(record).get_image())
@@ -102,7 +116,9 @@ def draw_detections(output_dirs: dict[str, Path], dataset: str, path: Path, imag
         for row, record in enumerate(records):
             instances = predictor(read_image(record["file_name"], "BGR"))["instances"].to("cpu")
             drawn = Visualizer(read_image(record["file_name"], "RGB"), metadata, scale=2)
-            axes[row][column].imshow(drawn.draw_instance_predictions(instances[instances.scores > threshold]).get_image())
+            axes[row][column].imshow(
+                drawn.draw_instance_predictions(instances[instances.scores > threshold]).get_image()
+            )
     for column, title in enumerate(["ground truth", *output_dirs]):
         axes[0][column].set_title(title)
     for axis in axes.flat:

@@ -22,11 +22,12 @@ logger = logging.getLogger(__name__)
 class Teacher:
     """A frozen detector that classifies the boxes it is given.
 
-    It is deliberately not an `nn.Module`: held by a student, it stands outside the student's `parameters()`, `state_dict()`,
-    `train()` and DistributedDataParallel, and a deep copy of the student shares it.
+    It is deliberately not an `nn.Module`: held by a student, it stands outside the student's `parameters()`,
+    `state_dict()`, `train()` and DistributedDataParallel, and a deep copy of the student shares it.
 
     Args:
-        model: the detector, or a function that builds it. The function is called when the teacher is first needed, so that
+        model: the detector, or a function that builds it. The function is called when the teacher is first needed, so
+        that
             inference with a student neither builds a teacher nor looks for its weights.
     """
 
@@ -47,7 +48,8 @@ class Teacher:
     def load(self, device: torch.device | None = None) -> GeneralizedRCNN:
         """Build the detector and load its weights, unless that is done already."""
         if self._model is None:
-            # A generator of its own for the initial weights: the student draws the same numbers with or without a teacher.
+            # A generator of its own for the initial weights: the student draws the same numbers with or without a
+            # teacher.
             with torch.random.fork_rng(devices=[]):
                 self._model = freeze(self._build()).to(device)
         return self._model
@@ -80,16 +82,22 @@ class Teacher:
     @torch.no_grad()
     def features(self, batched_inputs: Sequence[dict[str, Any]], input_format: str | None) -> dict[str, Tensor]:
         """Backbone features of the images under the teacher's own channel order, mean and std."""
-        images = [{"image": convert_channels(x["image"], input_format, self.model.input_format)} for x in batched_inputs]
+        images = [
+            {"image": convert_channels(x["image"], input_format, self.model.input_format)} for x in batched_inputs
+        ]
         return self.model.backbone(self.model.preprocess_image(images).tensor)
 
 
 def freeze(model: GeneralizedRCNN) -> GeneralizedRCNN:
     """Eval mode, no gradients; refuses ROI heads that cannot classify given boxes."""
     if not isinstance(model, GeneralizedRCNN):
-        raise ValueError(f"A teacher must be a GeneralizedRCNN (a detector with an ROI head), got {type(model).__name__}")
+        raise ValueError(
+            f"A teacher must be a GeneralizedRCNN (a detector with an ROI head), got {type(model).__name__}"
+        )
     if not isinstance(model.roi_heads, StandardROIHeads | Res5ROIHeads):  # cascade heads are standard heads
-        raise ValueError(f"A teacher's ROI head must be Standard, Cascade or Res5, got {type(model.roi_heads).__name__}")
+        raise ValueError(
+            f"A teacher's ROI head must be Standard, Cascade or Res5, got {type(model.roi_heads).__name__}"
+        )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model.eval()
@@ -110,7 +118,9 @@ def convert_channels(image: Tensor, source: str | None, target: str | None) -> T
 
 def stage_logits(heads: ROIHeads, features: dict[str, Tensor], boxes: list[Boxes], stage: int) -> Tensor:
     """Logits (N, C) of `heads` on `boxes`: its same stage where it is a cascade, else its only one."""
-    maps = [features[name] for name in (heads.in_features if isinstance(heads, Res5ROIHeads) else heads.box_in_features)]
+    maps = [
+        features[name] for name in (heads.in_features if isinstance(heads, Res5ROIHeads) else heads.box_in_features)
+    ]
     if isinstance(heads, Res5ROIHeads):
         pooled = heads._shared_roi_transform(maps, boxes)
         return heads.box_predictor(pooled.mean(dim=[2, 3]))[0]
@@ -131,16 +141,21 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
 
     name = cfg.KD.TEACHER.CONFIG_FILE
     if not name:
-        raise ValueError("KD.TEACHER.CONFIG_FILE is empty: name the teacher's detectron2 yaml, a path or a model-zoo name such as "
-                         "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml (or set KD.LOSS.NAME none)")
+        raise ValueError(
+            "KD.TEACHER.CONFIG_FILE is empty: name the teacher's detectron2 yaml, a path or a model-zoo name such as "
+            "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml (or set KD.LOSS.NAME none)"
+        )
     teacher = kd_defaults()
     merge_file(teacher, config_path(name))
     teacher.MODEL.DEVICE = cfg.MODEL.DEVICE
-    teacher.MODEL.META_ARCHITECTURE = "GeneralizedRCNN" if teacher.MODEL.META_ARCHITECTURE == "DistilledRCNN" \
-        else teacher.MODEL.META_ARCHITECTURE
+    teacher.MODEL.META_ARCHITECTURE = (
+        "GeneralizedRCNN" if teacher.MODEL.META_ARCHITECTURE == "DistilledRCNN" else teacher.MODEL.META_ARCHITECTURE
+    )
     theirs, ours = teacher.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.ROI_HEADS.NUM_CLASSES
     if theirs != ours:
-        raise ValueError(f"The teacher ({name}) has MODEL.ROI_HEADS.NUM_CLASSES {theirs} and the student {ours}: they must agree")
+        raise ValueError(
+            f"The teacher ({name}) has MODEL.ROI_HEADS.NUM_CLASSES {theirs} and the student {ours}: they must agree"
+        )
     return teacher
 
 
@@ -151,7 +166,9 @@ def config_path(name: str) -> str:
     try:
         return model_zoo.get_config_file(name)
     except RuntimeError:
-        raise ValueError(f"KD.TEACHER.CONFIG_FILE: {name} is neither a file nor a name in detectron2's model zoo") from None
+        raise ValueError(
+            f"KD.TEACHER.CONFIG_FILE: {name} is neither a file nor a name in detectron2's model zoo"
+        ) from None
 
 
 def build_teacher(cfg: CfgNode) -> GeneralizedRCNN:
@@ -161,14 +178,20 @@ def build_teacher(cfg: CfgNode) -> GeneralizedRCNN:
         ValueError: names the key under KD.TEACHER and what is wrong with it.
     """
     config = teacher_config(cfg)
-    convert_channels(torch.empty(3, 1, 1), cfg.INPUT.FORMAT, config.INPUT.FORMAT)  # refuse formats that cannot be converted
+    convert_channels(
+        torch.empty(3, 1, 1), cfg.INPUT.FORMAT, config.INPUT.FORMAT
+    )  # refuse formats that cannot be converted
     weights = cfg.KD.TEACHER.WEIGHTS
     if not weights and not cfg.KD.TEACHER.ALLOW_RANDOM:
-        raise ValueError("KD.TEACHER.WEIGHTS is empty: name the teacher's weights (KD.TEACHER.ALLOW_RANDOM True is for tests only)")
+        raise ValueError(
+            "KD.TEACHER.WEIGHTS is empty: name the teacher's weights (KD.TEACHER.ALLOW_RANDOM True is for tests only)"
+        )
     model = build_model(config)
     if weights:
         load_all_weights(model, weights, "KD.TEACHER.WEIGHTS")
         logger.info("Teacher: %s with %s", cfg.KD.TEACHER.CONFIG_FILE, weights)
     else:
-        logger.warning("KD.TEACHER.ALLOW_RANDOM: the teacher's weights are random; this is no distillation, only a test of one")
+        logger.warning(
+            "KD.TEACHER.ALLOW_RANDOM: the teacher's weights are random; this is no distillation, only a test of one"
+        )
     return model

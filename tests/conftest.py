@@ -16,7 +16,9 @@ def one_seed() -> None:
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
-    """The folder of real data that some tests read: `KD_SHARED`, by default `../shared`. Tests that ask for it skip without it."""
+    """The folder of real data that some tests read: `KD_SHARED`, by default `../shared`. Tests that ask for it skip
+    without it.
+    """
     path = Path(os.environ.get("KD_SHARED", ROOT.parent / "shared")).resolve()
     if not path.is_dir():
         pytest.skip(f"no real data at {path}: set KD_SHARED to the folder that holds it")

@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Distil a detector from nothing: built-in data, a teacher, a plain student and a DKD student, one table and one picture.
+"""Distil a detector from nothing: built-in data, a teacher, a plain student and a DKD student, one table and one
+picture.
 
     tools/demo.py                     # one seed: about a quarter of an hour on two CPU cores
     tools/demo.py --seeds 0 1 2       # the students of several seeds (one teacher): mean ± standard deviation
@@ -20,20 +21,34 @@ CONFIGS = ROOT / "configs" / "Digits"
 
 
 def train(name: str, output_dir: Path, *options: str) -> None:
-    """Train `configs/Digits/<name>.yaml` into `output_dir`, from its last checkpoint if there is one, unless it is finished."""
+    """Train `configs/Digits/<name>.yaml` into `output_dir`, from its last checkpoint if there is one, unless it is
+    finished.
+    """
     if (output_dir / "finished").is_file():
         print(f"[demo] {name}: finished before, in {output_dir}")
         return
     print(f"[demo] {name}: training into {output_dir}", flush=True)
-    command = [sys.executable, str(ROOT / "tools" / "train_net.py"), "--config-file", str(CONFIGS / f"{name}.yaml"), "--resume",
-               "OUTPUT_DIR", str(output_dir), *options]
-    subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"PYTHONWARNINGS": "ignore"})  # progress, not deprecations
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "train_net.py"),
+        "--config-file",
+        str(CONFIGS / f"{name}.yaml"),
+        "--resume",
+        "OUTPUT_DIR",
+        str(output_dir),
+        *options,
+    ]
+    subprocess.run(
+        command, cwd=ROOT, check=True, env=os.environ | {"PYTHONWARNINGS": "ignore"}
+    )  # progress, not deprecations
     (output_dir / "finished").touch()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the students (the teacher's is the first)")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], help="seeds of the students (the teacher's is the first)"
+    )
     parser.add_argument("--students", nargs="+", default=["baseline", "dkd"], help="configs of configs/Digits")
     parser.add_argument("--output", type=Path, default=ROOT / "output" / "demo", help="where everything is written")
     parser.add_argument("options", nargs=argparse.REMAINDER, help="KEY VALUE overrides for every training")
@@ -56,8 +71,10 @@ def main() -> None:
     (output / "table.md").write_text(report.table(runs) + "\n", encoding="utf-8")
     columns = {"teacher": teacher} | {name: output / f"{name}_seed{args.seeds[0]}" for name in args.students}
     report.draw_detections(columns, "digits_val", output / "detections.png")
-    print(f"\n{report.table(runs)}\n\nSeeds {args.seeds}; {report.clock(time.time() - start)} in all this time. "
-          f"Table: {output / 'table.md'}, picture: {output / 'detections.png'}")
+    print(
+        f"\n{report.table(runs)}\n\nSeeds {args.seeds}; {report.clock(time.time() - start)} in all this time. "
+        f"Table: {output / 'table.md'}, picture: {output / 'detections.png'}"
+    )
 
 
 if __name__ == "__main__":
@@ -66,4 +83,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit("\n[demo] interrupted; run the same command again to go on")
     except subprocess.CalledProcessError as error:
-        sys.exit(f"[demo] a training failed (exit {error.returncode}); its message stands above. The same command goes on from its last checkpoint.")
+        sys.exit(
+            f"[demo] a training failed (exit {error.returncode}); its message stands above. "
+            "The same command goes on from its last checkpoint."
+        )

@@ -1,11 +1,12 @@
 #!/usr/bin/env python
 """Install detectron2 where none is importable.
 
-A detectron2 that is already there is kept, whatever its version. Otherwise the official v0.5 Python sources are fetched from
-the package index (where they stand as the sdist `detectron2-cdo`), checked against a known SHA-256, repaired for current
-torch, numpy and Pillow, and installed with pip as the distribution `detectron2` 0.5+py: `pip list` shows it, `pip uninstall
-detectron2` removes it. It holds no compiled code: boxes, ROIAlign and NMS come from torchvision, so Faster, Mask, Keypoint and
-Cascade R-CNN train and evaluate; deformable convolutions and rotated boxes need a compiled upstream build.
+A detectron2 that is already there is kept, whatever its version. Otherwise the official v0.5 Python sources are
+fetched from the package index (where they stand as the sdist `detectron2-cdo`), checked against a known SHA-256,
+repaired for current torch, numpy and Pillow, and installed with pip as the distribution `detectron2` 0.5+py: `pip
+list` shows it, `pip uninstall detectron2` removes it. It holds no compiled code: boxes, ROIAlign and NMS come from
+torchvision, so Faster, Mask, Keypoint and Cascade R-CNN train and evaluate; deformable convolutions and rotated boxes
+need a compiled upstream build.
 
     python tools/install_detectron2.py
 """
@@ -47,7 +48,8 @@ include = ["detectron2*"]
 "detectron2.model_zoo" = ["configs/**/*"]
 """
 
-# `from detectron2 import _C` stands at the top of modules that every detector imports, used or not; the versions go into the log.
+# `from detectron2 import _C` stands at the top of modules that every detector imports, used or not; the versions go
+# into the log.
 C_MODULE = '''\
 """Stands in for detectron2's compiled operators, which a Python-only installation does not have."""
 
@@ -68,7 +70,8 @@ def __getattr__(name: str):
     if name.startswith("__"):
         raise AttributeError(name)
     raise AttributeError(
-        f"detectron2._C.{name} is a compiled operator and this detectron2 (0.5+py) has none: install a compiled upstream build"
+        f"detectron2._C.{name} is a compiled operator and this detectron2 (0.5+py) has none: "
+        "install a compiled upstream build"
     )
 '''
 
@@ -105,7 +108,7 @@ REPAIRS = [
     Repair("model_zoo/model_zoo.py", r"import pkg_resources\n", "", "setuptools 81 removed pkg_resources"),
     Repair(
         "model_zoo/model_zoo.py",
-        r"pkg_resources\.resource_filename\(\s*\"detectron2\.model_zoo\", (os\.path\.join\(\"configs\", config_path\))\s*\)",
+        r"pkg_resources\.resource_filename\(\s*\"detectron2\.model_zoo\", (os\.path\.join\([^)]*\))\s*\)",
         r"os.path.join(os.path.dirname(os.path.abspath(__file__)), \1)",
         "setuptools 81 removed pkg_resources",
     ),
@@ -118,7 +121,7 @@ REPAIRS = [
     Repair(
         "export/__init__.py",
         r"from \.api import \*\n",
-        "try:\n    from .api import *\nexcept ImportError:  # Caffe2Tracer; tracing and scripting do not need it\n    pass\n",
+        "try:\n    from .api import *\nexcept ImportError:  # only Caffe2Tracer needs it\n    pass\n",
         "caffe2 left torch in 2.4",
     ),
 ]
@@ -140,8 +143,10 @@ def installed_version() -> str | None:
     )
     if run.returncode:
         reason = run.stderr.strip().splitlines()[-1]
-        raise InstallError(f"detectron2 is installed but cannot be imported ({reason}): repair it, or remove it with "
-                           "`pip uninstall detectron2` and run this again.")
+        raise InstallError(
+            f"detectron2 is installed but cannot be imported ({reason}): repair it, or remove it with "
+            "`pip uninstall detectron2` and run this again."
+        )
     return run.stdout.strip()
 
 
@@ -150,8 +155,12 @@ def index_arguments() -> list[str]:
     url = os.environ.get("PIP_INDEX_URL")
     if not url:
         for scope in ("global", "install", "download"):
-            got = subprocess.run([sys.executable, "-m", "pip", "config", "get", f"{scope}.index-url"],
-                                 capture_output=True, text=True, check=False)
+            got = subprocess.run(
+                [sys.executable, "-m", "pip", "config", "get", f"{scope}.index-url"],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
             url = url or got.stdout.strip()
     return ["--index-url", url] if url else []
 
@@ -166,8 +175,10 @@ def download(folder: Path) -> Path:
         return Path(json.loads(run.stdout)["local_path"])
     except (ValueError, KeyError, TypeError):
         reason = (run.stderr.strip().splitlines() or ["no answer"])[-1]
-        raise InstallError(f"Could not fetch {SDIST}: no package index answered with it ({reason}); check the network and "
-                           "pip's index settings, or install a compiled upstream detectron2 (README).") from None
+        raise InstallError(
+            f"Could not fetch {SDIST}: no package index answered with it ({reason}); check the network and "
+            "pip's index settings, or install a compiled upstream detectron2 (README)."
+        ) from None
 
 
 def verify(archive: Path, sha256: str = SHA256) -> None:
@@ -183,7 +194,9 @@ def repair(package: Path) -> None:
         path = package / fix.file
         text, count = re.subn(fix.pattern, fix.replacement, path.read_text(encoding="utf-8"))
         if not count:
-            raise InstallError(f"{fix.file} holds nothing that matches {fix.pattern!r} ({fix.why}): unexpected sources.")
+            raise InstallError(
+                f"{fix.file} holds nothing that matches {fix.pattern!r} ({fix.why}): unexpected sources."
+            )
         path.write_text(text, encoding="utf-8")
     (package / "_C.py").write_text(C_MODULE, encoding="utf-8")
 
@@ -213,7 +226,9 @@ def install() -> None:
         print(f"detectron2 {version} is there already; kept as it is.")
         return
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("torchvision") is None:
-        raise InstallError("torch and torchvision must be installed before detectron2: run `pip install torch torchvision`.")
+        raise InstallError(
+            "torch and torchvision must be installed before detectron2: run `pip install torch torchvision`."
+        )
     with tempfile.TemporaryDirectory() as temporary:
         archive = download(Path(temporary, "download"))
         verify(archive)

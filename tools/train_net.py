@@ -1,15 +1,13 @@
 #!/usr/bin/env python
 """Train or evaluate a detector, plain or distilled.
 
-    tools/train_net.py --config-file configs/COCO/dkd_r18_r101.yaml --num-gpus 8
-    tools/train_net.py --config-file configs/Digits/dkd.yaml --num-gpus 0 SOLVER.MAX_ITER 80
-    tools/train_net.py --config-file configs/Digits/dkd.yaml --eval-only MODEL.WEIGHTS output/digits/dkd/model_final.pth
+tools/train_net.py --config-file configs/COCO/dkd_r18_r101.yaml --num-gpus 8
+tools/train_net.py --config-file configs/Digits/dkd.yaml --num-gpus 0 SOLVER.MAX_ITER 80
+tools/train_net.py --config-file configs/Digits/dkd.yaml --eval-only MODEL.WEIGHTS output/digits/dkd/model_final.pth
 """
 
-import sys
-
-from kd_det.launch import argument_parser, launch_training, setup
 from kd_det.engine import DistillationTrainer
+from kd_det.launch import argument_parser, launch_training, setup
 
 
 def main(args):

@@ -1,7 +1,8 @@
 """The training data loader, which can start at any iteration with the batches an undisturbed run would see there.
 
-detectron2's own loader draws the augmentation from whatever state the random generators are in, and groups images by aspect
-ratio as they come out of the workers: a resumed run cannot know either. Here both are functions of the sampler's position.
+detectron2's own loader draws the augmentation from whatever state the random generators are in, and groups images by
+aspect ratio as they come out of the workers: a resumed run cannot know either. Here both are functions of the sampler's
+position.
 """
 
 import random
@@ -22,8 +23,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 @contextmanager
 def seeded(*entropy: int) -> Iterator[None]:
-    """Draw from `random`, numpy and torch as from generators seeded with `entropy`; afterwards they go on where they were."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    """Draw from `random`, numpy and torch as from generators seeded with `entropy`; afterwards they go on where they
+    were.
+    """
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  (detectron2's augmentations draw from numpy's global generator)
@@ -71,7 +74,13 @@ class GroupedBatches:
     """
 
     def __init__(
-        self, sampler: Sampler, groups: list[int] | None, batch_size: int, rank: int = 0, world_size: int = 1, start: int = 0
+        self,
+        sampler: Sampler,
+        groups: list[int] | None,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start: int = 0,
     ) -> None:
         self.sampler, self.groups, self.batch_size = sampler, groups, batch_size
         self.rank, self.world_size, self.start = rank, world_size, start
@@ -120,7 +129,9 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict] | None = Non
     """
     world_size = comm.get_world_size()
     if cfg.SOLVER.IMS_PER_BATCH % world_size or cfg.SOLVER.IMS_PER_BATCH <= 0:
-        raise ValueError(f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} must be a positive multiple of the {world_size} processes")
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} must be a positive multiple of the {world_size} processes"
+        )
     dicts = get_detection_dataset_dicts(
         cfg.DATASETS.TRAIN,
         filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
@@ -142,6 +153,8 @@ def build_sampler(cfg: CfgNode, dicts: Iterable[dict], seed: int | None) -> Samp
     if name == "TrainingSampler":
         return TrainingSampler(len(dicts), seed=seed)
     if name == "RepeatFactorTrainingSampler":
-        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(dicts, cfg.DATALOADER.REPEAT_THRESHOLD)
+        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            dicts, cfg.DATALOADER.REPEAT_THRESHOLD
+        )
         return RepeatFactorTrainingSampler(factors, seed=seed)
     raise ValueError(f"DATALOADER.SAMPLER_TRAIN is {name!r}: expected TrainingSampler or RepeatFactorTrainingSampler")

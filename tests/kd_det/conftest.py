@@ -46,7 +46,9 @@ TINY = {
 
 @pytest.fixture
 def tiny_cfg(tmp_path: Path) -> Callable[..., CfgNode]:
-    """`tiny_cfg("KEY", value, …)`: the config of a tiny student; its teacher, where there is a loss, is one of the same kind."""
+    """`tiny_cfg("KEY", value, …)`: the config of a tiny student; its teacher, where there is a loss, is one of the
+    same kind.
+    """
 
     def build(*overrides: object) -> CfgNode:
         cfg = kd_defaults()

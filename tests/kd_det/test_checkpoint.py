@@ -25,7 +25,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
         file.write(b"half")
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OSError, match=r"disk full"):
         write_whole(path, fail)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
@@ -66,5 +66,5 @@ def test_a_truncated_file_is_named(tmp_path):
     path = tmp_path / "cut.pth"
     torch.save({"model": nn.Linear(2, 3).state_dict()}, path)
     path.write_bytes(path.read_bytes()[:-300])
-    with pytest.raises(ValueError, match="KEY: .*cut.pth is no checkpoint that can be read: it is truncated"):
+    with pytest.raises(ValueError, match=r"KEY: .*cut.pth is no checkpoint that can be read: it is truncated"):
         load_all_weights(nn.Linear(2, 3), str(path), "KEY")

@@ -24,29 +24,29 @@ def test_a_misspelt_key_in_a_file_is_named_with_the_nearest_one(tmp_path):
 
 
 def test_a_misspelt_key_on_the_command_line_is_named():
-    with pytest.raises(ValueError, match="the command line: .*KD.LOSS.NAMES"):
+    with pytest.raises(ValueError, match=r"the command line: .*KD.LOSS.NAMES"):
         merge_list(kd_defaults(), ["KD.LOSS.NAMES", "dkd"])
 
 
 def test_a_beta_that_is_no_number_is_refused():
-    with pytest.raises(ValueError, match="the command line: .*KD.LOSS.DKD.BETA"):
+    with pytest.raises(ValueError, match=r"the command line: .*KD.LOSS.DKD.BETA"):
         merge_list(kd_defaults(), ["KD.LOSS.DKD.BETA", "strong"])
 
 
 def test_overrides_without_a_value_are_refused():
-    with pytest.raises(ValueError, match="KEY VALUE pairs"):
+    with pytest.raises(ValueError, match=r"KEY VALUE pairs"):
         merge_list(kd_defaults(), ["SEED"])
 
 
 def test_a_config_file_that_is_not_there_is_named():
-    with pytest.raises(ValueError, match="--config-file: there is no file configs/none.yaml"):
+    with pytest.raises(ValueError, match=r"--config-file: there is no file configs/none.yaml"):
         read_config("configs/none.yaml", [])
 
 
 def test_a_yaml_that_would_run_code_is_refused(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("OUTPUT_DIR: !!python/object/apply:os.getcwd []\n")
-    with pytest.raises(Exception, match="could not determine a constructor"):
+    with pytest.raises(Exception, match=r"could not determine a constructor"):
         merge_file(kd_defaults(), str(path))
 
 

@@ -5,7 +5,8 @@ from detectron2.engine import DefaultTrainer
 from detectron2.utils.env import seed_all_rng
 
 SMALL = (
-    "DATASETS.TRAIN", "('digits_train',)", "DATASETS.TEST", "()", "INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.RANDOM_FLIP", "none",
+    "DATASETS.TRAIN", "('digits_train',)", "DATASETS.TEST", "()", "INPUT.MIN_SIZE_TRAIN", "(64,)",
+    "INPUT.RANDOM_FLIP", "none",
     "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 5, "SOLVER.BASE_LR", 0.01, "DATALOADER.NUM_WORKERS", 0, "SEED", 3,
 )  # fmt: skip
 
@@ -26,7 +27,10 @@ def test_without_a_loss_five_steps_are_those_of_generalized_rcnn_to_the_bit(tiny
     plain_losses, plain = train(tiny_cfg(*SMALL, "MODEL.META_ARCHITECTURE", "GeneralizedRCNN"), tmp_path, "plain")
     losses, ours = train(tiny_cfg(*SMALL, "KD.LOSS.NAME", "none"), tmp_path, "ours")
     assert len(losses) == 5
-    assert all(a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) for a, b in zip(plain_losses, losses, strict=True))
+    assert all(
+        a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+        for a, b in zip(plain_losses, losses, strict=True)
+    )
     assert plain.keys() == ours.keys() and all(torch.equal(plain[k], ours[k]) for k in plain)
 
 

@@ -12,7 +12,8 @@ from kd_det.hooks import cut_metrics, student_config
 
 TRAINING = (
     "KD.LOSS.NAME", "dkd", "KD.LOSS.WARMUP_ITERS", 4, "DATASETS.TRAIN", "('digits_train',)", "DATASETS.TEST", "()",
-    "INPUT.MIN_SIZE_TRAIN", "(64,)", "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 8, "SOLVER.STEPS", "(6,)", "SOLVER.BASE_LR", 0.01,
+    "INPUT.MIN_SIZE_TRAIN", "(64,)", "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 8, "SOLVER.STEPS", "(6,)",
+    "SOLVER.BASE_LR", 0.01,
     "SOLVER.CHECKPOINT_PERIOD", 4, "DATALOADER.NUM_WORKERS", 0, "SEED", 1,
 )  # fmt: skip
 
@@ -54,7 +55,9 @@ def test_the_distillation_loss_warms_up_over_its_iterations(cfg):
 
 def test_the_teachers_ap_is_reported_when_asked_for(cfg, tmp_path, monkeypatch):
     evaluated = []
-    monkeypatch.setattr(DistillationTrainer, "test", classmethod(lambda cls, cfg, model, evaluators=None: evaluated.append(model) or {}))
+    monkeypatch.setattr(
+        DistillationTrainer, "test", classmethod(lambda cls, cfg, model, evaluators=None: evaluated.append(model) or {})
+    )
     cfg.KD.TEACHER.EVALUATE = True
     cfg.SOLVER.MAX_ITER = 1
     trainer = DistillationTrainer(cfg)

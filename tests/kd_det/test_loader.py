@@ -79,5 +79,5 @@ def test_seeded_leaves_the_generators_where_they_were():
 
 
 def test_a_batch_size_that_the_processes_cannot_share_is_refused(tiny_cfg):
-    with pytest.raises(ValueError, match="SOLVER.IMS_PER_BATCH 0 must be a positive multiple of the 1 processes"):
+    with pytest.raises(ValueError, match=r"SOLVER.IMS_PER_BATCH 0 must be a positive multiple of the 1 processes"):
         build_train_loader(tiny_cfg("DATASETS.TRAIN", "('digits_train',)", "SOLVER.IMS_PER_BATCH", 0))

@@ -145,7 +145,9 @@ def test_boxes_that_are_replaced_after_the_loss_do_not_change_what_the_teacher_s
 def test_images_without_objects_are_distilled_on_background(tiny_model, batch, storage):
     empty = batch
     for item in empty:
-        item["instances"] = Instances((64, 64), gt_boxes=Boxes(torch.zeros(0, 4)), gt_classes=torch.zeros(0, dtype=torch.long))
+        item["instances"] = Instances(
+            (64, 64), gt_boxes=Boxes(torch.zeros(0, 4)), gt_classes=torch.zeros(0, dtype=torch.long)
+        )
     losses, gradients = step(tiny_model(*DKD), empty)
     assert all(torch.isfinite(v) for v in losses.values())
     assert all(torch.isfinite(g).all() for g in gradients.values())
@@ -165,7 +167,7 @@ def test_it_can_be_built_from_parts_without_any_config_of_ours(tiny_cfg, batch, 
     plain_keys = tiny_cfg("MODEL.META_ARCHITECTURE", "GeneralizedRCNN")
     cfg.MODEL.merge_from_other_cfg(plain_keys.MODEL)
     teacher = Teacher(build_model(cfg))
-    parts = {k: v for k, v in type(teacher.model).from_config(cfg).items()}
+    parts = type(teacher.model).from_config(cfg)
     model = DistilledRCNN(loss=DKDLoss(temperature=1.0), teacher=teacher, **parts)
     assert {"loss_kd_tckd", "loss_kd_nckd"} <= set(model(batch))
     with pytest.raises(ValueError, match="needs a teacher"):

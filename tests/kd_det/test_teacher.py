@@ -8,7 +8,10 @@ from detectron2.modeling import build_model
 
 from kd_det.teacher import Teacher, build_teacher, config_path, convert_channels
 
-RGB = {"INPUT": {"FORMAT": "RGB"}, "MODEL": {"PIXEL_MEAN": [123.0, 116.0, 103.0], "PIXEL_STD": [58.0, 57.0, 56.0], "RESNETS": {"DEPTH": 101}}}
+RGB = {
+    "INPUT": {"FORMAT": "RGB"},
+    "MODEL": {"PIXEL_MEAN": [123.0, 116.0, 103.0], "PIXEL_STD": [58.0, 57.0, 56.0], "RESNETS": {"DEPTH": 101}},
+}
 
 
 def other_teacher(tiny_cfg, tmp_path):
@@ -42,13 +45,15 @@ def test_channels_are_swapped_only_between_bgr_and_rgb():
     image = torch.arange(12).view(3, 2, 2)
     assert torch.equal(convert_channels(image, "BGR", "RGB"), image[[2, 1, 0]])
     assert convert_channels(image, "RGB", "RGB") is image
-    with pytest.raises(ValueError, match="only BGR and RGB convert"):
+    with pytest.raises(ValueError, match=r"only BGR and RGB convert"):
         convert_channels(image, "YUV-BT.601", "RGB")
 
 
 def test_a_name_of_the_model_zoo_is_a_config_file():
     assert config_path("COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml").endswith("faster_rcnn_R_101_FPN_3x.yaml")
-    with pytest.raises(ValueError, match=r"KD.TEACHER.CONFIG_FILE: COCO-Detection/no.yaml is neither a file nor a name"):
+    with pytest.raises(
+        ValueError, match=r"KD.TEACHER.CONFIG_FILE: COCO-Detection/no.yaml is neither a file nor a name"
+    ):
         config_path("COCO-Detection/no.yaml")
 
 
@@ -71,14 +76,17 @@ def test_weights_with_a_missing_key_do_not_train(tiny_cfg, tmp_path):
     state = model.state_dict()
     del state["roi_heads.box_head.fc2.bias"]
     torch.save({"model": state}, weights)
-    with pytest.raises(ValueError, match=r"KD.TEACHER.WEIGHTS: .* lacks 1 weights of the model, the first is roi_heads.box_head.fc2.bias"):
+    with pytest.raises(
+        ValueError,
+        match=r"KD.TEACHER.WEIGHTS: .* lacks 1 weights of the model, the first is roi_heads.box_head.fc2.bias",
+    ):
         build_teacher(tiny_cfg("KD.TEACHER.CONFIG_FILE", path, "KD.TEACHER.WEIGHTS", weights))
 
 
 def test_a_resnet_101_config_with_resnet_50_weights_does_not_train(tiny_cfg, tiny_model, tmp_path):
     path, _, _ = other_teacher(tiny_cfg, tmp_path)
     torch.save({"model": tiny_model().state_dict()}, tmp_path / "r50.pth")
-    with pytest.raises(ValueError, match="lacks .* weights of the model, the first is backbone.bottom_up.res4.6"):
+    with pytest.raises(ValueError, match=r"lacks .* weights of the model, the first is backbone.bottom_up.res4.6"):
         build_teacher(tiny_cfg("KD.TEACHER.CONFIG_FILE", path, "KD.TEACHER.WEIGHTS", tmp_path / "r50.pth"))
 
 
@@ -87,7 +95,10 @@ def test_a_weight_of_another_shape_does_not_train(tiny_cfg, tmp_path):
     state = model.state_dict()
     state["roi_heads.box_predictor.cls_score.bias"] = torch.zeros(81)
     torch.save({"model": state}, weights)
-    with pytest.raises(ValueError, match=r"1 weights have another shape, the first is roi_heads.box_predictor.cls_score.bias with \(81,\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"1 weights have another shape, the first is roi_heads.box_predictor.cls_score.bias with \(81,\)",
+    ):
         build_teacher(tiny_cfg("KD.TEACHER.CONFIG_FILE", path, "KD.TEACHER.WEIGHTS", weights))
 
 
@@ -96,7 +107,7 @@ def test_the_yamls_own_weights_are_never_used(tiny_cfg, tmp_path):
     config = yaml.safe_load(path.read_text())
     config["MODEL"]["WEIGHTS"] = str(weights)
     path.write_text(yaml.safe_dump(config))
-    with pytest.raises(ValueError, match="KD.TEACHER.WEIGHTS is empty"):
+    with pytest.raises(ValueError, match=r"KD.TEACHER.WEIGHTS is empty"):
         build_teacher(tiny_cfg("KD.TEACHER.CONFIG_FILE", path, "KD.TEACHER.ALLOW_RANDOM", False))
 
 
@@ -105,4 +116,6 @@ def test_the_student_draws_the_same_initial_weights_with_or_without_a_teacher(ti
     before = torch.get_rng_state()
     distilled.load_teacher()
     assert torch.equal(torch.get_rng_state(), before)
-    assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), distilled.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(plain.state_dict().values(), distilled.state_dict().values(), strict=True)
+    )

@@ -23,8 +23,10 @@ def test_a_detectron2_that_is_there_is_kept():
 
 
 def test_detectron2_is_a_distribution_that_any_process_imports_with_its_model_zoo(tmp_path):
-    code = ("import detectron2.modeling, detectron2.evaluation, detectron2.model_zoo as zoo; "
-            "print(zoo.get_config('COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml').MODEL.RESNETS.DEPTH)")
+    code = (
+        "import detectron2.modeling, detectron2.evaluation, detectron2.model_zoo as zoo; "
+        "print(zoo.get_config('COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml').MODEL.RESNETS.DEPTH)"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert run.stdout.strip() == "101"
 
@@ -32,7 +34,9 @@ def test_detectron2_is_a_distribution_that_any_process_imports_with_its_model_zo
 def test_a_wrong_hash_is_refused(tmp_path):
     archive = tmp_path / "detectron2_cdo-0.5.tar.gz"
     archive.write_bytes(b"something else")
-    with pytest.raises(installer.InstallError, match=rf"has SHA-256 \w+, expected {installer.SHA256}: refusing to install it"):
+    with pytest.raises(
+        installer.InstallError, match=rf"has SHA-256 \w+, expected {installer.SHA256}: refusing to install it"
+    ):
         installer.verify(archive)
 
 
@@ -53,7 +57,10 @@ def test_without_an_index_one_sentence_says_so(tmp_path, monkeypatch):
 def test_a_compiled_operator_that_is_missing_names_itself_and_the_fix():
     namespace: dict = {}
     exec(installer.C_MODULE, namespace)
-    with pytest.raises(AttributeError, match=r"detectron2._C.deform_conv_forward is a compiled operator .* install a compiled upstream build"):
+    with pytest.raises(
+        AttributeError,
+        match=r"detectron2._C.deform_conv_forward is a compiled operator .* install a compiled upstream build",
+    ):
         namespace["__getattr__"]("deform_conv_forward")
 
 

@@ -14,7 +14,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN_NET = [sys.executable, str(ROOT / "tools" / "train_net.py")]
 SMALL = [
-    "INPUT.MIN_SIZE_TRAIN", "(96,)", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "8", "SOLVER.CHECKPOINT_PERIOD", "4", "SOLVER.STEPS", "(6,)",
+    "INPUT.MIN_SIZE_TRAIN", "(96,)", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "8",
+    "SOLVER.CHECKPOINT_PERIOD", "4", "SOLVER.STEPS", "(6,)",
     "DATALOADER.NUM_WORKERS", "1", "SEED", "1", "DATASETS.TEST", "()",
 ]  # fmt: skip
 RANDOM_TEACHER = ["KD.TEACHER.WEIGHTS", "", "KD.TEACHER.ALLOW_RANDOM", "True"]
@@ -27,8 +28,19 @@ def environment():
 
 
 def command(output, *options, config="configs/Digits/dkd.yaml"):
-    return [*TRAIN_NET, "--config-file", config, "--num-gpus", "0", *options[: 1 if "--resume" in options else 0],
-            *SMALL, "OUTPUT_DIR", str(output), *RANDOM_TEACHER, *[o for o in options if o != "--resume"]]
+    return [
+        *TRAIN_NET,
+        "--config-file",
+        config,
+        "--num-gpus",
+        "0",
+        *options[: 1 if "--resume" in options else 0],
+        *SMALL,
+        "OUTPUT_DIR",
+        str(output),
+        *RANDOM_TEACHER,
+        *[o for o in options if o != "--resume"],
+    ]
 
 
 def run(args, environment):
@@ -61,7 +73,9 @@ def equal(a, b):
 
 
 def test_killed_and_resumed_it_ends_where_an_undisturbed_run_does_to_the_bit(undisturbed, tmp_path, environment):
-    process = subprocess.Popen(command(tmp_path), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(tmp_path), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     while not (tmp_path / "last_checkpoint").exists():
         assert process.poll() is None
         time.sleep(0.01)
@@ -83,7 +97,15 @@ def metrics(output):
 
 def test_the_output_folder_holds_config_log_metrics_events_and_checkpoints(undisturbed):
     names = {path.name.split(".tfevents")[0].split("events.out")[0] or "events" for path in undisturbed.iterdir()}
-    assert {"config.yaml", "student.yaml", "log.txt", "metrics.json", "model_0000003.pth", "model_final.pth", "last_checkpoint"} <= names
+    assert {
+        "config.yaml",
+        "student.yaml",
+        "log.txt",
+        "metrics.json",
+        "model_0000003.pth",
+        "model_final.pth",
+        "last_checkpoint",
+    } <= names
     assert any("tfevents" in path.name for path in undisturbed.iterdir())
     assert "eta:" in (undisturbed / "log.txt").read_text()
     assert {"loss_kd_tckd", "loss_kd_nckd", "total_loss", "lr", "time"} <= set(metrics(undisturbed)[-1])
@@ -105,7 +127,8 @@ image = torch.arange(3 * 96 * 96).remainder(251).view(3, 96, 96).to(torch.uint8)
 with torch.no_grad():
     found = model([{"image": image, "height": 96, "width": 96}])[0]["instances"]
 assert not any(name.startswith("kd_") for name in sys.modules)
-print(json.dumps([type(model).__name__, found.pred_boxes.tensor.tolist(), found.scores.tolist(), found.pred_classes.tolist()]))
+print(json.dumps([type(model).__name__, found.pred_boxes.tensor.tolist(), found.scores.tolist(),
+found.pred_classes.tolist()]))
 """
 
 
@@ -136,9 +159,21 @@ def test_the_checkpoint_holds_the_student_and_no_teacher(undisturbed):
 
 def test_a_loss_that_is_not_finite_names_iteration_and_terms_and_keeps_the_last_checkpoint(tmp_path, environment):
     # One step of a learning rate that no weight survives: iterations 0 to 3 are fine, the checkpoint of 3 is whole.
-    options = ["SOLVER.BASE_LR", "1e30", "SOLVER.WARMUP_FACTOR", "0.0", "SOLVER.WARMUP_METHOD", "constant", "SOLVER.WARMUP_ITERS", "5",
-               "SOLVER.CLIP_GRADIENTS.ENABLED", "False"]
-    done = subprocess.run(command(tmp_path, *options), cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    options = [
+        "SOLVER.BASE_LR",
+        "1e30",
+        "SOLVER.WARMUP_FACTOR",
+        "0.0",
+        "SOLVER.WARMUP_METHOD",
+        "constant",
+        "SOLVER.WARMUP_ITERS",
+        "5",
+        "SOLVER.CLIP_GRADIENTS.ENABLED",
+        "False",
+    ]
+    done = subprocess.run(
+        command(tmp_path, *options), cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode != 0
     assert "FloatingPointError: Training stopped at iteration " in done.stderr
     assert "Terms of the iteration before" in done.stderr and "--resume" in done.stderr
@@ -152,21 +187,28 @@ def test_a_loss_that_is_not_finite_names_iteration_and_terms_and_keeps_the_last_
         (["KD.LOSS.DKD.BTEA", "8"], "Non-existent key: KD.LOSS.DKD.BTEA"),
         (["KD.LOSS.DKD.BETA", "strong"], "KD.LOSS.DKD.BETA"),
         (["DATASETS.TRAIN", "('coco_2017_train',)", "MODEL.ROI_HEADS.NUM_CLASSES", "80"], "DETECTRON2_DATASETS"),
-        (["KD.TEACHER.CONFIG_FILE", "no/teacher.yaml"], "KD.TEACHER.CONFIG_FILE: no/teacher.yaml is neither a file nor a name"),
+        (
+            ["KD.TEACHER.CONFIG_FILE", "no/teacher.yaml"],
+            "KD.TEACHER.CONFIG_FILE: no/teacher.yaml is neither a file nor a name",
+        ),
         (["MODEL.BACKBONE.FREEZE_AT", "2"], "random layers would stay frozen"),
         (["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"], "does not distil"),
     ],
     ids=["unknown key", "beta", "data set", "teacher config", "frozen stem", "meta architecture"],
 )
 def test_bad_input_is_one_clear_error_before_training(tmp_path, environment, options, message):
-    done = subprocess.run(command(tmp_path, *options), cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command(tmp_path, *options), cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode != 0
     assert message in done.stderr.splitlines()[-1] + done.stderr.splitlines()[-2]
     assert not list(tmp_path.glob("model_*.pth"))
 
 
 def test_several_machines_without_gpus_are_refused_with_the_right_command():
-    done = subprocess.run([*TRAIN_NET, "--num-machines", "2", "--num-gpus", "0"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*TRAIN_NET, "--num-machines", "2", "--num-gpus", "0"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode != 0
     assert "would run 2 separate trainings" in done.stderr and "torchrun --nnodes 2" in done.stderr
 
@@ -176,14 +218,52 @@ def test_real_coco_images_train_and_evaluate(shared_dir, tmp_path, environment):
     datasets.mkdir()
     (datasets / "coco").symlink_to(shared_dir / "data" / "coco-mini")
     environment = environment | {"DETECTRON2_DATASETS": str(datasets), "OMP_NUM_THREADS": "2"}
-    small = ["INPUT.MIN_SIZE_TRAIN", "(192,)", "INPUT.MIN_SIZE_TEST", "192", "INPUT.MAX_SIZE_TEST", "256", "INPUT.MAX_SIZE_TRAIN", "256",
-             "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "64", "MODEL.RPN.POST_NMS_TOPK_TEST", "50"]
+    small = [
+        "INPUT.MIN_SIZE_TRAIN",
+        "(192,)",
+        "INPUT.MIN_SIZE_TEST",
+        "192",
+        "INPUT.MAX_SIZE_TEST",
+        "256",
+        "INPUT.MAX_SIZE_TRAIN",
+        "256",
+        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE",
+        "64",
+        "MODEL.RPN.POST_NMS_TOPK_TEST",
+        "50",
+    ]
     base = [*TRAIN_NET, "--config-file", "configs/COCO/dkd_r18_r101.yaml", "--num-gpus", "0"]
     options = [*small, "OUTPUT_DIR", str(tmp_path / "output"), *RANDOM_TEACHER, "DATALOADER.NUM_WORKERS", "1"]
-    run([*base, *options, "SOLVER.MAX_ITER", "10", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.STEPS", "()", "SEED", "0", "MODEL.WEIGHTS", "",
-         "MODEL.BACKBONE.FREEZE_AT", "0", "DATASETS.TEST", "()", "DATALOADER.FILTER_EMPTY_ANNOTATIONS", "False"], environment)
+    run(
+        [
+            *base,
+            *options,
+            "SOLVER.MAX_ITER",
+            "10",
+            "SOLVER.IMS_PER_BATCH",
+            "2",
+            "SOLVER.STEPS",
+            "()",
+            "SEED",
+            "0",
+            "MODEL.WEIGHTS",
+            "",
+            "MODEL.BACKBONE.FREEZE_AT",
+            "0",
+            "DATASETS.TEST",
+            "()",
+            "DATALOADER.FILTER_EMPTY_ANNOTATIONS",
+            "False",
+        ],
+        environment,
+    )
     entries = metrics(tmp_path / "output")
     assert entries[-1]["iteration"] == 9 and entries[-1]["loss_kd_nckd"] > 0
-    no_teacher = ["KD.TEACHER.CONFIG_FILE", "no/such.yaml", "MODEL.WEIGHTS", str(tmp_path / "output" / "model_final.pth")]
+    no_teacher = [
+        "KD.TEACHER.CONFIG_FILE",
+        "no/such.yaml",
+        "MODEL.WEIGHTS",
+        str(tmp_path / "output" / "model_final.pth"),
+    ]
     done = run([*base, "--eval-only", *options, *no_teacher], environment)
     assert "Evaluation results for bbox" in done.stdout + done.stderr
