@@ -18,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "Digits"
+TITLES = {"baseline": "plain", "kd": "KD", "dkd": "DKD"}  # as the papers' tables call them
 
 
 def train(name: str, output_dir: Path, *options: str) -> None:
@@ -67,9 +68,10 @@ def main() -> None:
 
     runs = {"teacher": [report.read_run(teacher)]}
     for student in args.students:
-        runs[student] = [report.read_run(output / f"{student}_seed{seed}") for seed in args.seeds]
+        runs[TITLES.get(student, student)] = [report.read_run(output / f"{student}_seed{seed}") for seed in args.seeds]
     (output / "table.md").write_text(report.table(runs) + "\n", encoding="utf-8")
-    columns = {"teacher": teacher} | {name: output / f"{name}_seed{args.seeds[0]}" for name in args.students}
+    first = args.seeds[0]
+    columns = {"teacher": teacher} | {TITLES.get(name, name): output / f"{name}_seed{first}" for name in args.students}
     report.draw_detections(columns, "digits_val", output / "detections.png")
     print(
         f"\n{report.table(runs)}\n\nSeeds {args.seeds}; {report.clock(time.time() - start)} in all this time. "
