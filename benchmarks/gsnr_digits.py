@@ -1,6 +1,6 @@
 """GSNR of DeepKD's three streams on a small real classifier: scikit-learn's handwritten digits, teacher → student.
 
-    python benchmarks/gsnr_digits.py [--seeds 3] [--epochs 20]
+    python benchmarks/gsnr_digits.py [--seeds 3] [--epochs 20] [--lr 0.02]
 
 A convolutional teacher is trained, then a student of 2,410 parameters under DKD with plain SGD. After some epochs its
 weights are held while the gradients of 400 random batches of 64 give the GSNR ("held"); beside it stands what
@@ -78,9 +78,9 @@ class Distillation:
             gsnr.update(self.streams(torch.randint(len(self.images), (BATCH,))))
         return gsnr.overall()
 
-    def measure(self, epochs: int) -> list[tuple[int, float, dict[str, float], dict[str, float]]]:
+    def measure(self, epochs: int, lr: float) -> list[tuple[int, float, dict[str, float], dict[str, float]]]:
         """(epoch, test accuracy, GSNR with the weights held, GSNR while they move) after the epochs to be measured."""
-        optimizer = torch.optim.SGD(self.student.parameters(), 0.02, momentum=0.9, weight_decay=5e-4)
+        optimizer = torch.optim.SGD(self.student.parameters(), lr, momentum=0.9, weight_decay=5e-4)
         rows_of_table, iteration = [], 0
         running = GradientSNR(self.student.named_parameters(), STREAMS, every=5)
         for epoch in range(1, epochs + 1):
@@ -101,11 +101,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--lr", type=float, default=0.02, help="the student's learning rate")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)  # the tensors are small
     runs = []
     for seed in range(arguments.seeds):
         distillation = Distillation(seed)
-        runs.append(distillation.measure(arguments.epochs))
+        runs.append(distillation.measure(arguments.epochs, arguments.lr))
         print(f"seed {seed}: teacher {accuracy(distillation.teacher, *distillation.test):.1f} % on the test digits")
     print(
         "\n| epoch | student, % | GSNR | tog | tcg | ncg | momenta it suggests (tog, tcg, ncg) |\n" + "|---" * 7 + "|"
