@@ -40,30 +40,29 @@ def train(cfg: CfgNode, process: Process, resume: bool = False) -> dict[str, flo
         ValueError: bad input, before training starts; FloatingPointError: a loss that is no number.
     """
     check_solver(cfg, process.world_size)
-    cfg = prepare_output(cfg, process, resume)
+    cfg = settle_seed(cfg, resume)
     train_missing_teacher(cfg, process)
-    setup_logging(Path(cfg.OUTPUT_DIR), process.is_main)
+    output = Path(cfg.OUTPUT_DIR)
+    setup_logging(output, process.is_main)
     trainer = build_trainer(cfg, process)
-    last = Path(cfg.OUTPUT_DIR, LAST)
+    last = output / LAST
     if resume and last.is_file():
         trainer.resume(read_checkpoint(last, "--resume"))
     elif last.is_file():
         logger.warning("%s is from an earlier run and will be replaced; --resume would have gone on with it", last)
+    if process.is_main:
+        write_whole(output / "config.yaml", lambda file: file.write(cfg.dump().encode()))
     return trainer.run()
 
 
-def prepare_output(cfg: CfgNode, process: Process, resume: bool) -> CfgNode:
-    """Make OUTPUT_DIR, settle the seed, and write config.yaml."""
+def settle_seed(cfg: CfgNode, resume: bool) -> CfgNode:
+    """The config with a SEED below 0 drawn, or taken from the run that is gone on with; frozen."""
     cfg = cfg.clone()
     cfg.defrost()
-    output = Path(cfg.OUTPUT_DIR)
-    output.mkdir(parents=True, exist_ok=True)
     if cfg.SEED < 0:
-        earlier = output / "config.yaml"
+        earlier = Path(cfg.OUTPUT_DIR, "config.yaml")
         cfg.SEED = load_cfg(str(earlier)).SEED if resume and earlier.is_file() else agreed_seed()
     cfg.freeze()
-    if process.is_main:
-        write_whole(output / "config.yaml", lambda file: file.write(cfg.dump().encode()))
     return cfg
 
 

@@ -50,14 +50,14 @@ class ThreeDraws(Dataset):
     transform = None
 
     def __getitem__(self, index: int) -> tuple[float, float, float]:
-        return random.random(), float(np.random.rand()), torch.rand(()).item()  # noqa: NPY002
+        return random.random(), float(np.random.rand()), torch.rand(()).item()
 
     def __len__(self) -> int:
         return 6
 
 
 def rng_states() -> list:
-    return [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]  # noqa: NPY002
+    return [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
 
 
 def test_every_epoch_has_its_own_order_of_all_images_and_always_the_same() -> None:

@@ -50,9 +50,9 @@ def same(first: Any, second: Any, path: str = "") -> list[str]:
 
 
 def last(folder: str | Path) -> dict[str, Any]:
-    """last.pth without what says where the run was."""
+    """last.pth without what says where the run was and how long it took."""
     checkpoint = torch.load(Path(folder, "last.pth"), weights_only=True)
-    del checkpoint["metadata"]["config"]
+    del checkpoint["metadata"]["config"], checkpoint["training"]["seconds"]
     return checkpoint
 
 

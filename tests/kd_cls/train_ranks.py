@@ -12,14 +12,14 @@ from kd_cls.build import build_trainer
 from kd_cls.config import load_cfg
 from kd_cls.evaluate import evaluate_checkpoint
 from kd_cls.launch import start_process
-from kd_cls.train import prepare_output
 
 
 def main(config_file: str, output: str, options: list[str]) -> None:
     torch.set_num_threads(1)
     cfg = load_cfg(config_file, [*options, "OUTPUT_DIR", output])
     with start_process(cfg.DEVICE) as process:
-        trainer = build_trainer(prepare_output(cfg, process, resume=False), process)
+        Path(output).mkdir(exist_ok=True)
+        trainer = build_trainer(cfg, process)
         seen, update = [], trainer.meters.update
 
         def counted(result: dict, logits: torch.Tensor, target: torch.Tensor, iteration: int) -> None:

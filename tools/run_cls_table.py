@@ -1,0 +1,91 @@
+"""The classification table of docs/results.md: every method on the built-in digits, mean ± std over seeds.
+
+    python tools/run_cls_table.py [--seeds 0 1 2] [--output output/digits] [KEY VALUE …]
+
+Trains the teacher once, then configs/Digits/cls_<method>.yaml with each seed. What is finished is not trained again
+and a run that was killed goes on: repeat the command until it prints the table (also in OUTPUT/cls_table.md).
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+
+from kd_cls.checkpoint import LAST, write_whole
+from kd_cls.config import load_cfg
+from kd_cls.launch import Process, run_command, start_process
+from kd_cls.train import summarise, train
+
+METHODS = ("baseline", "kd", "dkd", "gdkd", "aekt", "dot", "deepkd_kd", "deepkd")
+NAMES = {
+    "baseline": "plain",
+    "kd": "KD",
+    "dkd": "DKD",
+    "gdkd": "GDKD",
+    "aekt": "AEKT",
+    "dot": "DOT (KD)",
+    "deepkd_kd": "DeepKD (KD)",
+    "deepkd": "DeepKD (DKD)",
+}
+CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "Digits"
+
+
+def run(method: str, seed: int, output: Path, words: Sequence[str], process: Process) -> dict[str, float]:
+    """One run, or what it ended with; a teacher that is missing is trained into `output`/cls_teacher first."""
+    cfg = load_cfg(str(CONFIGS / f"cls_{method}.yaml"), list(words))
+    cfg.SEED, cfg.OUTPUT_DIR = seed, str(output / f"cls_{method}" / f"seed_{seed}")
+    if method == "teacher":
+        cfg.OUTPUT_DIR = str(output / "cls_teacher")
+    elif cfg.KD.LOSS.NAME != "none":
+        cfg.KD.TEACHER.WEIGHTS = str(output / "cls_teacher" / LAST)
+    result = train(cfg, process, resume=True)
+    weights = torch.load(Path(cfg.OUTPUT_DIR, LAST), weights_only=True)["model"]
+    return result | {"parameters": sum(tensor.numel() for name, tensor in weights.items() if is_parameter(name))}
+
+
+def is_parameter(name: str) -> bool:
+    """Whether a state-dict entry is trained, rather than a statistic of BatchNorm."""
+    return not name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+
+
+def row(name: str, results: list[dict[str, float]], plain_seconds: float) -> list[str]:
+    """One line of the table."""
+    top1, loss = (summarise([result[key] for result in results]) for key in ("top1", "loss"))
+    seconds = summarise([result["seconds"] for result in results])["mean"]
+    return [
+        name,
+        f"{results[0]['parameters'] / 1000:.0f} k",
+        f"{top1['mean']:.2f} ± {top1['std']:.2f}",
+        f"{loss['mean']:.3f}",
+        f"{seconds:.0f}",
+        f"{seconds / plain_seconds:.2f}",
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> str:
+    """The command; returns the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--output", type=Path, default=Path("output/digits"))
+    parser.add_argument("options", nargs="*", metavar="KEY VALUE", help="config keys to override, in every run")
+    options = parser.parse_intermixed_args(arguments)
+    with start_process("cpu") as process:
+        teacher = run("teacher", 0, options.output, options.options, process)
+        results = {
+            method: [run(method, seed, options.output, options.options, process) for seed in options.seeds]
+            for method in METHODS
+        }
+    plain_seconds = summarise([result["seconds"] for result in results["baseline"]])["mean"]
+    rows = [row("teacher", [teacher], plain_seconds), *(row(NAMES[m], results[m], plain_seconds) for m in METHODS)]
+    headers = ["", "parameters", "top-1", "val loss", "seconds", "time / plain"]
+    table = tabulate(rows, headers, tablefmt="pipe", disable_numparse=True)
+    write_whole(options.output / "cls_table.md", lambda file: file.write(f"{table}\n".encode()))
+    print(table)
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
