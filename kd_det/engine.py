@@ -7,17 +7,20 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, TrainerBase
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase
 from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from .checkpoint import WholeCheckpointer
 from .data.loader import TrainLoader, build_train_loader
 from .evaluation import build_evaluator
 from .hooks import SaveStudentConfig, SeedEachStep, cut_metrics
 from .meta_arch import DistilledRCNN
+from .solver import build_optimizer, check_solver
+from .stream_trainer import build_step
 from .teacher import teacher_config
 
 logger = logging.getLogger(__name__)
@@ -26,20 +29,23 @@ logger = logging.getLogger(__name__)
 class DistillationTrainer(DefaultTrainer):
     """`DefaultTrainer` for a `DistilledRCNN`, or any detector.
 
-    It adds: the teacher is built, and its errors shown, before training; `--resume` continues to the bit (weights, optimizer,
-    schedules, random draws, position in the data) when SEED ≥ 0; checkpoints are whole or absent; `student.yaml` is written
-    beside them; a loss that is not finite names the iteration and the terms.
+    It adds: the teacher is built, and its errors shown, before training; `--resume` continues to the bit (weights,
+    optimizer, schedules, random draws, position in the data) when SEED ≥ 0; checkpoints are whole or absent;
+    `student.yaml` is written beside them; a loss that is not finite names the iteration and the terms.
+    SOLVER.OPTIMIZER, AMP and ACCUMULATE_STEPS choose the step (`stream_trainer`).
     """
 
     def __init__(self, cfg: CfgNode) -> None:
-        TrainerBase.__init__(self)  # DefaultTrainer's own would wrap the model for CUDA and start the loader at iteration 0
+        # DefaultTrainer's own would wrap the model for CUDA, and start the loader at iteration 0.
+        TrainerBase.__init__(self)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        check_solver(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         if isinstance(model, DistilledRCNN):
             model.load_teacher()
         optimizer = self.build_optimizer(cfg, model)
         self.loader = self.build_train_loader(cfg)
-        self._trainer = SimpleTrainer(distribute(model), self.loader, optimizer)
+        self._trainer = build_step(cfg, distribute(model), self.loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = WholeCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0
@@ -53,9 +59,9 @@ class DistillationTrainer(DefaultTrainer):
         return [*seeding, SaveStudentConfig(self.cfg), *super().build_hooks()]
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """As DefaultTrainer's; a resumed training also takes the data and the log up where the checkpoint was written."""
+        """As DefaultTrainer's; data and log, too, are taken up where the checkpoint was written."""
         super().resume_or_load(resume=resume)
-        self.loader.start = self.start_iter
+        self.loader.start = self.start_iter * self.cfg.SOLVER.ACCUMULATE_STEPS
         if self.start_iter and comm.is_main_process():
             cut_metrics(Path(self.cfg.OUTPUT_DIR, "metrics.json"), self.start_iter)
 
@@ -69,7 +75,7 @@ class DistillationTrainer(DefaultTrainer):
 
     @classmethod
     def evaluate_only(cls, cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
-        """AP of MODEL.WEIGHTS on DATASETS.TEST, or of the last checkpoint of OUTPUT_DIR with `resume`; needs no teacher."""
+        """AP on DATASETS.TEST of MODEL.WEIGHTS, or with `resume` of OUTPUT_DIR's last checkpoint; needs no teacher."""
         model = cls.build_model(cfg)
         if not cfg.MODEL.WEIGHTS and not resume:
             logger.warning("MODEL.WEIGHTS is empty: evaluating random weights")
@@ -97,9 +103,11 @@ class DistillationTrainer(DefaultTrainer):
         """Iteration, learning rate, the last logged terms and the way back."""
         terms = {k: round(v[0], 4) for k, v in self.storage.latest().items() if "loss" in k}
         last = self.checkpointer.get_checkpoint_file() if self.checkpointer.has_checkpoint() else "none written yet"
-        return (f"Training stopped at iteration {self.iter}, learning rate {self.optimizer_lr:g}: {error}\n"
-                f"Terms of the iteration before: {terms}\nLast checkpoint: {last}. "
-                "Lower SOLVER.BASE_LR, lengthen the warm-up or clip gradients (SOLVER.CLIP_GRADIENTS), then run with --resume.")
+        return (
+            f"Training stopped at iteration {self.iter}, learning rate {self.optimizer_lr:g}: {error}\n"
+            f"Terms of the iteration before: {terms}\nLast checkpoint: {last}. Lower SOLVER.BASE_LR, lengthen the "
+            "warm-up or clip gradients (SOLVER.CLIP_GRADIENTS), then run with --resume."
+        )
 
     @property
     def optimizer_lr(self) -> float:
@@ -108,14 +116,30 @@ class DistillationTrainer(DefaultTrainer):
 
     def state_dict(self) -> dict[str, Any]:
         """Iteration, hooks (schedules) and optimizer, under the names that detectron2's main branch uses."""
-        return {**TrainerBase.state_dict(self), "_trainer": self._trainer.state_dict()}
+        state = {**TrainerBase.state_dict(self), "_trainer": self._trainer.state_dict()}
+        return {**state, "optimizer_name": self.cfg.SOLVER.OPTIMIZER}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises ValueError where the state is that of another optimizer."""
+        saved, ours = state_dict.get("optimizer_name", "sgd"), self.cfg.SOLVER.OPTIMIZER
+        if saved != ours:
+            raise ValueError(
+                f"The checkpoint to resume was trained with SOLVER.OPTIMIZER {saved}, but this config says {ours}: "
+                "resume with the same, or give its weights as MODEL.WEIGHTS to a training in another OUTPUT_DIR"
+            )
         TrainerBase.load_state_dict(self, state_dict)
         self._trainer.load_state_dict(state_dict["_trainer"])
 
     @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
+        return build_optimizer(cfg, model)
+
+    @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
+        """A loader of micro-batches: IMS_PER_BATCH images are ACCUMULATE_STEPS of them, over all processes."""
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.SOLVER.IMS_PER_BATCH //= cfg.SOLVER.ACCUMULATE_STEPS
         return build_train_loader(cfg)
 
     @classmethod

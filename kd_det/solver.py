@@ -1,0 +1,145 @@
+"""The optimizer that SOLVER.OPTIMIZER names, over detectron2's parameter groups."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.solver import build_optimizer as build_detectron2_optimizer
+from detectron2.solver.build import get_default_optimizer_params
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from kd_core.gsnr import AutoMomenta
+from kd_core.optim import StreamAdamW, StreamOptimizer, deepkd_sgd, dot_sgd
+
+OPTIMIZERS = ("sgd", "dot_sgd", "deepkd_sgd", "stream_adamw")
+
+
+def check_solver(cfg: CfgNode, world_size: int = 1) -> None:
+    """Refuse solver settings that no run could mean.
+
+    Raises:
+        ValueError: names the key, its value and what is expected.
+    """
+    solver = cfg.SOLVER
+    expected = {
+        "OPTIMIZER": (solver.OPTIMIZER in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
+        "STEP": (solver.STEP in ("paper", "matched"), "paper or matched"),
+        "MOMENTA": (solver.MOMENTA in ("", "auto"), "empty or auto"),
+        "ACCUMULATE_STEPS": (solver.ACCUMULATE_STEPS >= 1, "a whole number ≥ 1"),
+    }
+    for key, (good, what) in expected.items():
+        if not good:
+            raise ValueError(f"SOLVER.{key} is {solver[key]!r}, expected {what}")
+    if solver.AMP.DTYPE not in ("float16", "bfloat16"):
+        raise ValueError(f"SOLVER.AMP.DTYPE is {solver.AMP.DTYPE!r}, expected float16 or bfloat16")
+    check_images(solver.IMS_PER_BATCH, world_size, solver.ACCUMULATE_STEPS)
+    check_streams(cfg)
+
+
+def check_images(images: int, world_size: int, accumulate_steps: int) -> None:
+    """Every micro-batch of every process has the same number of images."""
+    if images < 1 or images % (world_size * accumulate_steps):
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH {images} must be a positive multiple of the {world_size} processes × "
+            f"SOLVER.ACCUMULATE_STEPS {accumulate_steps}"
+        )
+
+
+def check_streams(cfg: CfgNode) -> None:
+    """Refuse streams that nothing fills, and clipping that would act on their sum alone."""
+    solver, loss = cfg.SOLVER, cfg.KD.LOSS.NAME
+    if loss == "none" and solver.OPTIMIZER in ("dot_sgd", "deepkd_sgd"):
+        raise ValueError(
+            f"SOLVER.OPTIMIZER {solver.OPTIMIZER} gives distillation a momentum of its own, but KD.LOSS.NAME is none: "
+            "set SOLVER.OPTIMIZER sgd, or a distillation loss"
+        )
+    if solver.MOMENTA == "auto" and (loss == "none" or solver.OPTIMIZER == "sgd"):
+        raise ValueError(
+            f"SOLVER.MOMENTA auto compares the gradient streams of a distillation loss, but SOLVER.OPTIMIZER is "
+            f"{solver.OPTIMIZER} and KD.LOSS.NAME {loss}: leave it empty, or set e.g. SOLVER.OPTIMIZER deepkd_sgd"
+        )
+    if solver.OPTIMIZER != "sgd" and solver.CLIP_GRADIENTS.ENABLED and solver.CLIP_GRADIENTS.CLIP_TYPE != "norm":
+        raise ValueError(
+            f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE {solver.CLIP_GRADIENTS.CLIP_TYPE!r} clips the summed gradient elementwise, "
+            f"which SOLVER.OPTIMIZER {solver.OPTIMIZER} cannot share out among its streams: set it to norm"
+        )
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
+    """The optimizer over every parameter of `model` that is trained.
+
+    "sgd" is detectron2's own. The others have the same groups (no decay on norms unless SOLVER.WEIGHT_DECAY_NORM says
+    so, SOLVER.BIAS_LR_FACTOR, …), equal ones merged, so that torch's foreach kernels see long lists. Parameters in
+    `model.no_decay` are not decayed.
+
+    Raises:
+        ValueError: momenta outside [0, 1) and other values that the optimizer refuses, with their keys.
+    """
+    check_solver(cfg)
+    if cfg.SOLVER.OPTIMIZER == "sgd":
+        optimizer = build_detectron2_optimizer(cfg, model)
+    else:
+        optimizer = build_stream_optimizer(cfg, parameter_groups(cfg, model))
+    exempt_from_decay(optimizer, getattr(model, "no_decay", ()))
+    return optimizer
+
+
+def build_stream_optimizer(cfg: CfgNode, groups: list[dict[str, Any]]) -> StreamOptimizer:
+    """`dot_sgd`, `deepkd_sgd` or `stream_adamw` of kd_core, from the keys of SOLVER."""
+    solver = cfg.SOLVER
+    deltas = {"tog": solver.DEEPKD.DELTA_TOG, "tcg": solver.DEEPKD.DELTA_TCG, "ncg": solver.DEEPKD.DELTA_NCG}
+    sgd = {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV, "step": solver.STEP}
+    common = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
+    try:
+        if solver.OPTIMIZER == "dot_sgd":
+            return dot_sgd(groups, **common, **sgd, delta=solver.DOT.DELTA)
+        if solver.OPTIMIZER == "deepkd_sgd":
+            return deepkd_sgd(groups, **common, **sgd, **{f"delta_{name}": delta for name, delta in deltas.items()})
+        momenta = {name: solver.MOMENTUM + delta for name, delta in deltas.items()}
+        return StreamAdamW(groups, **common, momenta=momenta)
+    except ValueError as error:
+        keys = f"DOT.DELTA {solver.DOT.DELTA}" if solver.OPTIMIZER == "dot_sgd" else f"DEEPKD {deltas}"
+        raise ValueError(f"SOLVER.OPTIMIZER {solver.OPTIMIZER}, MOMENTUM {solver.MOMENTUM}, {keys}: {error}") from error
+
+
+def build_auto_momenta(cfg: CfgNode, optimizer: Optimizer, model: nn.Module) -> AutoMomenta | None:
+    """What SOLVER.MOMENTA auto asks for, None otherwise."""
+    if cfg.SOLVER.MOMENTA != "auto":
+        return None
+    gsnr = cfg.SOLVER.GSNR
+    try:
+        return AutoMomenta(
+            optimizer, model.named_parameters(), gsnr.WINDOW, gsnr.PERIOD, gsnr.SAMPLE, cfg.SOLVER.MOMENTUM, gsnr.SPAN
+        )
+    except ValueError as error:
+        raise ValueError(f"SOLVER.GSNR: {error}") from error
+
+
+def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
+    """detectron2's parameter groups, equal ones merged (v0.5 makes one a parameter)."""
+    groups = get_default_optimizer_params(
+        model,
+        base_lr=cfg.SOLVER.BASE_LR,
+        weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
+        bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
+        weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+    )
+    merged: dict[tuple[tuple[str, Any], ...], list[Tensor]] = {}
+    for group in groups:
+        options = tuple(sorted((key, value) for key, value in group.items() if key != "params"))
+        merged.setdefault(options, []).extend(group["params"])
+    return [{"params": params, **dict(options)} for options, params in merged.items()]
+
+
+def exempt_from_decay(optimizer: Optimizer, params: Iterable[Tensor]) -> None:
+    """Move `params` to groups of their own, like those they were in but without weight decay."""
+    exempt = set(params)
+    if not exempt:
+        return
+    for group in list(optimizer.param_groups):
+        moved = [p for p in group["params"] if p in exempt]
+        group["params"] = [p for p in group["params"] if p not in exempt]
+        if moved:
+            optimizer.add_param_group({**group, "params": moved, "weight_decay": 0.0})
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]

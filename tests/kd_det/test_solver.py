@@ -1,0 +1,63 @@
+"""SOLVER: which optimizer, over which groups, and what is refused."""
+
+import pytest
+import torch
+
+from kd_det.solver import build_optimizer, check_solver
+
+DEEPKD = ("KD.LOSS.NAME", "dkd", "SOLVER.OPTIMIZER", "deepkd_sgd")
+
+
+@pytest.mark.parametrize(
+    ("name", "momenta"),
+    [
+        ("deepkd_sgd", {"tog": 0.975, "tcg": 0.825, "ncg": 0.975}),
+        ("dot_sgd", {"tog": 0.825, "tcg": 0.975, "ncg": 0.975}),
+        ("stream_adamw", {"tog": 0.975, "tcg": 0.825, "ncg": 0.975}),
+    ],
+)
+def test_each_optimizer_has_the_papers_momenta_and_merged_groups(tiny_cfg, tiny_model, name, momenta):
+    model = tiny_model()
+    cfg = tiny_cfg(*DEEPKD, "SOLVER.OPTIMIZER", name, "SOLVER.BIAS_LR_FACTOR", 2.0, "SOLVER.BASE_LR", 0.1)
+    optimizer = build_optimizer(cfg, model)
+    names = {p: n for n, p in model.named_parameters()}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
+    options = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    assert len(options) == len(set(options)) <= 4  # weights and biases, of norms and of the others
+    for group in optimizer.param_groups:
+        assert group["momenta"] == pytest.approx(momenta)
+        for p in group["params"]:
+            assert group["lr"] == (0.2 if names[p].endswith("bias") else 0.1)
+            if names[p].endswith("weight"):  # the decay of biases is a key of its own, whose default has changed
+                assert group["weight_decay"] == (0.0 if ".norm." in names[p] else 0.0001)
+
+
+def test_sgd_is_detectron2s_own(tiny_cfg, tiny_model):
+    assert type(build_optimizer(tiny_cfg(), tiny_model())) is torch.optim.SGD
+
+
+def test_the_matched_step_reaches_the_optimizer(tiny_cfg, tiny_model):
+    optimizer = build_optimizer(tiny_cfg(*DEEPKD, "SOLVER.STEP", "matched", "SOLVER.MOMENTUM", 0.8), tiny_model())
+    assert {(g["step"], g["base_momentum"]) for g in optimizer.param_groups} == {("matched", 0.8)}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("SOLVER.OPTIMIZER", "adam"), "SOLVER.OPTIMIZER is 'adam', expected one of sgd, dot_sgd, deepkd_sgd"),
+        (("SOLVER.STEP", "small"), "SOLVER.STEP is 'small', expected paper or matched"),
+        (("SOLVER.AMP.DTYPE", "float8"), "SOLVER.AMP.DTYPE is 'float8', expected float16 or bfloat16"),
+        (("SOLVER.ACCUMULATE_STEPS", 3), "SOLVER.IMS_PER_BATCH 16 must be a positive multiple of the 2 processes × "),
+        (("KD.LOSS.NAME", "none"), "SOLVER.OPTIMIZER deepkd_sgd gives distillation a momentum of its own, but"),
+        (("SOLVER.OPTIMIZER", "sgd", "SOLVER.MOMENTA", "auto"), "SOLVER.MOMENTA auto compares the gradient streams"),
+        (("SOLVER.CLIP_GRADIENTS.ENABLED", True), "CLIP_TYPE 'value' clips the summed gradient elementwise"),
+    ],
+)  # fmt: skip
+def test_what_no_run_could_mean_is_refused_with_its_key(tiny_cfg, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        check_solver(tiny_cfg(*DEEPKD, *overrides), world_size=2)
+
+
+def test_a_momentum_out_of_range_names_its_keys(tiny_cfg, tiny_model):
+    with pytest.raises(ValueError, match=r"SOLVER.OPTIMIZER deepkd_sgd, MOMENTUM 0.95, DEEPKD .*'tog' is 1.02"):
+        build_optimizer(tiny_cfg(*DEEPKD, "SOLVER.MOMENTUM", 0.95), tiny_model())
