@@ -180,7 +180,7 @@ def state(model: nn.Module) -> list[Tensor]:
 
 def main(rank: int, world: int, store: str, output: str) -> None:
     torch.set_num_threads(1)
-    limit = timedelta(seconds=60)  # a rank that hangs fails
+    limit = timedelta(seconds=120)  # a rank that hangs fails
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=limit)
     results: dict[str, object] = {name: state(train(build, rank, world)) for name, build in BUILDS.items()}
     results["plain module"] = state(train(BUILDS["two sets"], rank, world, ddp=False))

@@ -45,7 +45,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         )
         for rank in range(world)
     ]
-    outputs = [worker.communicate(timeout=120)[0] for worker in workers]
+    outputs = [worker.communicate(timeout=300)[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0] * world, "\n".join(outputs)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
 
