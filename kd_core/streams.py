@@ -150,6 +150,7 @@ class StreamGradients:
                 if p.grad.is_sparse:
                     raise RuntimeError("sparse gradients have no streams: build nn.Embedding with sparse=False")
                 gradient[p] = p.grad
+                p.grad = None  # the reduction moves it into a bucket: nobody else may keep it alive
 
     def show(self, params: Iterable[Tensor]) -> None:
         """Makes `p.grad` the sum over the sets; where one set alone reaches a parameter, they are the same tensor."""

@@ -4,6 +4,7 @@ python ranks.py RANK WORLD_SIZE STORE_FILE OUTPUT_FOLDER
 """
 
 import sys
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
@@ -157,15 +158,18 @@ def auto_momenta(rank: int, world: int) -> dict[str, float]:
 
 
 def order_and_bytes() -> tuple[list[str], int, int]:
-    """What happens in one call: the reductions, by their bytes, between the backward passes."""
-    model, events = Net(), []
+    """What happens in one call: backward passes, reductions by their bytes, and memory that is not freed by then."""
+    model, events, gradients = Net(), [], []
     model.classifier.register_full_backward_hook(lambda *_: events.append("backward"))
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: gradients.append(weakref.ref(p.grad)))
     optimizer = deepkd_sgd(model.parameters(), 0.05)
     all_reduce = dist.all_reduce
 
     def counted(tensor: Tensor, *arguments, **options):
         if tensor.dtype != torch.uint8:
-            events.append(f"reduce {tensor.nbytes}")
+            kept = sum(gradient() is not None for gradient in gradients)
+            events.append(f"reduce {tensor.nbytes}" + (f", {kept} gradients beside the buckets" if kept else ""))
         return all_reduce(tensor, *arguments, **options)
 
     dist.all_reduce = counted
