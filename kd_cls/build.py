@@ -16,7 +16,7 @@ from kd_cls.config import config_hash
 from kd_cls.data import DataSets, Loaders
 from kd_cls.engine import Trainer
 from kd_cls.evaluate import evaluate
-from kd_cls.launch import Process, seed_step
+from kd_cls.launch import Process, same_weights, seed_step
 from kd_cls.network import InputStats, build_student, input_stats
 from kd_cls.pipeline import augmentation, autocast_dtype, build_data, build_loaders, mixes
 from kd_cls.solver import build_auto_momenta, build_optimizer, build_scheduler
@@ -44,6 +44,7 @@ def build_trainer(cfg: CfgNode, process: Process) -> Trainer:
     teacher = None if loss is None else attach_teacher(cfg, data, stats, process)
     criterion = create_classification_loss(smoothing=cfg.SOLVER.LABEL_SMOOTHING, soft_targets=mixes(cfg))
     task = DistillationTask(student, teacher, loss, criterion, cfg.KD.TASK_WEIGHT, autocast_dtype(cfg), process.device)
+    same_weights(student)
     prepare_networks(cfg, task)
     if teacher is not None and cfg.KD.TEACHER.EVALUATE:
         report_teacher(teacher, loaders, process)

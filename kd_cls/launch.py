@@ -4,12 +4,13 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from timm.utils import random_seed
 from timm.utils.distributed import init_distributed_device_so
+from torch import nn
 
 from kd_cls.data.reproducible import mix_seed
 
@@ -42,12 +43,29 @@ def start_process(device: str) -> Iterator[Process]:
     if dist.is_initialized():
         yield Process(torch.device(kind), dist.get_rank(), dist.get_world_size())
         return
-    started = init_distributed_device_so(kind)
+    # With gloo for CPU tensors beside NCCL, small facts are exchanged without waiting for the GPU.
+    backend = "cpu:gloo,cuda:nccl" if kind.startswith("cuda") else "gloo"
+    started = init_distributed_device_so(kind, dist_backend=backend)
     try:
         yield Process(torch.device(started["device"]), started["global_rank"], started["world_size"])
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def agree(value: Any) -> Any:
+    """Rank 0's `value`, on every process: what depends on files or chance must be decided once."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def same_weights(module: nn.Module) -> None:
+    """Give every process rank 0's weights and buffers."""
+    if dist.is_initialized():
+        for tensor in module.state_dict().values():
+            dist.broadcast(tensor, 0)
 
 
 def seed_step(seed: int, rank: int, iteration: int) -> None:

@@ -15,16 +15,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from fvcore.common.config import CfgNode
 
 from kd_cls.build import build_trainer
 from kd_cls.checkpoint import LAST, read_checkpoint, read_metadata, write_whole
 from kd_cls.config import load_cfg
-from kd_cls.launch import Process, option_parser, run_command, start_process
+from kd_cls.launch import Process, agree, option_parser, run_command, start_process
 from kd_cls.solver import check_solver
 from kd_cls.teacher import teacher_description
-from kd_cls.writers import setup_logging
+from kd_cls.writers import import_wandb, setup_logging
 
 logger = logging.getLogger("kd_cls")
 
@@ -40,13 +39,15 @@ def train(cfg: CfgNode, process: Process, resume: bool = False) -> dict[str, flo
         ValueError: bad input, before training starts; FloatingPointError: a loss that is no number.
     """
     check_solver(cfg, process.world_size)
+    if cfg.WANDB.ENABLED:
+        import_wandb()
     cfg = settle_seed(cfg, resume)
     train_missing_teacher(cfg, process)
     output = Path(cfg.OUTPUT_DIR)
     setup_logging(output, process.is_main)
     trainer = build_trainer(cfg, process)
     last = output / LAST
-    if resume and last.is_file():
+    if agree(resume and last.is_file()):
         trainer.resume(read_checkpoint(last, "--resume"))
     elif last.is_file():
         logger.warning("%s is from an earlier run and will be replaced; --resume would have gone on with it", last)
@@ -61,17 +62,10 @@ def settle_seed(cfg: CfgNode, resume: bool) -> CfgNode:
     cfg.defrost()
     if cfg.SEED < 0:
         earlier = Path(cfg.OUTPUT_DIR, "config.yaml")
-        cfg.SEED = load_cfg(str(earlier)).SEED if resume and earlier.is_file() else agreed_seed()
+        drawn = random.SystemRandom().randrange(2**31)
+        cfg.SEED = agree(load_cfg(str(earlier)).SEED if resume and earlier.is_file() else drawn)
     cfg.freeze()
     return cfg
-
-
-def agreed_seed() -> int:
-    """A random seed, the same on every process."""
-    seed = [random.SystemRandom().randrange(2**31)]
-    if dist.is_initialized():
-        dist.broadcast_object_list(seed)
-    return seed[0]
 
 
 def train_missing_teacher(cfg: CfgNode, process: Process) -> None:
@@ -80,10 +74,7 @@ def train_missing_teacher(cfg: CfgNode, process: Process) -> None:
     if cfg.KD.LOSS.NAME == "none" or not node.TRAIN_IF_MISSING or node.WEIGHTS or not node.CONFIG_FILE:
         return
     _, _, weights, own = teacher_description(cfg)
-    done = read_metadata(weights).get("finished", False)
-    if dist.is_initialized():
-        dist.barrier()  # nobody writes while another still looks
-    if not done:
+    if not agree(read_metadata(weights).get("finished", False)):
         own.DEVICE = cfg.DEVICE
         setup_logging(Path(own.OUTPUT_DIR), process.is_main)
         logger.info(

@@ -1,5 +1,6 @@
 """Where metrics go: log.txt and the console, metrics.json, TensorBoard, Weights & Biases, and a progress bar."""
 
+import hashlib
 import json
 import logging
 import sys
@@ -7,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import yaml
 from fvcore.common.config import CfgNode
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -106,15 +108,21 @@ class Writers:
             self.wandb.finish()
 
 
-def start_wandb(cfg: CfgNode) -> Any:
-    """A run of Weights & Biases, which is imported only here."""
+def import_wandb() -> Any:
+    """The wandb package, which nothing needs unless WANDB.ENABLED asks for it."""
     try:
         import wandb
     except ImportError as error:
         raise ValueError("WANDB.ENABLED is True, but the wandb package is not installed: pip install wandb") from error
-    return wandb.init(
-        project=cfg.WANDB.PROJECT, dir=cfg.OUTPUT_DIR, name=Path(cfg.OUTPUT_DIR).name, config=dict(cfg), resume="allow"
-    )
+    return wandb
+
+
+def start_wandb(cfg: CfgNode) -> Any:
+    """A run of Weights & Biases that goes on where a run of the same OUTPUT_DIR stopped."""
+    output = Path(cfg.OUTPUT_DIR).absolute()
+    identity = hashlib.sha256(str(output).encode()).hexdigest()[:16]
+    options = {"project": cfg.WANDB.PROJECT, "dir": str(output), "name": output.name, "id": identity, "resume": "allow"}
+    return import_wandb().init(**options, config=yaml.safe_load(cfg.dump()))
 
 
 def cut_metrics(path: Path, start_iter: int) -> None:

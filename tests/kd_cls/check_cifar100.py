@@ -1,6 +1,6 @@
 """Every method on real CIFAR-100 images, briefly.
 
-    python tests/kd_cls/check_cifar100.py FOLDER [--images 5000] [--epochs 2]
+    python tests/kd_cls/check_cifar100.py FOLDER [--images 5000] [--epochs 2] [--val-images 2000]
 
 FOLDER holds the lossless strips that cifar100_reader.py reads. Trains resnet32x4, then resnet8x4 by every method, with
 the configs of configs/CIFAR100 but for the length; evaluates each student by kd_cls.evaluate and by plain timm, which
@@ -18,6 +18,7 @@ from timm.models import load_checkpoint
 
 from kd_cls.data import create_datasets, create_loaders
 from kd_cls.evaluate import main as evaluate
+from kd_cls.pipeline import EveryNth
 from kd_cls.train import main as train
 
 METHODS = {
@@ -44,18 +45,16 @@ def run(config: str, output: Path, words: list[str]) -> None:
     train(["--config-file", f"configs/CIFAR100/{config}.yaml", "--resume", "OUTPUT_DIR", str(output), *words])
 
 
-def correct_by_timm(checkpoint: Path, folder: str) -> int:
+def correct_by_timm(checkpoint: Path, folder: str, val_images: int) -> int:
     """How many validation images plain timm classifies rightly with a saved student."""
     model = create_model("cifar_resnet8x4", num_classes=100)
     load_checkpoint(model, str(checkpoint))
-    data, (mean, std) = (
-        create_datasets("cifar100_strips", folder),
-        (model.pretrained_cfg[key] for key in ("mean", "std")),
-    )
+    data = create_datasets("cifar100_strips", folder)
+    mean, std = (model.pretrained_cfg[key] for key in ("mean", "std"))
     options = {"augmentation": "none", "input_size": (3, 32, 32), "mean": mean, "std": std, "batch_size": 500}
     right = 0
     with torch.inference_mode():
-        for images, target in create_loaders(data.train, data.val, **options).val:
+        for images, target in create_loaders(data.train, EveryNth(data.val, val_images), **options).val:
             right += int((model.eval()(images).argmax(1) == target).sum())
     return right
 
@@ -70,13 +69,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
     parser.add_argument("--images", type=int, default=5000)
+    parser.add_argument("--val-images", type=int, default=2000)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("output/check_cifar100"))
     options = parser.parse_args()
     register_strips()
     words = ["DATA.NAME", "cifar100_strips", "DATA.ROOT", options.folder, "DATA.TRAIN_IMAGES", str(options.images)]
     words += ["SOLVER.EPOCHS", str(options.epochs), "SOLVER.EVAL_PERIOD", str(options.epochs), "LOG_PERIOD", "10"]
-    words += ["DATA.NUM_WORKERS", "0", "SOLVER.CHECKPOINT_PERIOD", "25"]
+    words += ["DATA.VAL_IMAGES", str(options.val_images), "DATA.NUM_WORKERS", "0", "SOLVER.CHECKPOINT_PERIOD", "25"]
     teacher = options.output / "teacher"
     run("teacher_resnet32x4", teacher, words)
     rows = []
@@ -88,11 +88,13 @@ def main() -> None:
             own += ["KD.TEACHER.CACHE", "full", "KD.TEACHER.CACHE_DIR", str(options.output / "logits")]
         run(config, output, own)
         metrics = evaluate(["--config-file", str(output / "config.yaml"), "MODEL.WEIGHTS", str(output / "last.pth")])
-        right = correct_by_timm(output / "last.pth", options.folder)
+        right = correct_by_timm(output / "last.pth", options.folder, options.val_images)
         assert round(metrics["top1"] * metrics["images"] / 100) == right, (name, metrics, right)
         first, last = losses(output)[0], losses(output)[-1]
         assert last["task"] < first["task"], name
-        rows.append(f"| {name} | {first['task']:.3f} → {last['task']:.3f} | {metrics['top1']:.2f} | {right} / 10000 |")
+        rows.append(
+            f"| {name} | {first['task']:.3f} → {last['task']:.3f} | {metrics['top1']:.2f} | {right} / {options.val_images} |"
+        )
     table = [
         "| method | task loss, first and last 10 steps | top-1 | right by plain timm |",
         "|---|---|---|---|",

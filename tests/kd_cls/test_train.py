@@ -214,7 +214,6 @@ def test_bad_input_ends_the_command_with_one_sentence(tiny_yaml: Path, tmp_path:
         (["KD.LOSS.NAME", "dkd", "SOLVER.MIXUP.ALPHA", 0.2], r"SOLVER.MIXUP mixes the labels.*'dkd'"),
         (["KD.LOSS.NAME", "kd", "KD.LOSS.WARMUP", 0.1, "KD.LOSS.WARMUP_EPOCHS", 1], r"set one of them"),
         (["DEVICE", "cuda"], r"DEVICE is 'cuda'"),
-        (["WANDB.ENABLED", True], r"the wandb package is not installed: pip install wandb"),
     ],
 )
 def test_bad_input_is_named_before_training_starts(
@@ -225,6 +224,41 @@ def test_bad_input_is_named_before_training_starts(
     cfg: CfgNode = tiny(*options)
     with pytest.raises(ValueError, match=message):
         main(["--config-file", write(cfg)])
+
+
+def test_wandb_is_asked_for_only_when_it_is_wanted(
+    tiny: Callable, process: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    with pytest.raises(ValueError, match=r"WANDB.ENABLED is True, but the wandb package is not installed: pip"):
+        train(tiny("WANDB.ENABLED", True), process)
+    train(tiny("SOLVER.EPOCHS", 0.25), process)
+
+
+def test_wandb_gets_the_metrics(tiny: Callable, process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Recorder:
+        """wandb's module and its run, as far as they are used."""
+
+        def __init__(self) -> None:
+            self.started: dict[str, Any] = {}
+            self.steps: list[int] = []
+
+        def init(self, **options: Any) -> "Recorder":
+            self.started = options
+            return self
+
+        def log(self, metrics: dict[str, Any], step: int) -> None:
+            assert all(isinstance(value, int | float) for value in metrics.values())
+            self.steps.append(step)
+
+        def finish(self) -> None:
+            self.steps.append(-1)
+
+    recorder = Recorder()
+    monkeypatch.setitem(sys.modules, "wandb", recorder)
+    train(tiny("WANDB.ENABLED", True), process)
+    assert recorder.started["config"]["MODEL"]["NAME"] == "cifar_resnet8" and recorder.started["resume"] == "allow"
+    assert recorder.steps == [2, 4, 4, 6, 8, 8, -1]
 
 
 def write(cfg: CfgNode) -> str:
