@@ -92,9 +92,8 @@ def main() -> None:
         assert round(metrics["top1"] * metrics["images"] / 100) == right, (name, metrics, right)
         first, last = losses(output)[0], losses(output)[-1]
         assert last["task"] < first["task"], name
-        rows.append(
-            f"| {name} | {first['task']:.3f} → {last['task']:.3f} | {metrics['top1']:.2f} | {right} / {options.val_images} |"
-        )
+        falls = f"{first['task']:.3f} → {last['task']:.3f}"
+        rows.append(f"| {name} | {falls} | {metrics['top1']:.2f} | {right} / {options.val_images} |")
     table = [
         "| method | task loss, first and last 10 steps | top-1 | right by plain timm |",
         "|---|---|---|---|",
