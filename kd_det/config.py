@@ -85,7 +85,13 @@ def build_box_loss(cfg: CfgNode) -> nn.Module | None:
     """The loss of `cfg.KD.LOSS`, with its warm-up as a share of SOLVER.MAX_ITER; None for "none"."""
     node = cfg.KD.LOSS.clone()
     node.defrost()
-    node.WARMUP = min(cfg.KD.LOSS.WARMUP_ITERS / max(cfg.SOLVER.MAX_ITER, 1), 1.0)
+    if node.WARMUP_ITERS and node.WARMUP:
+        raise ValueError(
+            f"KD.LOSS.WARMUP_ITERS {node.WARMUP_ITERS} and KD.LOSS.WARMUP {node.WARMUP} both say how long the loss rises: "
+            "set one of them to 0"
+        )
+    if node.WARMUP_ITERS:
+        node.WARMUP = min(node.WARMUP_ITERS / max(cfg.SOLVER.MAX_ITER, 1), 1.0)
     return build_loss(node, cfg.MODEL.ROI_HEADS.NUM_CLASSES + 1)  # background is a class
 
 

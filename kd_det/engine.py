@@ -19,6 +19,7 @@ from .data.loader import TrainLoader, build_train_loader
 from .evaluation import build_evaluator
 from .hooks import SaveStudentConfig, SeedEachStep, cut_metrics
 from .meta_arch import DistilledRCNN
+from .serialization import factors, load_factors
 from .solver import build_optimizer, check_solver
 from .stream_trainer import build_step
 from .teacher import teacher_config
@@ -117,6 +118,9 @@ class DistillationTrainer(DefaultTrainer):
     def state_dict(self) -> dict[str, Any]:
         """Iteration, hooks (schedules) and optimizer, under the names that detectron2's main branch uses."""
         state = {**TrainerBase.state_dict(self), "_trainer": self._trainer.state_dict()}
+        model = self.checkpointer.model
+        if getattr(model, "serialization", None) is not None:  # `model` in the checkpoint has them merged
+            state["aekt_factors"] = factors(model)
         return {**state, "optimizer_name": self.cfg.SOLVER.OPTIMIZER}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -129,6 +133,8 @@ class DistillationTrainer(DefaultTrainer):
             )
         TrainerBase.load_state_dict(self, state_dict)
         self._trainer.load_state_dict(state_dict["_trainer"])
+        if "aekt_factors" in state_dict:
+            load_factors(self.checkpointer.model, state_dict["aekt_factors"])
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .capture import BoxStage, capture_box_stages
 from .config import build_box_loss
+from .serialization import build_serialization, keep_out_of_state_dict, serialized_outputs
 from .teacher import Teacher
 
 
@@ -32,6 +33,8 @@ class DistilledRCNN(GeneralizedRCNN):
         loss: maps (student_logits, teacher_logits, target, progress) to named scalar terms; None for plain training.
         teacher: the frozen detector; not part of `parameters()`, `state_dict()` or `train()`.
         max_iter: length of the training, for `progress` = iteration / max_iter; None hands the loss no progress.
+        serialize: put AEKT's layer W·z + b behind the classifiers: z is distilled, W·z + b classifies. `state_dict()`
+            has them merged, under GeneralizedRCNN's names.
         kwargs: those of GeneralizedRCNN.
     """
 
@@ -42,6 +45,7 @@ class DistilledRCNN(GeneralizedRCNN):
         loss: nn.Module | None = None,
         teacher: Teacher | None = None,
         max_iter: int | None = None,
+        serialize: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -50,6 +54,9 @@ class DistilledRCNN(GeneralizedRCNN):
         self.loss = loss
         self.teacher = teacher
         self.max_iter = max_iter
+        self.serialization = build_serialization(self.roi_heads) if serialize else None
+        if serialize:
+            keep_out_of_state_dict(self)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -59,16 +66,29 @@ class DistilledRCNN(GeneralizedRCNN):
             "loss": loss,
             "teacher": Teacher.from_config(cfg) if loss is not None else None,
             "max_iter": cfg.SOLVER.MAX_ITER,
+            "serialize": cfg.KD.LOSS.NAME == "aekt",
         }
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """As GeneralizedRCNN's: in training a dict of scalar losses, in eval mode the detections."""
         if not self.training or self.loss is None:
             return super().forward(batched_inputs)
-        with capture_box_stages(self.roi_heads) as stages:
+        with capture_box_stages(self.roi_heads, self.serialization) as stages:
             losses = super().forward(batched_inputs)
         losses.update(self.distillation_losses(batched_inputs, stages))
         return losses
+
+    def inference(self, *args: Any, **kwargs: Any) -> Any:
+        """As GeneralizedRCNN's, by the logits that classify."""
+        if self.serialization is None:
+            return super().inference(*args, **kwargs)
+        with serialized_outputs(self.roi_heads, self.serialization):
+            return super().inference(*args, **kwargs)
+
+    @property
+    def no_decay(self) -> list[Tensor]:
+        """Parameters not to decay (ours): decay pulls to 0, and AEKT's layer starts from the identity."""
+        return [] if self.serialization is None else list(self.serialization.parameters())
 
     def distillation_losses(self, batched_inputs: list[dict[str, Any]], stages: list[BoxStage]) -> dict[str, Tensor]:
         """The weighted terms of the distillation loss on every stage of the box head."""

@@ -61,8 +61,8 @@ def check_streams(cfg: CfgNode) -> None:
         )
     if solver.OPTIMIZER != "sgd" and solver.CLIP_GRADIENTS.ENABLED and solver.CLIP_GRADIENTS.CLIP_TYPE != "norm":
         raise ValueError(
-            f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE {solver.CLIP_GRADIENTS.CLIP_TYPE!r} clips the summed gradient elementwise, "
-            f"which SOLVER.OPTIMIZER {solver.OPTIMIZER} cannot share out among its streams: set it to norm"
+            f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE {solver.CLIP_GRADIENTS.CLIP_TYPE!r} acts on single elements, "
+            f"which the streams of SOLVER.OPTIMIZER {solver.OPTIMIZER} cannot share out: set it to norm"
         )
 
 

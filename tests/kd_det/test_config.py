@@ -2,7 +2,7 @@
 
 import pytest
 
-from kd_det.config import all_keys, kd_defaults, merge_file, merge_list
+from kd_det.config import all_keys, build_box_loss, kd_defaults, merge_file, merge_list
 from kd_det.launch import read_config
 
 
@@ -52,3 +52,21 @@ def test_a_yaml_that_would_run_code_is_refused(tmp_path):
 
 def test_all_keys_lists_dotted_names():
     assert {"KD.LOSS.NAME", "SOLVER.BASE_LR", "KD.TEACHER"} <= set(all_keys(kd_defaults()))
+
+
+def test_a_warm_up_is_given_in_iterations_or_as_a_share_and_not_as_both():
+    cfg = kd_defaults()
+    merge_list(cfg, ["KD.LOSS.NAME", "kd", "KD.LOSS.WARMUP_ITERS", "10", "SOLVER.MAX_ITER", "40"])
+    assert build_box_loss(cfg).warmup == 0.25
+    merge_list(cfg, ["KD.LOSS.WARMUP", "0.5"])
+    with pytest.raises(ValueError, match=r"KD.LOSS.WARMUP_ITERS 10 and KD.LOSS.WARMUP 0.5 both say how long"):
+        build_box_loss(cfg)
+    merge_list(cfg, ["KD.LOSS.WARMUP_ITERS", "0"])
+    assert build_box_loss(cfg).warmup == 0.5
+
+
+def test_a_k_that_the_classes_do_not_allow_is_refused_when_the_loss_is_built():
+    cfg = kd_defaults()
+    merge_list(cfg, ["KD.LOSS.NAME", "gdkd", "KD.LOSS.GDKD.K", "11", "MODEL.ROI_HEADS.NUM_CLASSES", "10"])
+    with pytest.raises(ValueError, match="LOSS gdkd: k is 11, but it must be below the number of classes, 11"):
+        build_box_loss(cfg)
