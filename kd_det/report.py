@@ -1,6 +1,7 @@
 """What a finished training says of itself: its figures from metrics.json, and its detections as a picture."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -42,10 +43,12 @@ def read_run(output_dir: Path) -> Run:
         raise ValueError(f"{output_dir} holds no finished training: metrics.json has no bbox/AP")
     last = results[-1]
     iterations = last["iteration"] + 1
+    # detectron2 reports NaN where there is not one detection, which is an AP of 0
+    ap, ap50, ap75 = (0.0 if math.isnan(last[key]) else last[key] for key in ("bbox/AP", "bbox/AP50", "bbox/AP75"))
     return Run(
-        last["bbox/AP"],
-        last["bbox/AP50"],
-        last["bbox/AP75"],
+        ap,
+        ap50,
+        ap75,
         float(np.median(times)),
         mean(times) * iterations,
         count_parameters(output_dir),
