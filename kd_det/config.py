@@ -87,8 +87,8 @@ def build_box_loss(cfg: CfgNode) -> nn.Module | None:
     node.defrost()
     if node.WARMUP_ITERS and node.WARMUP:
         raise ValueError(
-            f"KD.LOSS.WARMUP_ITERS {node.WARMUP_ITERS} and KD.LOSS.WARMUP {node.WARMUP} both say how long the loss rises: "
-            "set one of them to 0"
+            f"KD.LOSS.WARMUP_ITERS {node.WARMUP_ITERS} and KD.LOSS.WARMUP {node.WARMUP} both give the length of the "
+            "warm-up: set one of them to 0"
         )
     if node.WARMUP_ITERS:
         node.WARMUP = min(node.WARMUP_ITERS / max(cfg.SOLVER.MAX_ITER, 1), 1.0)

@@ -17,10 +17,11 @@ from torch.optim import Optimizer
 from .checkpoint import WholeCheckpointer
 from .data.loader import TrainLoader, build_train_loader
 from .evaluation import build_evaluator
-from .hooks import SaveStudentConfig, SeedEachStep, cut_metrics
+from .hooks import KeepBest, SaveStudentConfig, SeedEachStep, cut_metrics
 from .meta_arch import DistilledRCNN
 from .serialization import factors, load_factors
 from .solver import build_optimizer, check_solver
+from .stream_scalars import StreamScalars
 from .stream_trainer import build_step
 from .teacher import teacher_config
 
@@ -55,9 +56,9 @@ class DistillationTrainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase]:
-        """DefaultTrainer's hooks, ours before them."""
+        """DefaultTrainer's hooks, and ours: the best checkpoint follows the evaluation, the others come first."""
         seeding = [SeedEachStep(self.cfg.SEED)] if self.cfg.SEED >= 0 else []
-        return [*seeding, SaveStudentConfig(self.cfg), *super().build_hooks()]
+        return [*seeding, SaveStudentConfig(self.cfg), StreamScalars(), *super().build_hooks(), KeepBest(self.cfg)]
 
     def resume_or_load(self, resume: bool = True) -> None:
         """As DefaultTrainer's; data and log, too, are taken up where the checkpoint was written."""

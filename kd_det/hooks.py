@@ -1,12 +1,14 @@
 """What hangs on the training loop."""
 
 import json
+import math
 import os
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import HookBase
 from detectron2.utils import comm
@@ -64,6 +66,41 @@ def copy_shared(source: CfgNode, target: CfgNode) -> None:
             copy_shared(source[key], value)
         else:
             target[key] = source[key]
+
+
+class KeepBest(HookBase):
+    """Keeps the weights of the highest box AP so far as `model_best.pth`, with that AP; comes after the evaluation.
+
+    `--resume` does not follow it: it holds no optimizer. A resumed training goes on from the AP in the file.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        self.path = Path(cfg.OUTPUT_DIR, "model_best.pth")
+        self.best = -math.inf
+        self.seen: Any = None
+
+    def before_train(self) -> None:
+        self.seen = getattr(self.trainer, "_last_eval_results", None)
+        if self.trainer.start_iter > 0 and self.path.is_file():
+            self.best = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)["AP"]
+
+    def after_step(self) -> None:
+        self.keep()
+
+    def after_train(self) -> None:
+        self.keep()
+
+    def keep(self) -> None:
+        """Write the file if the last evaluation is new, and better than what is in it."""
+        results = getattr(self.trainer, "_last_eval_results", None)
+        if results is self.seen or not comm.is_main_process():
+            return
+        self.seen = results
+        ap = float(results.get("bbox", {}).get("AP", math.nan))
+        if ap > self.best:
+            self.best = ap
+            state = {"model": self.trainer.checkpointer.model.state_dict(), "AP": ap, "iteration": self.trainer.iter}
+            write_whole(self.path, lambda file: torch.save(state, file))
 
 
 def cut_metrics(path: Path, start: int) -> None:

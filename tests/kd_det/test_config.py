@@ -59,7 +59,7 @@ def test_a_warm_up_is_given_in_iterations_or_as_a_share_and_not_as_both():
     merge_list(cfg, ["KD.LOSS.NAME", "kd", "KD.LOSS.WARMUP_ITERS", "10", "SOLVER.MAX_ITER", "40"])
     assert build_box_loss(cfg).warmup == 0.25
     merge_list(cfg, ["KD.LOSS.WARMUP", "0.5"])
-    with pytest.raises(ValueError, match=r"KD.LOSS.WARMUP_ITERS 10 and KD.LOSS.WARMUP 0.5 both say how long"):
+    with pytest.raises(ValueError, match=r"KD.LOSS.WARMUP_ITERS 10 and KD.LOSS.WARMUP 0.5 both give the length"):
         build_box_loss(cfg)
     merge_list(cfg, ["KD.LOSS.WARMUP_ITERS", "0"])
     assert build_box_loss(cfg).warmup == 0.5
