@@ -61,8 +61,8 @@ class Trainer:
         self.optimizer, self.scheduler, self.auto_momenta = optimizer, scheduler, auto_momenta
         self.steps_per_epoch = loaders.train.sampler.num_batches
         self.max_iter = max(round(cfg.SOLVER.EPOCHS * self.steps_per_epoch), 1)
-        self.iteration, self.start_iter, self.metrics, self.best = 0, 0, {}, -1.0
-        self.earlier_seconds, self.started = 0.0, time.perf_counter()  # of the run before a resume, and of this one
+        self.iteration, self.metrics, self.best = 0, {}, -1.0
+        self.seconds = 0.0  # of training, over all resumes, up to the last checkpoint
         fp16 = cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE == "float16"
         self.scaler = torch.amp.GradScaler(process.device.type, enabled=fp16)
         self.meters = StepMeters(list(task.streams), process.device)
@@ -73,7 +73,7 @@ class Trainer:
     def run(self) -> dict[str, float]:
         """Train to the end; returns the last evaluation's metrics, the best top-1 and the seconds of all of it."""
         self.writers = Writers(self.cfg, self.iteration, self.max_iter, self.process.is_main)
-        self.started = time.perf_counter()
+        self.started = time.perf_counter() - self.seconds
         try:
             self.meters.restart()
             while self.iteration < self.max_iter:
@@ -81,11 +81,6 @@ class Trainer:
         finally:
             self.writers.close()
         return self.metrics | {"best_top1": self.best, "seconds": self.seconds}
-
-    @property
-    def seconds(self) -> float:
-        """Training time so far, over all resumes; a run that had reached its end adds nothing."""
-        return self.earlier_seconds + (time.perf_counter() - self.started if self.iteration > self.start_iter else 0.0)
 
     def train_epoch(self, epoch: int, start: int) -> None:
         """The batches of `epoch` from number `start` on, as far as the training goes."""
@@ -194,6 +189,7 @@ class Trainer:
         """Write a checkpoint on the main process."""
         self.meters.check(self.learning_rate)
         self.share_batchnorm()
+        self.seconds = time.perf_counter() - self.started
         if not self.process.is_main:
             return
         state = self.task.weights(with_factors=resumable)
@@ -224,7 +220,7 @@ class Trainer:
         check_resumable(checkpoint, self.cfg)
         state = checkpoint["training"]
         self.iteration, self.best, self.metrics = state["iteration"], state["best"], state["metrics"]
-        self.start_iter, self.earlier_seconds = self.iteration, state["seconds"]
+        self.seconds = state["seconds"]
         self.task.load(checkpoint)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
