@@ -1,0 +1,63 @@
+"""Run by torchrun in test_two_ranks.py: `two_ranks.py CONFIG FOLDER` leaves rank<r>.pth in the folder.
+
+`parameters`: after three iterations of DeepKD, in the second of which rank 1 has no object; `gradients`: of one float64
+step on half of eight images.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from detectron2.modeling import build_model
+from detectron2.modeling.proposal_generator import proposal_utils
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+
+from kd_det.config import kd_defaults, merge_file
+from kd_det.engine import DistillationTrainer, distribute
+from kd_det.launch import join_process_group
+from kd_det.solver import build_optimizer
+from kd_det.stream_trainer import build_step
+
+
+def train(cfg):
+    """Three iterations on the digits."""
+    trainer = DistillationTrainer(cfg)
+    model = trainer.checkpointer.model
+
+    def remove_objects(_, inputs):
+        if trainer.iter == 1 and comm.get_rank() == 1:
+            for item in inputs[0]:
+                item["instances"] = item["instances"][:0]
+
+    model.register_forward_pre_hook(remove_objects)
+    trainer.train()
+    return dict(model.state_dict())
+
+
+def gradients(cfg, images):
+    """The summed gradient of every parameter after one step on `images`, sampled in their order."""
+    torch.randperm = lambda n, device=None, **_: torch.arange(n, device=device)
+    nms = proposal_utils.batched_nms
+    proposal_utils.batched_nms = lambda boxes, scores, *args: nms(boxes, scores.float(), *args)
+    torch.manual_seed(0)
+    cfg.MODEL.RESNETS.NORM = "FrozenBN"
+    model = build_model(cfg).double().train()
+    with EventStorage():
+        trainer = build_step(cfg, distribute(model), [images], build_optimizer(cfg, model))
+        trainer.iter = 0
+        trainer.run_step()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+if __name__ == "__main__":
+    from conftest import make_batch  # this folder is on a script's path
+
+    join_process_group()
+    config = kd_defaults()
+    merge_file(config, sys.argv[1])
+    rank = comm.get_rank()
+    torch.manual_seed(rank)  # DistributedDataParallel shall send rank 0's weights
+    result = {"parameters": train(config)}
+    result["gradients"] = gradients(config, make_batch(8)[4 * rank : 4 * rank + 4])
+    torch.save(result, Path(sys.argv[2], f"rank{rank}.pth"))
