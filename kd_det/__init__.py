@@ -5,7 +5,9 @@ Importing it registers the meta-architecture `DistilledRCNN` and the data sets `
 
 try:
     import detectron2  # noqa: F401
-except ImportError as error:
+except ModuleNotFoundError as error:
+    if error.name != "detectron2":
+        raise
     raise ImportError(
         "kd_det needs detectron2: run `python tools/install_detectron2.py`, or install an upstream build."
     ) from error

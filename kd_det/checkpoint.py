@@ -50,6 +50,9 @@ class WholeCheckpointer(DetectionCheckpointer):
         if not self.save_dir or not self.save_to_disk:
             return
         state = {"model": self.model.state_dict()}
+        for key, value in state["model"].items():
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise FloatingPointError(f"{key} is not finite any more: no checkpoint {name} is written")
         state.update((key, obj.state_dict()) for key, obj in self.checkpointables.items())
         state.update(kwargs)
         path = Path(self.save_dir, f"{name}.pth")

@@ -12,6 +12,9 @@ def check_data(cfg: CfgNode, training: bool) -> None:
     set.
     """
     register_datasets(cfg)
+    needed = "TRAIN" if training else "TEST"
+    if not cfg.DATASETS[needed]:
+        raise ValueError(f"DATASETS.{needed} is empty: name a data set, or add one's own with DATASETS.REGISTER")
     check_datasets(cfg, ("TRAIN", "TEST") if training else ("TEST",))
 
 
@@ -22,8 +25,28 @@ def check_before_training(cfg: CfgNode, resume: bool) -> None:
         ValueError: names the key and the fix.
     """
     check_meta_architecture(cfg)
+    check_max_iter(cfg)
     if not (resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))):
         check_frozen_stem(cfg)
+        check_weights(cfg)
+
+
+def check_weights(cfg: CfgNode) -> None:
+    """A local file that MODEL.WEIGHTS names must be there; names with a scheme (detectron2://) are fetched later."""
+    weights = cfg.MODEL.WEIGHTS
+    if weights and "://" not in weights and not os.path.isfile(weights):
+        raise ValueError(
+            f"MODEL.WEIGHTS: there is no file {weights} (tools/convert_weights.py makes ImageNet weights of ResNets)"
+        )
+
+
+def check_max_iter(cfg: CfgNode) -> None:
+    """The warm-up of the loss must fit into the training."""
+    warmup = cfg.KD.LOSS.WARMUP_ITERS
+    if not 0 <= warmup <= cfg.SOLVER.MAX_ITER:
+        raise ValueError(
+            f"KD.LOSS.WARMUP_ITERS is {warmup}: it must lie in [0, {cfg.SOLVER.MAX_ITER}], SOLVER.MAX_ITER"
+        )
 
 
 def check_meta_architecture(cfg: CfgNode) -> None:
@@ -39,6 +62,7 @@ def check_frozen_stem(cfg: CfgNode) -> None:
     """Frozen layers must have been trained by someone."""
     if not cfg.MODEL.WEIGHTS and cfg.MODEL.BACKBONE.FREEZE_AT > 0:
         raise ValueError(
-            f"MODEL.WEIGHTS is empty and MODEL.BACKBONE.FREEZE_AT is {cfg.MODEL.BACKBONE.FREEZE_AT}: random layers "
-            "would stay frozen. Give MODEL.WEIGHTS (tools/convert_weights.py makes them), or set MODEL.BACKBONE.FREEZE_AT 0"
+            f"MODEL.WEIGHTS is empty and MODEL.BACKBONE.FREEZE_AT is {cfg.MODEL.BACKBONE.FREEZE_AT}: "
+            "random layers would stay frozen. Give MODEL.WEIGHTS (tools/convert_weights.py makes them), "
+            "or set MODEL.BACKBONE.FREEZE_AT 0"
         )

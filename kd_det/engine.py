@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from .checkpoint import WholeCheckpointer
+from .checkpoint import WholeCheckpointer, load_all_weights
 from .data.loader import TrainLoader, build_train_loader
 from .evaluation import build_evaluator
 from .hooks import KeepBest, SaveStudentConfig, SeedEachStep, cut_metrics
@@ -64,7 +64,7 @@ class DistillationTrainer(DefaultTrainer):
         """As DefaultTrainer's; data and log, too, are taken up where the checkpoint was written."""
         super().resume_or_load(resume=resume)
         self.loader.start = self.start_iter * self.cfg.SOLVER.ACCUMULATE_STEPS
-        if self.start_iter and comm.is_main_process():
+        if comm.is_main_process():
             cut_metrics(Path(self.cfg.OUTPUT_DIR, "metrics.json"), self.start_iter)
 
     def train(self) -> dict[str, Any] | None:
@@ -79,9 +79,12 @@ class DistillationTrainer(DefaultTrainer):
     def evaluate_only(cls, cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
         """AP on DATASETS.TEST of MODEL.WEIGHTS, or with `resume` of OUTPUT_DIR's last checkpoint; needs no teacher."""
         model = cls.build_model(cfg)
-        if not cfg.MODEL.WEIGHTS and not resume:
-            logger.warning("MODEL.WEIGHTS is empty: evaluating random weights")
-        WholeCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+        last = WholeCheckpointer(model, cfg.OUTPUT_DIR)
+        if resume and not last.has_checkpoint():
+            raise ValueError(f"--eval-only --resume: there is no checkpoint in OUTPUT_DIR {cfg.OUTPUT_DIR}")
+        if not resume and not cfg.MODEL.WEIGHTS:
+            raise ValueError("--eval-only: MODEL.WEIGHTS is empty, so there is nothing to evaluate; give a checkpoint")
+        load_all_weights(model, last.get_checkpoint_file() if resume else cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS")
         results = cls.test(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)
@@ -122,7 +125,7 @@ class DistillationTrainer(DefaultTrainer):
         model = self.checkpointer.model
         if getattr(model, "serialization", None) is not None:  # `model` in the checkpoint has them merged
             state["aekt_factors"] = factors(model)
-        return {**state, "optimizer_name": self.cfg.SOLVER.OPTIMIZER}
+        return {**state, "optimizer_name": self.cfg.SOLVER.OPTIMIZER, "max_iter": self.max_iter}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises ValueError where the state is that of another optimizer."""
@@ -131,6 +134,12 @@ class DistillationTrainer(DefaultTrainer):
             raise ValueError(
                 f"The checkpoint to resume was trained with SOLVER.OPTIMIZER {saved}, but this config says {ours}: "
                 "resume with the same, or give its weights as MODEL.WEIGHTS to a training in another OUTPUT_DIR"
+            )
+        if state_dict.get("max_iter", self.max_iter) != self.max_iter:
+            raise ValueError(
+                f"The checkpoint to resume is of a training of {state_dict['max_iter']} iterations, but "
+                f"SOLVER.MAX_ITER is {self.max_iter}: that is another schedule. Resume with the same, or start anew "
+                "from its weights"
             )
         TrainerBase.load_state_dict(self, state_dict)
         self._trainer.load_state_dict(state_dict["_trainer"])

@@ -29,12 +29,7 @@ class SeedEachStep(HookBase):
     def before_step(self) -> None:
         entropy = np.random.SeedSequence((self.seed, comm.get_rank(), self.trainer.iter))
         # 31 bits: seed_all_rng also feeds numpy's legacy generator
-        seed_all_rng_quietly(int(entropy.generate_state(1)[0]) >> 1)
-
-
-def seed_all_rng_quietly(seed: int) -> None:
-    """detectron2's `seed_all_rng`, which says nothing when the seed is given."""
-    seed_all_rng(seed)
+        seed_all_rng(int(entropy.generate_state(1)[0]) >> 1)
 
 
 class SaveStudentConfig(HookBase):

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 
 from .checks import check_before_training, check_data
 from .config import kd_defaults, merge_file, merge_list
@@ -38,16 +39,19 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if not args.eval_only:
         check_before_training(cfg, resume=args.resume)
     default_setup(cfg, args)
+    for name in ("kd_det", "kd_core"):  # default_setup opens the log for detectron2 and fvcore only
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name, abbrev_name=name)
     return cfg
 
 
 def read_config(path: str, options: list[str]) -> CfgNode:
     """kd_det's defaults, the yaml file and the overrides of the command line, in that order."""
     cfg = kd_defaults()
-    if path:
-        if not os.path.isfile(path):
-            raise ValueError(f"--config-file: there is no file {path}")
-        merge_file(cfg, path)
+    if not path:
+        raise ValueError("--config-file is missing: give one of configs/, or your own")
+    if not os.path.isfile(path):
+        raise ValueError(f"--config-file: there is no file {path}")
+    merge_file(cfg, path)
     merge_list(cfg, options)
     return cfg
 
@@ -65,13 +69,18 @@ def launch_training(main: Callable[[argparse.Namespace], Any], args: argparse.Na
         ValueError: several machines without GPUs, which `launch` would run as separate trainings.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        join_process_group()
+        join_process_group(args.num_gpus)
         return main(args)
     if args.num_gpus == 0 and args.num_machines > 1:
         raise ValueError(
-            f"--num-machines {args.num_machines} with --num-gpus 0 would run {args.num_machines} separate trainings: "
-            f"start CPU processes with `torchrun --nnodes {args.num_machines} --nproc-per-node 1 tools/train_net.py … "
-            "--num-gpus 0`"
+            f"--num-machines {args.num_machines} with --num-gpus 0 would run {args.num_machines} separate "
+            f"trainings: start CPU processes with `torchrun --nnodes {args.num_machines} --nproc-per-node 1 "
+            "tools/train_net.py … --num-gpus 0`"
+        )
+    if args.num_gpus > torch.cuda.device_count() and args.num_gpus > 1:
+        raise ValueError(
+            f"--num-gpus {args.num_gpus}, but this machine has {torch.cuda.device_count()}: on CPU start processes with "
+            f"`torchrun --nproc-per-node {args.num_gpus} tools/train_net.py … --num-gpus 0`"
         )
     return launch(
         main,
@@ -83,15 +92,14 @@ def launch_training(main: Callable[[argparse.Namespace], Any], args: argparse.Na
     )
 
 
-def join_process_group() -> None:
-    """Join torchrun's processes: NCCL with a GPU each, gloo on CPU."""
+def join_process_group(num_gpus: int) -> None:
+    """Join torchrun's processes: NCCL with a GPU each, gloo on CPU (--num-gpus 0, or no GPU)."""
+    cuda = num_gpus != 0 and torch.cuda.is_available()
     rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     per_machine = int(os.environ["LOCAL_WORLD_SIZE"])
-    if torch.cuda.is_available():
+    if cuda:
         torch.cuda.set_device(local)
-    dist.init_process_group(
-        "nccl" if torch.cuda.is_available() else "gloo", rank=rank, world_size=world, timeout=TIMEOUT
-    )
+    dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=world, timeout=TIMEOUT)
     for machine in range(world // per_machine):  # every process must take part in making every group
         ranks = list(range(machine * per_machine, (machine + 1) * per_machine))
         group = dist.new_group(ranks)

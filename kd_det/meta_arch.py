@@ -92,18 +92,25 @@ class DistilledRCNN(GeneralizedRCNN):
 
     def distillation_losses(self, batched_inputs: list[dict[str, Any]], stages: list[BoxStage]) -> dict[str, Tensor]:
         """The weighted terms of the distillation loss on every stage of the box head."""
+        if not stages:
+            raise ValueError(
+                f"{type(self.roi_heads).__name__} made no call of box_predictor.losses(predictions, proposals), where "
+                "distillation reads the student's logits: use a Standard, Cascade or Res5 head, or KD.LOSS.NAME none"
+            )
         self.load_teacher()
         teacher_logits = self.teacher.box_logits(batched_inputs, self.input_format, [stage.boxes for stage in stages])
         losses = {}
         for k, (stage, logits) in enumerate(zip(stages, teacher_logits, strict=True)):
-            terms = self.loss(stage.student_logits, logits, stage.gt_classes, self.progress)
+            terms = self.loss(stage.student_logits, logits, stage.gt_classes, self.progress())
             suffix = f"_stage{k}" if len(stages) > 1 else ""
             losses.update((f"loss_kd_{term}{suffix}", value) for term, value in terms.items())
         return losses
 
-    @property
     def progress(self) -> float | None:
-        """Share of the training that is done, from the trainer's own counter."""
+        """Share of the training that is done, from the trainer's own counter.
+
+        A method: TorchScript evaluates every property of a module, also outside of training.
+        """
         return None if self.max_iter is None else get_event_storage().iter / self.max_iter
 
     def load_teacher(self) -> None:

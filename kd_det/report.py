@@ -42,7 +42,7 @@ def read_run(output_dir: Path) -> Run:
     if not results or not times:
         raise ValueError(f"{output_dir} holds no finished training: metrics.json has no bbox/AP")
     last = results[-1]
-    iterations = last["iteration"] + 1
+    iterations = last["iteration"]  # the results are written after the last iteration
     # detectron2 reports NaN where there is not one detection, which is an AP of 0
     ap, ap50, ap75 = (0.0 if math.isnan(last[key]) else last[key] for key in ("bbox/AP", "bbox/AP50", "bbox/AP75"))
     return Run(
@@ -64,6 +64,7 @@ def count_parameters(output_dir: Path) -> int:
     """Parameters of the plain detectron2 model that `student.yaml` describes."""
     cfg = get_cfg()
     cfg.merge_from_file(str(output_dir / "student.yaml"), allow_unsafe=False)
+    cfg.MODEL.DEVICE = "cpu"
     return sum(p.numel() for p in build_model(cfg).parameters())
 
 

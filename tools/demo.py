@@ -9,6 +9,7 @@ Interrupt it when you like: run again, it goes on where it was, and what is fini
 """
 
 import argparse
+import hashlib
 import os
 import subprocess
 import sys
@@ -25,7 +26,10 @@ def train(name: str, output_dir: Path, *options: str) -> None:
     """Train `configs/Digits/<name>.yaml` into `output_dir`, from its last checkpoint if there is one, unless it is
     finished.
     """
-    if (output_dir / "finished").is_file():
+    finished, settings = output_dir / "finished", fingerprint(options)
+    if finished.is_file():
+        if finished.read_text(encoding="utf-8") != settings:
+            sys.exit(f"[demo] {output_dir} was finished with other settings: remove it, or choose another --output")
         print(f"[demo] {name}: finished before, in {output_dir}")
         return
     print(f"[demo] {name}: training into {output_dir}", flush=True)
@@ -42,7 +46,13 @@ def train(name: str, output_dir: Path, *options: str) -> None:
     subprocess.run(
         command, cwd=ROOT, check=True, env=os.environ | {"PYTHONWARNINGS": "ignore"}
     )  # progress, not deprecations
-    (output_dir / "finished").touch()
+    finished.write_text(settings, encoding="utf-8")
+
+
+def fingerprint(options: tuple[str, ...]) -> str:
+    """What a training depends on: the overrides and the detectors' configs."""
+    configs = b"".join(path.read_bytes() for path in sorted(CONFIGS.glob("*.yaml")) if "cls" not in path.name)
+    return hashlib.sha256(repr(options).encode() + configs).hexdigest()
 
 
 def main() -> None:
@@ -56,7 +66,7 @@ def main() -> None:
     args = parser.parse_args()
     output, start = args.output.resolve(), time.time()
 
-    teacher = output / "teacher"
+    teacher = output / f"teacher_seed{args.seeds[0]}"
     train("teacher", teacher, "SEED", str(args.seeds[0]), *args.options)
     for seed in args.seeds:
         for student in args.students:

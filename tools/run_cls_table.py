@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """The classification table of docs/results.md: every method on the built-in digits, mean ± std over seeds.
 
     python tools/run_cls_table.py [--methods baseline kd …] [--seeds 0 1 2] [--output output/digits] [KEY VALUE …]

@@ -40,6 +40,16 @@ def test_a_checkpoint_comes_back_with_everything_in_it(tmp_path):
     assert (tmp_path / "last_checkpoint").read_text() == "model_1.pth"
 
 
+def test_weights_that_are_not_finite_never_become_the_last_checkpoint(tmp_path):
+    model = nn.Linear(2, 3)
+    checkpointer = WholeCheckpointer(model, str(tmp_path))
+    checkpointer.save("model_1")
+    model.bias.data[1] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"bias is not finite any more: no checkpoint model_2 is written"):
+        checkpointer.save("model_2")
+    assert (tmp_path / "last_checkpoint").read_text() == "model_1.pth" and not (tmp_path / "model_2.pth").exists()
+
+
 @pytest.mark.parametrize("suffix", ["pth", "pkl"])
 def test_a_file_that_would_run_code_is_refused(tmp_path, monkeypatch, suffix):
     monkeypatch.chdir(tmp_path)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from kd_det.checks import check_before_training
 from kd_det.config import all_keys, build_box_loss, kd_defaults, merge_file, merge_list
 from kd_det.launch import read_config
 
@@ -41,6 +42,22 @@ def test_overrides_without_a_value_are_refused():
 def test_a_config_file_that_is_not_there_is_named():
     with pytest.raises(ValueError, match=r"--config-file: there is no file configs/none.yaml"):
         read_config("configs/none.yaml", [])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("MODEL.WEIGHTS", "pretrained/none.pth"), "MODEL.WEIGHTS: there is no file pretrained/none.pth"),
+        (
+            ("KD.LOSS.WARMUP_ITERS", 100, "SOLVER.MAX_ITER", 10),
+            r"KD.LOSS.WARMUP_ITERS is 100: it must lie in \[0, 10\]",
+        ),
+        (("MODEL.BACKBONE.FREEZE_AT", 2), "random layers would stay frozen"),
+    ],
+)
+def test_what_cannot_train_is_refused_before_training(tiny_cfg, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        check_before_training(tiny_cfg(*overrides), resume=False)
 
 
 def test_a_yaml_that_would_run_code_is_refused(tmp_path):

@@ -47,6 +47,20 @@ def test_a_resumed_run_takes_the_very_steps_of_an_undisturbed_one(cfg, tmp_path)
     assert all(torch.equal(weights[k], ours[k]) for k in weights)
 
 
+def test_a_resume_with_another_length_of_the_schedule_is_refused(cfg):
+    train(cfg)
+    cfg.SOLVER.MAX_ITER = 12
+    with pytest.raises(ValueError, match=r"of a training of 8 iterations, but SOLVER.MAX_ITER is 12"):
+        DistillationTrainer(cfg).resume_or_load(resume=True)
+
+
+def test_evaluation_alone_needs_weights(cfg):
+    with pytest.raises(ValueError, match=r"--eval-only: MODEL.WEIGHTS is empty"):
+        DistillationTrainer.evaluate_only(cfg)
+    with pytest.raises(ValueError, match=r"there is no checkpoint in OUTPUT_DIR"):
+        DistillationTrainer.evaluate_only(cfg, resume=True)
+
+
 def test_the_distillation_loss_warms_up_over_its_iterations(cfg):
     cfg.SOLVER.BASE_LR = 0.0
     steps, _ = train(cfg)

@@ -120,6 +120,20 @@ def test_inference_builds_no_teacher(tiny_model, batch):
     assert len(detections) == len(batch) and "instances" in detections[0]
 
 
+def test_a_student_is_traced_without_a_teacher(tiny_model, batch):
+    from detectron2.export import TracingAdapter
+
+    model = tiny_model(*DKD, "KD.TEACHER.CONFIG_FILE", "no/such/file.yaml").eval()
+    inputs = [{"image": batch[0]["image"]}]
+    with torch.no_grad():
+        traced = torch.jit.trace(
+            TracingAdapter(model, inputs, lambda m, x: m.inference(x, do_postprocess=False)[0]),
+            (inputs[0]["image"],),
+            check_trace=False,
+        )
+        assert len(traced(inputs[0]["image"])) > 0
+
+
 def test_nothing_of_the_capture_stays_on_the_model(tiny_model, batch, storage):
     model = tiny_model(*DKD)
     model(batch)

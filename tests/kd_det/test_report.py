@@ -14,7 +14,7 @@ def write_run(folder, ap=31.5):
     folder.mkdir(parents=True, exist_ok=True)
     lines = [
         {"iteration": 19, "time": 0.5, "total_loss": 1.0},
-        {"iteration": 39, "time": 0.7, "total_loss": 0.9, "bbox/AP": ap, "bbox/AP50": ap, "bbox/AP75": ap},
+        {"iteration": 40, "time": 0.7, "total_loss": 0.9, "bbox/AP": ap, "bbox/AP50": ap, "bbox/AP75": ap},
     ]
     (folder / "metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
