@@ -73,13 +73,13 @@ def launch_training(main: Callable[[argparse.Namespace], Any], args: argparse.Na
         return main(args)
     if args.num_gpus == 0 and args.num_machines > 1:
         raise ValueError(
-            f"--num-machines {args.num_machines} with --num-gpus 0 would run {args.num_machines} separate "
-            f"trainings: start CPU processes with `torchrun --nnodes {args.num_machines} --nproc-per-node 1 "
+            f"--num-machines {args.num_machines} with --num-gpus 0 would run {args.num_machines} "
+            f"separate trainings: start CPU processes with `torchrun --nnodes {args.num_machines} --nproc-per-node 1 "
             "tools/train_net.py … --num-gpus 0`"
         )
     if args.num_gpus > torch.cuda.device_count() and args.num_gpus > 1:
         raise ValueError(
-            f"--num-gpus {args.num_gpus}, but this machine has {torch.cuda.device_count()}: on CPU start processes with "
+            f"--num-gpus {args.num_gpus}, but this machine has {torch.cuda.device_count()}: on CPU start them with "
             f"`torchrun --nproc-per-node {args.num_gpus} tools/train_net.py … --num-gpus 0`"
         )
     return launch(
