@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,7 @@ def build_cache(cfg: CfgNode, data: DataSets, teacher: Teacher) -> LogitCache:
             "KD.TEACHER.CACHE none, or train without it"
         )
     name = augmentation(cfg)
-    epochs = 1 if name == "none" else cfg.DATA.AUGMENTATION_EPOCHS or max(round(cfg.SOLVER.EPOCHS + 0.5), 1)
+    epochs = 1 if name == "none" else cfg.DATA.AUGMENTATION_EPOCHS or math.ceil(cfg.SOLVER.EPOCHS)
     identity = {
         "teacher": digest(teacher.model),
         "teacher input": list(teacher.stats),

@@ -48,7 +48,7 @@ def create_network(name: str, num_classes: int, kwargs: str, pretrained: bool, k
         key: the config node that asks for it, MODEL or KD.TEACHER.
 
     Raises:
-        ValueError: timm knows no such name, or the network refuses `kwargs`.
+        ValueError: timm knows no such name, has no weights for it, or the network refuses `kwargs`.
     """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
@@ -56,12 +56,18 @@ def create_network(name: str, num_classes: int, kwargs: str, pretrained: bool, k
             f"{key}.NAME is {name!r}, which timm does not know"
             + (f"; did you mean {' or '.join(near)}?" if near else "")
         )
+    options = parse_mapping(kwargs, f"{key}.KWARGS")
     try:
-        return timm.create_model(
-            name, pretrained=pretrained, num_classes=num_classes, **parse_mapping(kwargs, f"{key}.KWARGS")
-        )
+        return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **options)
     except TypeError as error:
         raise ValueError(f"{key}.KWARGS is {kwargs!r}, which {name} refuses: {error}") from error
+    except (RuntimeError, OSError) as error:
+        if not pretrained:
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{key}.PRETRAINED: timm has no weights for {name}, or cannot fetch them ({reason}): set {key}.WEIGHTS"
+        ) from error
 
 
 def build_student(cfg: CfgNode, num_classes: int) -> nn.Module:

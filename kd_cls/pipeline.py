@@ -62,6 +62,12 @@ def augmentation(cfg: CfgNode) -> str:
 
 def build_loaders(cfg: CfgNode, data: DataSets, stats: InputStats, process: Process) -> Loaders:
     """The loaders of both splits: images normalised for the student, on the device; a batch is one step's share."""
+    timm_options = parse_mapping(cfg.DATA.TIMM_OPTIONS, "DATA.TIMM_OPTIONS")
+    erasing = sorted(name for name in timm_options if name.startswith("re_"))
+    if erasing:  # timm's loader erases on the device, from a generator that no seed of ours reaches
+        raise ValueError(
+            f"DATA.TIMM_OPTIONS has {', '.join(erasing)}, but random erasing is not reproducible here: leave it out"
+        )
     return create_loaders(
         data.train,
         data.val,
@@ -80,7 +86,7 @@ def build_loaders(cfg: CfgNode, data: DataSets, stats: InputStats, process: Proc
         augmentation_epochs=cfg.DATA.AUGMENTATION_EPOCHS,
         shuffle=cfg.DATA.SHUFFLE,
         drop_last=mixes(cfg),
-        timm_options=parse_mapping(cfg.DATA.TIMM_OPTIONS, "DATA.TIMM_OPTIONS"),
+        timm_options=timm_options,
     )
 
 

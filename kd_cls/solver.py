@@ -71,7 +71,19 @@ def check_solver(cfg: CfgNode, world_size: int) -> None:
 
 
 def build_optimizer(cfg: CfgNode, student: Student) -> Optimizer:
-    """The optimizer of SOLVER.OPTIMIZER over the student's parameters."""
+    """The optimizer of SOLVER.OPTIMIZER over the student's parameters.
+
+    Raises:
+        ValueError: a hyperparameter that the optimizer refuses, such as a momentum of 1 or more.
+    """
+    try:
+        return create_optimizer(cfg, student)
+    except ValueError as error:
+        raise ValueError(f"SOLVER.OPTIMIZER {cfg.SOLVER.OPTIMIZER}: {error}") from error
+
+
+def create_optimizer(cfg: CfgNode, student: Student) -> Optimizer:
+    """As `build_optimizer`, with the optimizer's own errors."""
     solver = cfg.SOLVER
     groups = parameter_groups(cfg, student)
     common: dict[str, Any] = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}

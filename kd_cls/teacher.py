@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from fvcore.common.config import CfgNode
 from timm.task import DistillationTeacher
@@ -125,6 +126,8 @@ def build_teacher(
             f"KD.TEACHER.WEIGHTS: {weights} is a teacher of {metadata['num_classes']} classes, the student learns "
             f"{num_classes} ({cfg.DATA.NAME}): teacher and student must know the same classes"
         )
+    if node.PRETRAINED:
+        check_pretrained_classes(name, num_classes)
     model = create_network(name, num_classes, kwargs, node.PRETRAINED, "KD.TEACHER")
     if node.ALLOW_RANDOM and not Path(weights).is_file():
         logger.warning("KD.TEACHER.ALLOW_RANDOM: the teacher has random weights")
@@ -137,6 +140,16 @@ def build_teacher(
             "(KD.TEACHER.ALLOW_RANDOM True for tests)"
         )
     return Teacher(model, teacher_stats(node, model, own, metadata, student_stats), student_stats, cache)
+
+
+def check_pretrained_classes(name: str, num_classes: int) -> None:
+    """Refuse timm's weights of a network for other classes: timm would put a random classifier on them."""
+    found = getattr(timm.get_pretrained_cfg(name), "num_classes", num_classes)
+    if found != num_classes:
+        raise ValueError(
+            f"KD.TEACHER.PRETRAINED: timm's weights of {name} know {found} classes, the student learns {num_classes}: "
+            "train the teacher on the student's data first, and name it in KD.TEACHER.CONFIG_FILE"
+        )
 
 
 def check_trained(weights: str, is_own: bool, metadata: dict[str, Any], config_file: str) -> None:

@@ -1,7 +1,10 @@
 """The teacher: its own preprocessing, frozen, whole, and of the student's classes."""
 
 from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -93,6 +96,23 @@ def test_weights_come_as_ours_as_published_as_plain_and_as_safetensors(tmp_path:
         assert digest(model) == digest(source), name
 
 
+def test_weights_may_come_from_an_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "www").mkdir()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    source = create_model("cifar_resnet8", num_classes=10)
+    torch.save(source.state_dict(), tmp_path / "www" / "weights.pth")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "www"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/weights.pth"
+        model = create_model("cifar_resnet8", num_classes=10)
+        load_weights(model, url, "KD.TEACHER.WEIGHTS")
+        assert digest(model) == digest(source)
+        with pytest.raises(ValueError, match=r"KD.TEACHER.WEIGHTS: http://.*/gone.pth cannot be fetched"):
+            load_weights(model, url.replace("weights", "gone"), "KD.TEACHER.WEIGHTS")
+        server.shutdown()
+
+
 def test_a_student_may_start_from_weights_of_other_classes(tmp_path: Path) -> None:
     source, model = create_model("cifar_resnet8", num_classes=100), create_model("cifar_resnet8", num_classes=10)
     torch.save(source.state_dict(), tmp_path / "source.pth")
@@ -153,6 +173,10 @@ def test_a_teacher_that_is_not_whole_is_refused(kind: str, message: str, tmp_pat
             r"WEIGHTS: there is no file gone.pth",
         ),
         (["KD.TEACHER.NAME", "resnet_9000"], r"KD.TEACHER.NAME is 'resnet_9000', which timm does not know"),
+        (
+            ["KD.TEACHER.NAME", "resnet18.tv_in1k", "KD.TEACHER.PRETRAINED", True],
+            r"know 1000 classes, the student learns 10",
+        ),
         (["KD.TEACHER.CONFIG_FILE", "gone.yaml"], r"there is no file gone.yaml"),
         (
             ["KD.TEACHER.NAME", "resnet18", "KD.TEACHER.CONFIG_FILE", "a.yaml"],

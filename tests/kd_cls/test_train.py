@@ -213,6 +213,13 @@ def test_bad_input_ends_the_command_with_one_sentence(tiny_yaml: Path, tmp_path:
         (["KD.LOSS.NAME", "gdkds"], r"gdkds is a mix for foreground and background"),
         (["KD.LOSS.NAME", "dkd", "SOLVER.MIXUP.ALPHA", 0.2], r"SOLVER.MIXUP mixes the labels.*'dkd'"),
         (["KD.LOSS.NAME", "kd", "KD.LOSS.WARMUP", 0.1, "KD.LOSS.WARMUP_EPOCHS", 1], r"set one of them"),
+        (
+            ["KD.LOSS.NAME", "kd", "SOLVER.OPTIMIZER", "deepkd_sgd", "SOLVER.DEEPKD.DELTA_TOG", 0.2],
+            r"OPTIMIZER deepkd_sgd: .*tog",
+        ),
+        (["DATA.TIMM_OPTIONS", "{re_prob: 0.25}"], r"DATA.TIMM_OPTIONS has re_prob"),
+        (["DATA.NAME", "imagenet", "DATA.ROOT", "/nowhere"], r"/nowhere.*DATA.ROOT"),
+        (["MODEL.PRETRAINED", True], r"MODEL.PRETRAINED: timm has no weights for cifar_resnet8"),
         (["DEVICE", "cuda"], r"DEVICE is 'cuda'"),
     ],
 )
