@@ -131,6 +131,7 @@ class Trainer:
 
     def after_step(self) -> None:
         """Log, evaluate and save where it is due."""
+        self.writers.advance()
         at_end = self.iteration == self.max_iter
         if self.iteration % self.cfg.LOG_PERIOD == 0 or at_end:
             self.log()

@@ -85,12 +85,16 @@ class Writers:
         if self.wandb is not None:
             self.wandb.log(metrics, step=iteration)
 
+    def advance(self) -> None:
+        """Move the progress bar by one iteration."""
+        if self.is_main:
+            self.bar.update()
+
     def log_progress(self, metrics: dict[str, float], iteration: int) -> None:
         """Write the metrics of a training step and a line about it, with the time that remains."""
         if not self.is_main:
             return
         self.write(metrics, iteration)
-        self.bar.update(iteration - self.bar.n)
         elapsed = time.perf_counter() - self.started
         eta = elapsed / max(iteration - self.start_iter, 1) * (self.max_iter - iteration)
         values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
