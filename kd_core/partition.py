@@ -21,10 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from kd_core.partition_blocks import Group, KLWeights, Sides, block_gradient, compare, work_dtype
-
-# Logits from here on are large: 2 MB a buffer in float32.
-LARGE = 2**19
+from kd_core.partition_blocks import Group, KLWeights, block_gradient, compare, split
 
 KL_TYPES = {"forward": KLWeights(1.0, 0.0), "reverse": KLWeights(0.0, 1.0), "both": KLWeights(0.5, 0.5)}
 
@@ -71,12 +68,7 @@ def decompose(
 
 
 class _Decompose(torch.autograd.Function):
-    """`decompose`, with the closed-form gradients of the module's docstring.
-
-    Large logits are worked on in two pieces, and of them only p̂^S is kept for the backward pass, where the teacher's
-    softmax is computed again: the peak stays well below that of a log_softmax and a softmax under autograd. Where the
-    logits are small, time counts for more, and both softmaxes are kept.
-    """
+    """`decompose` in one pass, with the closed-form gradients of the module's docstring."""
 
     @staticmethod
     def forward(
@@ -87,25 +79,17 @@ class _Decompose(torch.autograd.Function):
         kl: KLWeights,
         *groups: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        large = student.numel() >= LARGE
-        p_student = torch.empty_like(student, dtype=work_dtype(student, teacher)) if large else None
-        statistics = []
-        for rows in _pieces(student):
-            sides = Sides(student[rows], teacher[rows], _groups(groups, rows), temperature)
-            outs = [*(None for _ in sides.groups), None if p_student is None else p_student[rows]]
-            blocks = [
-                compare(sides.block(g, 0), sides.block(g, 1), sides.void(g), kl, out) for g, out in enumerate(outs)
-            ]
-            statistics.append(torch.stack([block.rows for block in blocks]))
-        softmaxes = (p_student, None) if large else (blocks[-1].p_student, blocks[-1].p_teacher)
-        within, largest, log_peaks = torch.cat(statistics, 2).split([1, 2, 2], 1)  # (G, 1 or 2, N)
+        pairs = [Group(index, valid) for index, valid in zip(groups[::2], groups[1::2], strict=True)]
+        blocks = [compare(*sides, kl) for sides in split(student, teacher, pairs, temperature)]
+        within, largest, log_peaks = torch.stack([block.rows for block in blocks]).split([1, 2, 2], 1)  # (G, 1 or 2, N)
         # Relative to the row's largest logit, so that a row far from 0 loses no digits.
         log_mass = (largest - largest.amax(0)).sub_(log_peaks).log_softmax(0)
         log_mass_student, log_mass_teacher = log_mass.unbind(1)
         mass_student, mass_teacher = log_mass.exp().unbind(1)
         mass = (mass_teacher * (log_mass_teacher - log_mass_student)).sum(0).clamp_min_(0)
-        ctx.save_for_backward(student, teacher, *softmaxes, mass_student, mass_teacher, *groups)
-        ctx.temperature, ctx.kl = temperature, kl
+        kept = (tensor for block in blocks for tensor in block[:3])
+        ctx.save_for_backward(mass_student, mass_teacher, *groups, *kept)
+        ctx.temperature, ctx.kl, ctx.dtype, ctx.num_groups = temperature, kl, student.dtype, len(pairs)
         ctx.mark_non_differentiable(log_mass_teacher)
         ctx.set_materialize_grads(False)  # a stream that leaves a part out costs no pass over it
         return mass, log_mass_student, log_mass_teacher, *within[:, 0]
@@ -115,50 +99,18 @@ class _Decompose(torch.autograd.Function):
     def backward(
         ctx: Any, grad_mass: Tensor | None, grad_log_mass: Tensor | None, _: None, *grad_within: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        student, teacher, p_student, p_teacher, mass_student, mass_teacher, *groups = ctx.saved_tensors
+        mass_student, mass_teacher, *saved = ctx.saved_tensors
+        groups, kept = saved[: 2 * ctx.num_groups], saved[2 * ctx.num_groups :]
         scale = 1 / ctx.temperature  # du/dz
         slope = torch.zeros_like(mass_student)
         if grad_mass is not None:
             slope = (mass_student - mass_teacher) * (grad_mass * scale)
         if grad_log_mass is not None:
             slope = slope + (grad_log_mass - mass_student * grad_log_mass.sum(0)) * scale
-        grads = [None if grad is None else (grad * scale)[:, None] for grad in grad_within]
-        gradient = torch.empty_like(p_student)
-        for rows in _pieces(student):
-            sides = Sides(student[rows], teacher[rows], _groups(groups, rows), ctx.temperature)
-            softmaxes = p_student[rows], None if p_teacher is None else p_teacher[rows]
-            parts = [None if grad is None else grad[rows] for grad in grads]
-            _write_gradient(sides, softmaxes, ctx.kl, slope[:, rows, None], parts, gradient[rows])
-        return gradient.to(student.dtype), None, None, None, *(None for _ in groups)
-
-
-def _write_gradient(
-    sides: Sides,
-    softmaxes: tuple[Tensor, Tensor | None],
-    kl: KLWeights,
-    slope: Tensor,
-    grads: Sequence[Tensor | None],
-    out: Tensor,
-) -> None:
-    """Write the gradient of some rows to `out` (N, C). softmaxes: those of the rest; slope: (G, N, 1)."""
-    rest = len(sides.groups)
-    block_gradient(sides, rest, *softmaxes, kl, slope[rest], grads[rest], out)
-    for g, (index, _) in enumerate(sides.groups):
-        block = slope[g]  # all there is to it for one class
-        if index.shape[1] > 1:
-            block = block_gradient(sides, g, sides.block(g, 0).softmax(1), None, kl, slope[g], grads[g])
-        out.scatter_add_(1, index, block)  # 0 there so far; an entry that does not count adds 0
-
-
-def _pieces(logits: Tensor) -> list[slice]:
-    """The rows, in two pieces where the logits are large."""
-    rows = len(logits)
-    if logits.numel() < LARGE:
-        return [slice(0, rows)]
-    return [slice(0, rows // 2), slice(rows // 2, rows)]
-
-
-def _groups(tensors: Sequence[Tensor | None], rows: slice) -> list[Group]:
-    """The groups of some rows out of index, valid, index, valid …"""
-    cut = [None if tensor is None else tensor[rows] for tensor in tensors]
-    return [Group(index, valid) for index, valid in zip(cut[::2], cut[1::2], strict=True)]
+        grads = (None if grad is None else grad * scale for grad in grad_within)
+        *listed, gradient = (
+            block_gradient(kept[3 * g : 3 * g + 3], ctx.kl, slope[g], grad) for g, grad in enumerate(grads)
+        )
+        for index, block in zip(groups[::2], listed, strict=True):
+            gradient.scatter_add_(1, index, block)  # 0 there so far; an entry that does not count adds 0
+        return gradient.to(ctx.dtype), None, None, None, *(None for _ in groups)

@@ -1,9 +1,9 @@
-"""One block of a class partition on both sides: its logits, their comparison, and the gradient of that.
+"""One block of a class partition: the logits of a group on both sides, their comparison, and the gradient of that.
 
-What `kd_core.partition` is made of. Blocks are (N, K); side 0 is the student, side 1 the teacher.
+What `kd_core.partition` is made of. Blocks are (N, K), of the student and of the teacher.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,124 +28,113 @@ class KLWeights(NamedTuple):
     reverse: float
 
 
+class Block(NamedTuple):
+    """What comes of comparing the two sides of a block.
+
+    p_student, p_teacher: (N, K) softmaxes.
+    centred_log_ratio: (N, K) log(p̂^S / p̂^T) − KL(p̂^S || p̂^T), which the gradient of the reverse KL needs, else None.
+    rows: (5, N) the divergence; the largest logit of student and teacher; the log of the largest p̂ of either.
+    """
+
+    p_student: Tensor
+    p_teacher: Tensor
+    centred_log_ratio: Tensor | None
+    rows: Tensor
+
+
 def work_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype losses are computed in: float64 where one side is, else float32."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
-class Sides:
-    """The logits z/T of student and teacher, block by block: the listed groups and, last, the rest."""
+def split(
+    student: Tensor, teacher: Tensor, groups: Sequence[Group], temperature: float
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """The logits z/T of every group and, last, of the rest, which has all C columns: student, teacher, void.
 
-    def __init__(self, student: Tensor, teacher: Tensor, groups: Sequence[Group], temperature: float) -> None:
-        self.logits, self.groups, self.temperature = (student, teacher), groups, temperature
-        self.dtype = work_dtype(student, teacher)
-        self.listed = torch.cat([group.index for group in groups], 1) if groups else None
-
-    def block(self, g: int, side: int) -> Tensor:
-        """(N, K) logits of block g in fresh memory, −inf for classes of another one. The rest has all C columns."""
-        if g == len(self.groups):
-            block = self.scaled(self.logits[side])
-            return block if self.listed is None else put(block, self.listed, -torch.inf)
-        index, valid = self.groups[g]
-        block = self.scaled(self.logits[side].gather(1, index))
-        return block if valid is None else block.masked_fill_(~valid, -torch.inf)
-
-    def void(self, g: int) -> Tensor | None:
-        """Where block g is −inf: columns (N, V), a mask (N, K), or None."""
-        if g == len(self.groups):
-            return self.listed
-        valid = self.groups[g].valid
-        return None if valid is None else ~valid
-
-    def scaled(self, logits: Tensor) -> Tensor:
-        """A fresh copy of z/T: half precision is widened before it is divided."""
-        if logits.dtype == self.dtype:
-            return logits / self.temperature
-        return logits.to(self.dtype).div_(self.temperature)
-
-
-class Comparison(NamedTuple):
-    """What comes of comparing a block.
-
-    rows: (5, N) the divergence; the largest logit of student and teacher; the log of the largest p̂ of either.
-    p_student, p_teacher: (N, K) softmaxes.
+    All is fresh memory. A class of another group is −inf on both sides; void says where: columns (N, V) or a mask (N, K).
     """
+    dtype = work_dtype(student, teacher)
+    sides = [scaled(side, dtype, temperature) for side in (student, teacher)]
+    for index, valid in groups:
+        block = [side.gather(1, index) for side in sides]
+        if valid is None:
+            yield *block, None
+        else:
+            yield *(side.masked_fill_(~valid, -torch.inf) for side in block), ~valid
+    listed = torch.cat([group.index for group in groups], 1) if groups else None
+    if listed is not None:
+        sides = [put(side, listed, -torch.inf) for side in sides]
+    yield *sides, listed
 
-    rows: Tensor
-    p_student: Tensor
-    p_teacher: Tensor
 
-
-def compare(student: Tensor, teacher: Tensor, void: Tensor | None, kl: KLWeights, out: Tensor | None) -> Comparison:
-    """Compare the two sides of a block, which are overwritten; p̂^S goes to `out`, where that is given.
-
-    Forward KL keeps three buffers of the size of the block alive, the two sides included.
-    """
+def compare(student: Tensor, teacher: Tensor, void: Tensor | None, kl: KLWeights) -> Block:
+    """Compare the two sides of a block, which are overwritten: forward KL keeps three such buffers alive, no more."""
     if student.shape[1] == 1:  # one class has the distribution (1) on both sides
         zeros, ones = torch.zeros_like(student), torch.ones_like(student)
-        return Comparison(torch.stack([zeros, student, teacher, zeros, zeros]).squeeze(2), ones, ones)
+        return Block(ones, ones, None, torch.stack([zeros, student, teacher, zeros, zeros]).squeeze(2))
     largest = row_maximum(student), row_maximum(teacher)
     student.sub_(largest[0])
     teacher.sub_(largest[1])
     p_teacher = teacher.softmax(1)
-    log_ratio = log_quotient(teacher, student, void)  # of p̂^T to p̂^S, up to a constant of the row
+    log_ratio = clear(teacher.sub_(student), void)  # log(p̂^T / p̂^S) up to a constant of the row
     if kl.reverse:
-        p_student = torch.softmax(student, 1, out=out)
-        reverse = torch.mul(log_ratio, p_student, out=student).sum(1, keepdim=True)
-        forward = log_ratio.mul_(p_teacher).sum(1, keepdim=True)
+        p_student = student.softmax(1)
     else:
-        forward = log_ratio.mul_(p_teacher).sum(1, keepdim=True)
-        p_student = torch.softmax(student, 1, out=log_ratio if out is None else out)
+        gap = log_ratio.mul_(p_teacher).sum(1, keepdim=True)
+        p_student = torch.softmax(student, 1, out=log_ratio)
     # The largest logit is 0 now, so its p̂ is 1 / Σ exp, which is never 0.
     log_peaks = row_maximum(p_student).log_(), row_maximum(p_teacher).log_()
     offset = log_peaks[1] - log_peaks[0]
-    divergence = forward.add_(offset).clamp_min_(0)  # below 0 by rounding only; the gradient does not come this way
     if kl.reverse:
-        divergence = kl.forward * divergence + kl.reverse * reverse.add_(offset).neg_().clamp_min_(0)
-    return Comparison(torch.stack([divergence, *largest, *log_peaks]).squeeze(2), p_student, p_teacher)
+        divergence, log_ratio = both_divergences(log_ratio.add_(offset).neg_(), p_student, p_teacher, kl)
+    else:
+        divergence, log_ratio = gap.add_(offset).clamp_min_(0), None  # below 0 by rounding only
+    return Block(p_student, p_teacher, log_ratio, torch.stack([divergence, *largest, *log_peaks]).squeeze(2))
 
 
-def block_gradient(
-    sides: Sides,
-    g: int,
-    p_student: Tensor,
-    p_teacher: Tensor | None,
-    kl: KLWeights,
-    slope: Tensor,
-    grad: Tensor | None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """(N, K) gradient of block g with respect to u = z/T.
+def both_divergences(log_ratio: Tensor, p_student: Tensor, p_teacher: Tensor, kl: KLWeights) -> tuple[Tensor, Tensor]:
+    """(N, 1) weighted divergence out of log_ratio = log(p̂^S / p̂^T), and that less the reverse KL, in its memory."""
+    forward = (log_ratio * p_teacher).sum(1, keepdim=True).neg_()
+    reverse = (log_ratio * p_student).sum(1, keepdim=True)
+    divergence = kl.forward * forward.clamp_min_(0) + kl.reverse * reverse.clamp_min(0)
+    return divergence, log_ratio.sub_(reverse)
+
+
+def block_gradient(block: Sequence[Tensor | None], kl: KLWeights, slope: Tensor, grad: Tensor | None) -> Tensor:
+    """(N, K) gradient with respect to a block's z/T.
 
     Args:
-        p_student, p_teacher: (N, K) softmaxes; the teacher's is computed where it is None.
-        slope: (N, 1) gradient that comes down on the log mass of the block.
-        grad: (N, 1) gradient that comes down on its divergence, or None.
-        out: where to write it.
+        block: the first three fields of the `Block`.
+        kl: the weights it was compared with.
+        slope: (N,) gradient that comes down on the log mass of the block.
+        grad: (N,) gradient that comes down on its divergence, or None.
     """
+    p_student, p_teacher, centred_log_ratio = block
     if grad is None:
-        return torch.mul(p_student, slope, out=out)
-    if p_teacher is None:
-        p_teacher = torch.softmax(sides.block(g, 1), 1, out=out)
-    gradient = torch.sub(p_student, p_teacher, out=out).mul_(kl.forward * grad)  # exactly 0 for equal sides
-    if kl.reverse:
-        log_ratio = log_quotient(sides.block(g, 0).log_softmax(1), sides.block(g, 1).log_softmax(1), sides.void(g))
-        log_ratio.sub_((p_student * log_ratio).sum(1, keepdim=True))
-        gradient.addcmul_(log_ratio.mul_(p_student), kl.reverse * grad)
-    return gradient.addcmul_(p_student, slope)
+        return p_student * slope[:, None]
+    gradient = (p_student - p_teacher).mul_((kl.forward * grad)[:, None])  # exactly 0 for equal sides
+    gradient.addcmul_(p_student, slope[:, None])
+    if centred_log_ratio is not None:
+        gradient.addcmul_(centred_log_ratio * p_student, (kl.reverse * grad)[:, None])
+    return gradient
 
 
-def log_quotient(log_a: Tensor, log_b: Tensor, void: Tensor | None) -> Tensor:
-    """log_a − log_b in the memory of a; 0 at `void`, where both are −inf and their difference is no number."""
-    log_ratio = log_a.sub_(log_b)
-    if void is None:
-        return log_ratio
-    return log_ratio.masked_fill_(void, 0.0) if void.dtype == torch.bool else put(log_ratio, void, 0.0)
+def scaled(logits: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:
+    """A fresh copy of z/T: half precision is widened before it is divided."""
+    return logits / temperature if logits.dtype == dtype else logits.to(dtype).div_(temperature)
 
 
 def put(values: Tensor, index: Tensor, value: float) -> Tensor:
     """`values.scatter_(1, index, value)`, which on a CPU is four times slower with a number than with a tensor."""
     return values.scatter_(1, index, values.new_full(index.shape, value))
+
+
+def clear(log_ratio: Tensor, void: Tensor | None) -> Tensor:
+    """Set what came of −inf − (−inf) to 0, in place."""
+    if void is None:
+        return log_ratio
+    return log_ratio.masked_fill_(void, 0.0) if void.dtype == torch.bool else put(log_ratio, void, 0.0)
 
 
 def row_maximum(values: Tensor) -> Tensor:

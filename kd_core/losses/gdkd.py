@@ -1,6 +1,5 @@
 """Generalized decoupled knowledge distillation: partitions drawn by the teacher."""
 
-import math
 from typing import Any
 
 import torch
@@ -8,7 +7,8 @@ from torch import Tensor
 
 from kd_core.losses.base import DistillationLoss
 from kd_core.losses.checks import as_number
-from kd_core.partition import KL_TYPES, Decomposition, Group, decompose, work_dtype
+from kd_core.partition import KL_TYPES, Decomposition, decompose
+from kd_core.partition_blocks import Group, work_dtype
 
 AUTO_K_RATIO = 2.0  # released code
 
@@ -135,9 +135,10 @@ def auto_top_group(teacher_logits: Tensor, temperature: float, max_k: int, ratio
         ratio: above 1, so that the group is never the whole row.
     """
     num_classes = teacher_logits.shape[1]
-    ordered, index = (teacher_logits.detach().to(work_dtype(teacher_logits)) / temperature).sort(1)
-    log_mean = ordered.logcumsumexp(1) - torch.arange(1, num_classes + 1, device=ordered.device).log()
-    starts = ordered - log_mean >= math.log(ratio)
+    ordered, index = teacher_logits.detach().to(work_dtype(teacher_logits)).sort(1)
+    p = (ordered / temperature).softmax(1)
+    rank = torch.arange(1, num_classes + 1, device=p.device)
+    starts = p * rank / p.cumsum(1) >= ratio  # 0 / 0, where all up to here has underflowed, is no start
     size = (starts.cumsum(1) > 0).sum(1, keepdim=True).clamp_(1, max_k)
     index = index[:, -max_k:].flip(1)
     valid = torch.arange(max_k, device=index.device) < size

@@ -1,9 +1,12 @@
 """Logit standardization (arXiv 2403.01427, CVPR 2024)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
-from kd_core.partition import work_dtype
+from kd_core.partition_blocks import scaled, work_dtype
 
 EPSILON = 1e-7  # as in the released code
 
@@ -16,24 +19,52 @@ def standardize_logits(student_logits: Tensor, teacher_logits: Tensor) -> tuple[
     which that overflows, rows within 1/256 of their mean count as constant. These exceptions are ours.
 
     Returns:
-        Student and teacher, at least float32, finite for |z| up to 1e30.
+        Student and teacher, at least float32, finite for |z| up to 1e30. The teacher's has no gradient.
     """
     dtype = work_dtype(student_logits, teacher_logits)
-    student, student_constant = _z_score(student_logits, dtype)
-    teacher, teacher_constant = _z_score(teacher_logits, dtype)
-    constant = student_constant | teacher_constant
-    return student.masked_fill(constant, 0.0), teacher.masked_fill(constant, 0.0)
+    student, student_std = _centre(student_logits.detach(), dtype)
+    teacher, teacher_std = _centre(teacher_logits.detach(), dtype)
+    constant = (student_std == 0) | (teacher_std == 0)
+    z_teacher = teacher.mul_((1 / (teacher_std + EPSILON)).masked_fill_(constant, 0.0))
+    return _Standardize.apply(student_logits, student, student_std.masked_fill_(constant, torch.inf)), z_teacher
 
 
-def _z_score(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Standardized logits (N, C), and which rows (N, 1) are constant."""
-    given, logits = torch.finfo(logits.dtype), logits.to(dtype)
-    centred = logits - logits.mean(1, keepdim=True)
-    scale = centred.detach().abs().amax(1, keepdim=True)
-    largest = logits.detach().abs().amax(1, keepdim=True)
+def _centre(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Logits less their mean (N, C), in fresh memory, and their standard deviation (N, 1), 0 for constant rows."""
+    centred = scaled(logits, dtype, 1.0)
+    mean = centred.mean(1, keepdim=True)
+    size = _largest(centred)
+    spread = _largest(centred.sub_(mean))
     # The mean is off by a few units in the last place; and the gradient, of the size of 1 / std, has to fit float16.
-    constant = scale <= max(EPSILON, 256 / given.max) + 8 * torch.finfo(dtype).eps * largest
-    scale = scale.masked_fill(constant, 1.0)
-    relative = (centred / scale).masked_fill(constant, 1.0)  # the squares of 1e30 overflow float32
-    std = (relative.square().sum(1, keepdim=True) / (logits.shape[1] - 1)).sqrt()
-    return relative / (std + EPSILON / scale), constant
+    least = max(EPSILON, 256 / torch.finfo(logits.dtype).max) + 8 * torch.finfo(dtype).eps * size
+    squares = (centred / spread).square_().sum(1, keepdim=True)  # those of 1e30 itself overflow float32
+    std = spread * (squares / (logits.shape[1] - 1)).sqrt_()
+    return centred, std.masked_fill_(spread <= least, 0.0)
+
+
+def _largest(logits: Tensor) -> Tensor:
+    """(N, 1) largest absolute value of a row."""
+    return torch.maximum(logits.amax(1, keepdim=True), -logits.amin(1, keepdim=True))
+
+
+class _Standardize(torch.autograd.Function):
+    """z = (x − mean) / (std + ε) in the memory of x − mean; 0, with a gradient of 0, where std is infinite.
+
+        ∂/∂x = (g − mean g) / (std + ε) − z · Σ(g·z) / (std · (C − 1))       g: the gradient that comes down on z
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, logits: Tensor, centred: Tensor, std: Tensor) -> Tensor:
+        inverse = 1 / (std + EPSILON)
+        z = centred.mul_(inverse)
+        ctx.save_for_backward(z, inverse, std)
+        ctx.dtype = logits.dtype
+        return z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        z, inverse, std = ctx.saved_tensors
+        along = (grad * z).sum(1, keepdim=True) / (std * (z.shape[1] - 1))
+        gradient = (grad - grad.mean(1, keepdim=True)).mul_(inverse).addcmul_(z, along, value=-1)
+        return gradient.to(ctx.dtype), None, None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck
 
 from kd_core.losses import AEKTLoss, DKDLoss, ForegroundBackground, GDKD3Loss, GDKDLoss, KDLoss, base
-from kd_core.partition import work_dtype
+from kd_core.partition_blocks import work_dtype
 from kd_core.topk import TopKSchedule
 
 LOSSES = {
