@@ -52,8 +52,8 @@ class ForegroundBackground(nn.Module):
         background = target == student_logits.shape[1] - 1
         terms = {}
         for side, rows in (("fg", (~background).nonzero()[:, 0]), ("bg", background.nonzero()[:, 0])):
-            inputs = (tensor[rows] for tensor in (student_logits, teacher_logits, target))
-            weights = None if row_weights is None else row_weights[rows]
+            inputs = (tensor.index_select(0, rows) for tensor in (student_logits, teacher_logits, target))
+            weights = None if row_weights is None else row_weights.index_select(0, rows)
             values = self.parts[side](*inputs, progress, row_weights=weights)
             share = len(rows) / max(len(target), 1)
             terms.update({f"{side}_{term}": share * value for term, value in values.items()})
