@@ -46,4 +46,4 @@ def admitted_classes(model: nn.Module) -> dict[str, float]:
     loss = getattr(model, "loss", None)
     masks = [part.topk for part in loss.modules() if getattr(part, "topk", None) is not None] if loss else []
     classes = model.roi_heads.num_classes + 1 if masks else 0
-    return {"topk/K": float(masks[0].k(model.progress, classes))} if masks else {}
+    return {"topk/K": float(masks[0].k(model.progress(), classes))} if masks else {}

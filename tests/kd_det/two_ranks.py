@@ -53,7 +53,7 @@ def gradients(cfg, images):
 if __name__ == "__main__":
     from conftest import make_batch  # this folder is on a script's path
 
-    join_process_group()
+    join_process_group(0)
     config = kd_defaults()
     merge_file(config, sys.argv[1])
     rank = comm.get_rank()

@@ -231,6 +231,8 @@ def test_real_coco_images_train_and_evaluate(shared_dir, tmp_path, environment):
         "64",
         "MODEL.RPN.POST_NMS_TOPK_TEST",
         "50",
+        "MODEL.ROI_HEADS.SCORE_THRESH_TEST",
+        "0.0",
     ]
     base = [*TRAIN_NET, "--config-file", "configs/COCO/dkd_r18_r101.yaml", "--num-gpus", "0"]
     options = [*small, "OUTPUT_DIR", str(tmp_path / "output"), *RANDOM_TEACHER, "DATALOADER.NUM_WORKERS", "1"]
