@@ -116,7 +116,7 @@ class DistilledRCNN(GeneralizedRCNN):
     def load_teacher(self) -> None:
         """Build and load the teacher, once. A trainer calls it early: what is wrong shows before training starts."""
         if self.teacher is not None:
-            self.teacher.load(self.device)
+            self.teacher.load(self.device, self.pixel_mean.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "DistilledRCNN":
         super()._apply(fn, *args, **kwargs)

@@ -45,13 +45,13 @@ class Teacher:
         """The frozen detector, in eval mode."""
         return self.load()
 
-    def load(self, device: torch.device | None = None) -> GeneralizedRCNN:
-        """Build the detector and load its weights, unless that is done already."""
+    def load(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> GeneralizedRCNN:
+        """Build the detector and load its weights, once; on the device and in the dtype of the student."""
         if self._model is None:
             # A generator of its own for the initial weights: the student draws the same numbers with or without a
             # teacher.
             with torch.random.fork_rng(devices=[]):
-                self._model = freeze(self._build()).to(device)
+                self._model = freeze(self._build()).to(device=device, dtype=dtype)
         return self._model
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:

@@ -111,6 +111,9 @@ def test_the_teacher_follows_to_and_is_shared_by_deepcopy(tiny_model, batch, sto
     model.double()
     assert next(model.teacher.model.parameters()).dtype == torch.float64
     assert copy.deepcopy(model).teacher is model.teacher
+    late = tiny_model(*DKD).double()
+    late.load_teacher()  # built after the student was moved
+    assert next(late.teacher.model.parameters()).dtype == torch.float64
 
 
 def test_inference_builds_no_teacher(tiny_model, batch):
