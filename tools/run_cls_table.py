@@ -52,17 +52,17 @@ def is_parameter(name: str) -> bool:
 
 
 def row(name: str, results: list[dict[str, float]], unit: float) -> list[str]:
-    """One line of the table."""
-    top1, loss = (summarise([result[key] for result in results]) for key in ("top1", "loss"))
-    seconds = summarise([result["seconds"] for result in results])["mean"]
-    return [
-        name,
-        f"{results[0]['parameters'] / 1000:.0f} k",
-        f"{top1['mean']:.2f} ± {top1['std']:.2f}",
-        f"{loss['mean']:.3f}",
-        f"{seconds:.0f}",
-        f"{seconds / unit:.2f}",
-    ]
+    """One line of the table; `unit` seconds are 1.00."""
+    loss, seconds = (summarise([result[key] for result in results])["mean"] for key in ("loss", "seconds"))
+    parameters = f"{results[0]['parameters'] / 1000:.0f} k"
+    top1 = accuracy([result["top1"] for result in results])
+    return [name, parameters, top1, f"{loss:.3f}", f"{seconds:.0f}", f"{seconds / unit:.2f}"]
+
+
+def accuracy(values: list[float]) -> str:
+    """Mean ± std; one value stands alone."""
+    found = summarise(values)
+    return f"{found['mean']:.2f} ± {found['std']:.2f}" if len(values) > 1 else f"{found['mean']:.2f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> str:
