@@ -76,7 +76,7 @@ def gdkd_auto_k(student: Tensor, teacher: Tensor, target: Tensor, temperature: f
     ratio = p * torch.arange(1, p.shape[1] + 1, device=p.device) / p.cumsum(1)
     size = ((ratio >= 2).cumsum(1) > 0).sum(1, keepdim=True).clamp(1, 20)
     rank = torch.arange(p.shape[1] - 1, -1, -1, device=p.device)
-    top = torch.zeros_like(p).scatter_(1, order, (rank < size).float()).bool()
+    top = torch.zeros_like(p).scatter_(1, order, (rank < size).to(p.dtype)).bool()
     return top_partition(student, teacher, [top, ~top], "forward", temperature)
 
 

@@ -59,6 +59,15 @@ def test_tckd_alone_has_the_published_gradient() -> None:
     torch.testing.assert_close(gradient, (-gap * rest).scatter(1, target[:, None], gap))
 
 
+def test_nckd_alone_has_the_published_gradient() -> None:
+    student, teacher, target = batch()
+    gradient = torch.autograd.grad(DKDLoss(0.0, 1.0, 1.0)(student, teacher, target)["nckd"], student)[0] * 8
+    others = torch.ones(8, 21).scatter(1, target[:, None], 0).bool()
+    q_hat, p_hat = (side[others].view(8, 20).softmax(1) for side in (student.detach(), teacher))
+    torch.testing.assert_close(gradient[others].view(8, 20), q_hat - p_hat)
+    assert gradient[~others].count_nonzero() == 0
+
+
 def test_an_unknown_partition_is_refused() -> None:
     with pytest.raises(ValueError, match="partition must be one of target, teacher_top1, not 'top1'"):
         DKDLoss(partition="top1")

@@ -189,6 +189,23 @@ def test_the_teacher_gets_no_gradient(name: str) -> None:
 
 
 @every_loss
+def test_memory_layout_and_a_wider_teacher_change_nothing(name: str) -> None:
+    student, teacher, target = batch()
+    loss = LOSSES[name]()
+    terms = loss(student, teacher, target)
+    transposed = student.detach().t().contiguous().t().requires_grad_()
+    assert not transposed.is_contiguous()
+    strided = torch.stack([teacher, teacher], 2)[..., 0]
+    moved = loss(transposed, strided, target.int())
+    torch.testing.assert_close(list(moved.values()), list(terms.values()))
+    torch.testing.assert_close(gradient_of(moved, transposed), gradient_of(terms, student))
+    narrow = student.detach().float().requires_grad_()
+    mixed = loss(narrow, teacher, target)
+    assert all(term.dtype == torch.float64 for term in mixed.values())
+    assert gradient_of(mixed, narrow).dtype == torch.float32
+
+
+@every_loss
 def test_row_weights_weight_the_rows(name: str) -> None:
     student, teacher, target = batch()
     loss = LOSSES[name]()
@@ -217,10 +234,9 @@ def test_losses_can_be_copied_and_pickled(name: str) -> None:
         assert twin(student, teacher, target, 0.3) == loss(student, teacher, target, 0.3)
 
 
-@pytest.mark.parametrize("name", ["kd", "gdkd", "aekt topk"])
-def test_torch_compile_gives_the_same_numbers(name: str) -> None:
+def test_torch_compile_gives_the_same_numbers() -> None:
     student, teacher, target = batch(dtype=torch.float32)
-    loss = LOSSES[name]()
+    loss = LOSSES["aekt topk"]()
     compiled = torch.compile(loss, backend="aot_eager")(student, teacher, target, 0.3)
     eager = loss(student, teacher, target, 0.3)
     for term in eager:
