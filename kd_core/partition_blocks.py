@@ -52,7 +52,7 @@ def split(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """The logits z/T of every group and, last, of the rest, which has all C columns: student, teacher, void.
 
-    All is fresh memory. A class of another group is −inf on both sides; void says where: columns (N, V) or a mask (N, K).
+    All fresh memory. A class of another group is −inf on both sides, where void says: columns (N, V) or a mask (N, K).
     """
     dtype = work_dtype(student, teacher)
     sides = [scaled(side, dtype, temperature) for side in (student, teacher)]
