@@ -23,6 +23,7 @@ METHODS = {
         *["KD.LOSS.NAME", "kd", "SOLVER.OPTIMIZER", "deepkd_sgd", "SOLVER.DEEPKD.DELTA_NCG", 0.05],
         *["SOLVER.AMP.ENABLED", True, "SOLVER.EMA.ENABLED", True, "SOLVER.EMA.WARMUP", True],
         *["SOLVER.ACCUMULATE_STEPS", 2, "SOLVER.CLIP_GRADIENTS.ENABLED", True],
+        *["DATA.TRAIN_IMAGES", 32, "SOLVER.IMS_PER_BATCH", 8],  # float16 is slow on a CPU
     ],
     "aekt, mixed dropout": ["KD.LOSS.NAME", "aekt", "MODEL.KWARGS", "{drop_rate: 0.3}", "SOLVER.EMA.ENABLED", True],
     "gdkd, mixup": ["KD.LOSS.NAME", "gdkd", "SOLVER.MIXUP.ALPHA", 0.4, "SOLVER.LABEL_SMOOTHING", 0.1],
@@ -84,8 +85,8 @@ def test_a_run_killed_in_the_middle_of_an_epoch_ends_as_an_undisturbed_one(
 
 
 def test_kill_9_with_a_worker_and_resume_ends_as_an_undisturbed_run(tiny_yaml: Path, tmp_path: Path) -> None:
-    words = ["--config-file", str(tiny_yaml), "SOLVER.CHECKPOINT_PERIOD", "1", "SOLVER.EPOCHS", "8", "LOG_PERIOD", "1"]
-    words += ["DATA.NUM_WORKERS", "1", "SOLVER.EVAL_PERIOD", "8"]
+    words = ["--config-file", str(tiny_yaml), "SOLVER.CHECKPOINT_PERIOD", "1", "SOLVER.EPOCHS", "6", "LOG_PERIOD", "1"]
+    words += ["DATA.NUM_WORKERS", "1", "SOLVER.EVAL_PERIOD", "6"]
     command = [sys.executable, "-m", "kd_cls.train", *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
@@ -93,11 +94,11 @@ def test_kill_9_with_a_worker_and_resume_ends_as_an_undisturbed_run(tiny_yaml: P
     running = subprocess.Popen([*command, "OUTPUT_DIR", str(tmp_path / "cut")], start_new_session=True, **quiet)
     metrics = tmp_path / "cut" / "metrics.json"
     limit = time.monotonic() + 120
-    while time.monotonic() < limit and not (metrics.is_file() and metrics.read_text().count("\n") >= 6):
+    while time.monotonic() < limit and not (metrics.is_file() and metrics.read_text().count("\n") >= 5):
         time.sleep(0.002)
     os.killpg(running.pid, signal.SIGKILL)  # the worker too
     assert running.wait() == -signal.SIGKILL
-    assert 0 < last(tmp_path / "cut")["training"]["iteration"] < 32
+    assert 0 < last(tmp_path / "cut")["training"]["iteration"] < 24
     resumed = [*command, "--resume", "OUTPUT_DIR", str(tmp_path / "cut")]
     subprocess.run(resumed, check=True, timeout=120, **quiet)
     assert same(last(tmp_path / "whole"), last(tmp_path / "cut")) == []
