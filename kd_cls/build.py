@@ -13,13 +13,14 @@ from timm.loss import create_classification_loss
 from torch import nn
 
 from kd_cls.cache import LogitCache
+from kd_cls.checks import mixes
 from kd_cls.config import config_hash
 from kd_cls.data import DataSets, Loaders
 from kd_cls.engine import Trainer
 from kd_cls.evaluate import evaluate
 from kd_cls.launch import Process, same_weights, seed_step
 from kd_cls.network import InputStats, build_student, input_stats
-from kd_cls.pipeline import augmentation, autocast_dtype, build_data, build_loaders, mixes
+from kd_cls.pipeline import augmentation, autocast_dtype, build_data, build_loaders
 from kd_cls.solver import build_auto_momenta, build_optimizer, build_scheduler
 from kd_cls.student import Student
 from kd_cls.task import DistillationTask

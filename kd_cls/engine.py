@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from kd_cls.checkpoint import BEST, LAST, save_checkpoint
+from kd_cls.checks import mixes
 from kd_cls.data import Loaders, set_epoch
 from kd_cls.evaluate import evaluate
 from kd_cls.launch import Process, seed_step
@@ -241,9 +242,9 @@ def clip_gradients(optimizer: Optimizer, scaler: torch.amp.GradScaler, max_norm:
 
 def build_mixup(cfg: CfgNode, num_classes: int) -> Mixup | None:
     """timm's Mixup, or None where SOLVER.MIXUP mixes nothing."""
-    mixup = cfg.SOLVER.MIXUP
-    if mixup.ALPHA == 0 and mixup.CUTMIX_ALPHA == 0:
+    if not mixes(cfg):
         return None
+    mixup = cfg.SOLVER.MIXUP
     return Mixup(
         mixup.ALPHA,
         mixup.CUTMIX_ALPHA,

@@ -7,6 +7,7 @@ from fvcore.common.config import CfgNode
 from timm.data.loader import PrefetchLoader
 from torch.utils.data import Dataset
 
+from kd_cls.checks import mixes
 from kd_cls.data import DataSets, Loaders, create_datasets, create_loaders, default_augmentation
 from kd_cls.launch import Process
 from kd_cls.network import InputStats, parse_mapping
@@ -93,11 +94,6 @@ def build_loaders(cfg: CfgNode, data: DataSets, stats: InputStats, process: Proc
 def build_val_loader(cfg: CfgNode, data: DataSets, stats: InputStats, process: Process) -> PrefetchLoader:
     """The loader of the validation images alone."""
     return build_loaders(cfg, data, stats, process).val
-
-
-def mixes(cfg: CfgNode) -> bool:
-    """Whether timm's Mixup mixes the images of a batch (which must then have an even number of them)."""
-    return cfg.SOLVER.MIXUP.ALPHA > 0 or cfg.SOLVER.MIXUP.CUTMIX_ALPHA > 0
 
 
 def autocast_dtype(cfg: CfgNode) -> torch.dtype | None:

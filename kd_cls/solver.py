@@ -3,7 +3,7 @@
 from typing import Any
 
 from fvcore.common.config import CfgNode
-from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch.optim import Optimizer
@@ -11,63 +11,6 @@ from torch.optim import Optimizer
 from kd_cls.student import Student
 from kd_core import optim as streams
 from kd_core.gsnr import AutoMomenta
-
-STREAM_OPTIMIZERS = ("dot_sgd", "deepkd_sgd", "stream_adamw")
-SCHEDULES = ("multistep", "cosine", "step", "poly", "tanh", "wsd", "rsqrt", "constant")
-
-
-def check_solver(cfg: CfgNode, world_size: int) -> None:
-    """Refuse what no run could mean.
-
-    Raises:
-        ValueError: names the key, its value and what is expected.
-    """
-    solver = cfg.SOLVER
-    known = (*STREAM_OPTIMIZERS, *list_optimizers())
-    rules = [
-        (
-            "OPTIMIZER",
-            solver.OPTIMIZER,
-            solver.OPTIMIZER in known,
-            f"sgd, {', '.join(STREAM_OPTIMIZERS)} or a name of timm's",
-        ),
-        ("BASE_LR", solver.BASE_LR, solver.BASE_LR >= 0, "a number ≥ 0"),
-        ("EPOCHS", solver.EPOCHS, solver.EPOCHS > 0, "a number above 0"),
-        ("STEP", solver.STEP, solver.STEP in ("paper", "matched"), "paper or matched"),
-        ("MOMENTA", solver.MOMENTA, solver.MOMENTA in ("", "auto"), "empty or auto"),
-        ("SCHEDULE.NAME", solver.SCHEDULE.NAME, solver.SCHEDULE.NAME in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
-        ("AMP.DTYPE", solver.AMP.DTYPE, solver.AMP.DTYPE in ("float16", "bfloat16"), "float16 or bfloat16"),
-        (
-            "DISTRIBUTE_BN",
-            solver.DISTRIBUTE_BN,
-            solver.DISTRIBUTE_BN in ("reduce", "broadcast", ""),
-            "reduce, broadcast or empty",
-        ),
-        ("LABEL_SMOOTHING", solver.LABEL_SMOOTHING, 0 <= solver.LABEL_SMOOTHING < 1, "a number in [0, 1)"),
-        ("EVAL_PERIOD", solver.EVAL_PERIOD, solver.EVAL_PERIOD >= 1, "a whole number ≥ 1"),
-        ("CHECKPOINT_PERIOD", solver.CHECKPOINT_PERIOD, solver.CHECKPOINT_PERIOD >= 0, "a whole number ≥ 0"),
-        ("ACCUMULATE_STEPS", solver.ACCUMULATE_STEPS, solver.ACCUMULATE_STEPS >= 1, "a whole number ≥ 1"),
-        (
-            "CLIP_GRADIENTS.CLIP_VALUE",
-            solver.CLIP_GRADIENTS.CLIP_VALUE,
-            solver.CLIP_GRADIENTS.CLIP_VALUE > 0,
-            "a number above 0",
-        ),
-    ]
-    for key, value, good, expected in rules:
-        if not good:
-            raise ValueError(f"SOLVER.{key} is {value!r}, expected {expected}")
-    parts = world_size * solver.ACCUMULATE_STEPS
-    if solver.IMS_PER_BATCH < 1 or solver.IMS_PER_BATCH % parts:
-        raise ValueError(
-            f"SOLVER.IMS_PER_BATCH is {solver.IMS_PER_BATCH}, expected a multiple of {parts} ({world_size} processes × "
-            f"SOLVER.ACCUMULATE_STEPS {solver.ACCUMULATE_STEPS})"
-        )
-    if solver.OPTIMIZER in ("dot_sgd", "deepkd_sgd") and cfg.KD.LOSS.NAME == "none":
-        raise ValueError(
-            f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}, which gives distillation a momentum of its own, but "
-            "KD.LOSS.NAME is 'none': use sgd, or a distillation loss"
-        )
 
 
 def build_optimizer(cfg: CfgNode, student: Student) -> Optimizer:

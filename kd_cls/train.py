@@ -19,9 +19,9 @@ from fvcore.common.config import CfgNode
 
 from kd_cls.build import build_trainer
 from kd_cls.checkpoint import LAST, read_checkpoint, read_metadata, write_whole
+from kd_cls.checks import check_config
 from kd_cls.config import load_cfg
 from kd_cls.launch import Process, agree, option_parser, run_command, start_process
-from kd_cls.solver import check_solver
 from kd_cls.teacher import teacher_description
 from kd_cls.writers import import_wandb, setup_logging
 
@@ -38,7 +38,7 @@ def train(cfg: CfgNode, process: Process, resume: bool = False) -> dict[str, flo
     Raises:
         ValueError: bad input, before training starts; FloatingPointError: a loss that is no number.
     """
-    check_solver(cfg, process.world_size)
+    check_config(cfg, process.world_size)
     if cfg.WANDB.ENABLED:
         import_wandb()
     cfg = settle_seed(cfg, resume)
@@ -85,6 +85,7 @@ def train_missing_teacher(cfg: CfgNode, process: Process) -> None:
 
 def train_seeds(cfg: CfgNode, process: Process, resume: bool = False) -> dict[str, dict[str, float]]:
     """A run for each of SEEDS in OUTPUT_DIR/seed_<n>; OUTPUT_DIR/summary.json has {metric: {mean, std, values}}."""
+    check_config(cfg, process.world_size)
     results = []
     for seed in cfg.SEEDS:
         own = cfg.clone()

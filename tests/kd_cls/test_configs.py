@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from kd_cls.build import build_distillation_loss, serialization_layer
+from kd_cls.checks import check_config
 from kd_cls.config import load_cfg
 from kd_cls.data import AUGMENTATIONS, DATASETS
 from kd_cls.network import create_network
 from kd_cls.pipeline import augmentation
-from kd_cls.solver import build_optimizer, build_scheduler, check_solver
+from kd_cls.solver import build_optimizer, build_scheduler
 from kd_cls.student import Student
 from kd_cls.teacher import teacher_description
 
@@ -58,7 +59,7 @@ def test_a_config_says_its_command_and_builds(path: Path) -> None:
     assert f"--config-file {relative}\n" in text and "--config-file" in text.split("_BASE_")[0]
     cfg = load_cfg(str(relative))
     assert cfg.OUTPUT_DIR.split("/")[-1] == path.stem and cfg.OUTPUT_DIR.startswith("output/")
-    check_solver(cfg, world_size=1)
+    check_config(cfg, world_size=1)
     assert cfg.DATA.NAME in DATASETS and augmentation(cfg) in AUGMENTATIONS
     classes = CLASSES[cfg.DATA.NAME]
     loss = build_distillation_loss(cfg, classes)

@@ -195,6 +195,12 @@ def test_bad_input_ends_the_command_with_one_sentence(tiny_yaml: Path, tmp_path:
     [
         (["SOLVER.OPTIMIZER", "sgdd"], r"SOLVER.OPTIMIZER is 'sgdd', expected sgd, dot_sgd"),
         (["SOLVER.IMS_PER_BATCH", 15, "SOLVER.ACCUMULATE_STEPS", 2], r"IMS_PER_BATCH is 15, expected a multiple of 2"),
+        (["SOLVER.MIXUP.ALPHA", 0.1, "SOLVER.IMS_PER_BATCH", 15], r"SOLVER.MIXUP mixes pairs.*leaves 15"),
+        (["LOG_PERIOD", 0], r"LOG_PERIOD is 0, expected a number ≥ 1"),
+        (["SEEDS", "[1, a]"], r"SEEDS is \[1, 'a'\], expected a list of whole numbers"),
+        (["SOLVER.EMA.DECAY", 1], r"SOLVER.EMA.DECAY is 1.0, expected a number in \[0, 1\)"),
+        (["KD.TEACHER.CACHE", "half"], r"KD.TEACHER.CACHE is 'half', expected one of none, full, topk"),
+        (["SOLVER.DISTRIBUTE_BN", "sum"], r"SOLVER.DISTRIBUTE_BN is 'sum', expected one of reduce, broadcast, empty"),
         (["SOLVER.EPOCHS", 0], r"SOLVER.EPOCHS is 0.0, expected a number above 0"),
         (["SOLVER.OPTIMIZER", "deepkd_sgd"], r"deepkd_sgd.*KD.LOSS.NAME is 'none'"),
         (["SOLVER.SCHEDULE.NAME", "onecycle"], r"SOLVER.SCHEDULE.NAME is 'onecycle', expected one of multistep"),
