@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kd_cls.checkpoint import write_whole
+from kd_core.files import write_text
 
 KINDS = ("full", "topk")
 
@@ -73,7 +73,7 @@ class LogitCache:
         path = self.folder / "meta.json"
         identity = json.loads(json.dumps(identity))
         if not path.is_file():
-            write_whole(path, lambda file: file.write(json.dumps(identity, indent=1).encode()))
+            write_text(path, json.dumps(identity, indent=1))
         found = json.loads(path.read_text())
         for name in identity:
             if found.get(name) != identity[name]:

@@ -8,30 +8,17 @@ and last.pth, for --resume,
     training           iteration, optimizer streams, scheduler, scaler, best top-1
 """
 
-import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from timm.models import load_state_dict
 from timm.models._hub import download_cached_file
 from torch import nn
 
+from kd_core.files import write_whole
+
 LAST, BEST = "last.pth", "best.pth"
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Call `write` on a temporary file and move it to `path` once it is complete and on disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:

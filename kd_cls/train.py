@@ -18,12 +18,13 @@ import torch
 from fvcore.common.config import CfgNode
 
 from kd_cls.build import build_trainer
-from kd_cls.checkpoint import LAST, read_checkpoint, read_metadata, write_whole
+from kd_cls.checkpoint import LAST, read_checkpoint, read_metadata
 from kd_cls.checks import check_config
 from kd_cls.config import load_cfg
 from kd_cls.launch import Process, agree, option_parser, run_command, start_process
 from kd_cls.teacher import teacher_description
 from kd_cls.writers import import_wandb, setup_logging
+from kd_core.files import sweep_unfinished, write_text
 
 logger = logging.getLogger("kd_cls")
 
@@ -52,7 +53,8 @@ def train(cfg: CfgNode, process: Process, resume: bool = False) -> dict[str, flo
     elif last.is_file():
         logger.warning("%s is from an earlier run and will be replaced; --resume would have gone on with it", last)
     if process.is_main:
-        write_whole(output / "config.yaml", lambda file: file.write(cfg.dump().encode()))
+        sweep_unfinished(output)
+        write_text(output / "config.yaml", cfg.dump())
     return trainer.run()
 
 
@@ -93,9 +95,7 @@ def train_seeds(cfg: CfgNode, process: Process, resume: bool = False) -> dict[st
         results.append(train(own, process, resume))
     summary = {name: summarise([result[name] for result in results]) for name in results[0]}
     if process.is_main:
-        write_whole(
-            Path(cfg.OUTPUT_DIR, "summary.json"), lambda file: file.write(json.dumps(summary, indent=1).encode())
-        )
+        write_text(Path(cfg.OUTPUT_DIR, "summary.json"), json.dumps(summary, indent=1))
         top1 = summary["top1"]
         logger.info("top-1 over seeds %s: %.2f ± %.2f", list(cfg.SEEDS), top1["mean"], top1["std"])
     return summary

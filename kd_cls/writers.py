@@ -13,7 +13,7 @@ from fvcore.common.config import CfgNode
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from kd_cls.checkpoint import write_whole
+from kd_core.files import write_text
 
 logger = logging.getLogger("kd_cls")
 FORMAT = logging.Formatter("[%(asctime)s] %(message)s", "%m/%d %H:%M:%S")
@@ -140,7 +140,7 @@ def cut_metrics(path: Path, start_iter: int) -> None:
                 kept.append(line)
         except (json.JSONDecodeError, KeyError, TypeError):
             break
-    write_whole(path, lambda file: file.write("".join(f"{line}\n" for line in kept).encode()))
+    write_text(path, "".join(f"{line}\n" for line in kept))
 
 
 def round_float(value: Any) -> Any:

@@ -10,6 +10,8 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from kd_core.files import write_text, write_whole
+
 # What a model-zoo pickle is made of: dicts, strings and numpy arrays.
 SAFE_GLOBALS = {
     ("collections", "OrderedDict"),
@@ -61,7 +63,7 @@ class WholeCheckpointer(DetectionCheckpointer):
         self.tag_last_checkpoint(path.name)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        write_whole(Path(self.save_dir, "last_checkpoint"), lambda file: file.write(last_filename_basename.encode()))
+        write_text(Path(self.save_dir, "last_checkpoint"), last_filename_basename)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         try:
@@ -83,19 +85,6 @@ class WholeCheckpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         self.incompatible = super()._load_model(checkpoint)
         return self.incompatible
-
-
-def write_whole(path: Path, write: Any) -> None:
-    """Call `write` on a temporary file and move it to `path` once it is complete and on disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_all_weights(model: nn.Module, path: str, key: str) -> None:

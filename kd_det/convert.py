@@ -19,6 +19,8 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import build_resnet_backbone
 from torch import Tensor, nn
 
+from kd_core.files import write_whole
+
 from .imagenet_weights import Classifier
 
 PREFIX = "backbone.bottom_up."  # of a backbone under an FPN
@@ -79,9 +81,7 @@ def save(backbone: Backbone, path: str | os.PathLike, prefix: str = PREFIX) -> N
         content["matching_heuristics"] = True
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    torch.save(content, unfinished)
-    os.replace(unfinished, path)
+    write_whole(path, lambda file: torch.save(content, file))
 
 
 def _convert_resnet(found: dict[str, Tensor]) -> Backbone:

@@ -14,7 +14,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
-from .checkpoint import write_whole
+from kd_core.files import write_text, write_whole
 
 
 class SeedEachStep(HookBase):
@@ -41,7 +41,7 @@ class SaveStudentConfig(HookBase):
     def before_train(self) -> None:
         if comm.is_main_process():
             text = student_config(self.cfg).dump()
-            write_whole(Path(self.cfg.OUTPUT_DIR, "student.yaml"), lambda file: file.write(text.encode()))
+            write_text(Path(self.cfg.OUTPUT_DIR, "student.yaml"), text)
 
 
 def student_config(cfg: CfgNode) -> CfgNode:

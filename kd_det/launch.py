@@ -13,6 +13,8 @@ from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
+from kd_core.files import sweep_unfinished
+
 from .checks import check_before_training, check_data
 from .config import kd_defaults, merge_file, merge_list
 
@@ -39,6 +41,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if not args.eval_only:
         check_before_training(cfg, resume=args.resume)
     default_setup(cfg, args)
+    if comm.is_main_process():
+        sweep_unfinished(cfg.OUTPUT_DIR)
     for name in ("kd_det", "kd_core"):  # default_setup opens the log for detectron2 and fvcore only
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name, abbrev_name=name)
     return cfg

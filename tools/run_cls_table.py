@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
-from kd_cls.checkpoint import LAST, write_whole
+from kd_cls.checkpoint import LAST
 from kd_cls.config import load_cfg
 from kd_cls.launch import Process, run_command, start_process
 from kd_cls.train import summarise, train
+from kd_core.files import write_text
 
 METHODS = {
     "baseline": "plain",
@@ -85,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
     rows = [row("teacher", [teacher], unit), *(row(METHODS[m], results[m], unit) for m in options.methods)]
     headers = ["", "parameters", "top-1", "val loss", "seconds", "relative"]
     table = tabulate(rows, headers, tablefmt="pipe", disable_numparse=True)
-    write_whole(options.output / "cls_table.md", lambda file: file.write(f"{table}\n".encode()))
+    write_text(options.output / "cls_table.md", f"{table}\n")
     print(table)
     return table
 

@@ -15,14 +15,16 @@ every split has the same.
 import argparse
 import glob
 import json
-import os
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
 from PIL import Image
+
+from kd_core.files import write_text
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp"}
 EXIF_ORIENTATION, LYING = 0x0112, {5, 6, 7, 8}  # detectron2 turns such images upright before it compares sizes
@@ -161,22 +163,17 @@ def _flags(found: VocObject, keep_difficult: bool) -> dict:
     return {"iscrowd": 0 if keep_difficult else found.flags["difficult"], **found.flags}
 
 
-def write_whole(path: Path, content: dict) -> None:
-    """Write json so that `path` is never half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(content))
-    os.replace(unfinished, path)
-
-
-CONFIG = """\
-DATASETS:
-  REGISTER: [[{name}, {json}, {images}]]
-  TRAIN: [{name}]
-MODEL:
-  ROI_HEADS:
-    NUM_CLASSES: {num_classes}
-"""
+def config(name: str, json_file: Path, images: Path, num_classes: int) -> str:
+    """The lines of a config that train on the result; paths may hold any character."""
+    return yaml.safe_dump(
+        {
+            "DATASETS": {"REGISTER": [[name, str(json_file), str(images)]], "TRAIN": [name]},
+            "MODEL": {"ROI_HEADS": {"NUM_CLASSES": num_classes}},
+        },
+        default_flow_style=None,
+        width=1000,
+        allow_unicode=True,
+    )
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -196,15 +193,15 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         dataset = VocDataset(options.root, options.one_based)
         coco, counts = to_coco(dataset, options.split, options.classes, options.keep_difficult)
-        write_whole(options.output, coco)
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        write_text(options.output, json.dumps(coco))
     except (ValueError, OSError) as error:
         sys.exit(f"voc_to_coco: {error}")
     images, boxes, names = (len(coco[key]) for key in ("images", "annotations", "categories"))
     found = ", ".join(category["name"] for category in coco["categories"])
     print(f"{options.output}: {images} images, {boxes} boxes, {names} categories ({found})")
     print(f"left out, of zero area: {counts['zero_area']} boxes; cut at the image's edge: {counts['cut']}\n")
-    paths = {"json": options.output.resolve(), "images": (options.root / "JPEGImages").resolve()}
-    print(CONFIG.format(name=options.output.stem, num_classes=names, **paths))
+    print(config(options.output.stem, options.output.resolve(), (options.root / "JPEGImages").resolve(), names))
 
 
 if __name__ == "__main__":

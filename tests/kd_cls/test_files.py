@@ -14,7 +14,7 @@ import pytest
 import torch
 from fvcore.common.config import CfgNode
 
-from kd_cls.checkpoint import read_checkpoint, read_metadata, save_checkpoint, write_whole
+from kd_cls.checkpoint import read_checkpoint, read_metadata
 from kd_cls.data import create_datasets
 from kd_cls.meters import StepMeters
 from kd_cls.pipeline import EveryNth, build_data
@@ -42,15 +42,6 @@ def test_a_kill_in_the_middle_of_writing_leaves_a_whole_checkpoint(tmp_path: Pat
     writer.wait()
     checkpoint = read_checkpoint(path, "--resume")
     assert torch.equal(checkpoint["weights"], torch.full((400_000,), float(checkpoint["number"])))
-
-
-def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
-    path = tmp_path / "best.pth"
-    save_checkpoint({"a": 1}, path)
-    with pytest.raises(ZeroDivisionError):
-        write_whole(path, lambda file: (file.write(b"half"), 1 / 0))
-    assert read_checkpoint(path, "OUTPUT_DIR") == {"a": 1}
-    assert list(tmp_path.iterdir()) == [path]  # and nothing beside it
 
 
 def test_metadata_of_what_is_no_checkpoint_is_empty(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 from pycocotools.coco import COCO
 
@@ -162,13 +163,15 @@ def test_another_folder_is_not_taken_for_voc(tmp_path: Path):
 
 
 def test_the_command_writes_a_file_that_the_printed_config_trains_on(root: Path, capsys: pytest.CaptureFixture):
-    output = root / "new" / "train.json"
+    output = root / "new: [a, b] #1" / "train.json"  # yaml's own signs in a path
     voc_to_coco.main([str(root), "--split", "train", "--output", str(output)])
     printed = capsys.readouterr().out
     assert "2 images, 3 boxes, 3 categories (bird, cat, dog)" in printed
     assert "zero area: 1 boxes; cut at the image's edge: 1" in printed
-    assert f"REGISTER: [[train, {output}, {root / 'JPEGImages'}]]" in printed
-    assert "NUM_CLASSES: 3" in printed
+    assert yaml.safe_load(printed[printed.index("DATASETS:") :]) == {
+        "DATASETS": {"REGISTER": [["train", str(output), str(root / "JPEGImages")]], "TRAIN": ["train"]},
+        "MODEL": {"ROI_HEADS": {"NUM_CLASSES": 3}},
+    }
     assert json.loads(output.read_text()) == converted(root)[0]
     assert [path.name for path in output.parent.iterdir()] == ["train.json"]
 
