@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,7 +23,7 @@ CONFIGS = ROOT / "configs" / "Digits"
 TITLES = {"baseline": "plain", "kd": "KD", "dkd": "DKD"}  # as the papers' tables call them
 
 
-def train(name: str, output_dir: Path, *options: str) -> None:
+def train(name: str, output_dir: Path, *options: str, environment: Mapping[str, str] | None = None) -> None:
     """Train `configs/Digits/<name>.yaml` into `output_dir`, from its last checkpoint if there is one, unless it is
     finished.
     """
@@ -43,9 +44,8 @@ def train(name: str, output_dir: Path, *options: str) -> None:
         str(output_dir),
         *options,
     ]
-    subprocess.run(
-        command, cwd=ROOT, check=True, env=os.environ | {"PYTHONWARNINGS": "ignore"}
-    )  # progress, not deprecations
+    quiet = {"PYTHONWARNINGS": "ignore"}  # progress, not deprecations
+    subprocess.run(command, cwd=ROOT, check=True, env=os.environ | quiet | dict(environment or {}))
     finished.write_text(settings, encoding="utf-8")
 
 

@@ -1,0 +1,153 @@
+#!/usr/bin/env python
+"""The detection table of docs/results.md: every method on the built-in digits, mean ± std over seeds.
+
+    tools/run_table.py                                     # a teacher, nine students, three seeds: hours on two CPU cores
+    tools/run_table.py --jobs 2                            # two trainings at a time, the cores divided among them
+    tools/run_table.py --methods baseline dkd --seeds 0
+
+Interrupt or kill it when you like: the same command skips what is finished and goes on with what is not. The time of an
+iteration is measured at the end, all methods by turns in one process on the same batches, so that what else the machine
+does falls on all alike.
+"""
+
+import argparse
+import itertools
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from demo import CONFIGS, ROOT, train
+
+NO_MASK = ("KD.LOSS.TOPK.ENABLED", "False")
+# A name → its title, its config in configs/Digits, and what is overridden there.
+METHODS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "baseline": ("plain", "baseline", ()),
+    "kd": ("KD", "kd", ()),
+    "dkd": ("DKD", "dkd", ()),
+    "gdkd": ("GDKD", "gdkd", ()),
+    "aekt": ("AEKT", "aekt", ()),
+    "dot": ("DOT (KD)", "dot", ()),
+    "deepkd_kd": ("DeepKD (KD)", "deepkd_kd", ()),
+    "deepkd": ("DeepKD (DKD)", "deepkd", ()),
+    "deepkd_no_mask": ("DeepKD (DKD), no mask", "deepkd", NO_MASK),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> str:
+    """The command; returns the table."""
+    args = parse(arguments)
+    output = args.output.resolve()
+    teacher = output / "teacher"
+    threads = max((os.cpu_count() or 1) // args.jobs, 1)
+    environment = {"OMP_NUM_THREADS": str(threads)} if args.jobs > 1 else {}
+
+    train("teacher", teacher, "SEED", "0", *args.options)
+    words = teacher_words(teacher)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        waiting = [
+            pool.submit(train, METHODS[name][1], output / f"{name}_seed{seed}", *options, environment=environment)
+            for seed in args.seeds
+            for name in args.methods
+            for options in [("SEED", str(seed), *own_words(name, words), *args.options)]
+        ]
+        for training in waiting:
+            training.result()
+    text = report_table(args, output, iteration_times(args, words))
+    (output / "table.md").write_text(text + "\n", encoding="utf-8")
+    print(f"\n{text}\n\nSeeds {args.seeds}. Also in {output / 'table.md'}")
+    return text
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", choices=METHODS, nargs="+", default=list(METHODS), help="the first has time 1.00")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the students; the teacher's is 0")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
+    parser.add_argument("--rounds", type=int, default=20, help="iterations of each method that are timed")
+    parser.add_argument("--output", type=Path, default=ROOT / "output" / "table", help="where everything is written")
+    parser.add_argument("options", nargs="*", metavar="KEY VALUE", help="config keys to override, in every training")
+    return parser.parse_intermixed_args(arguments)
+
+
+def teacher_words(teacher: Path) -> tuple[str, ...]:
+    return "KD.TEACHER.WEIGHTS", str(teacher / "model_final.pth")
+
+
+def own_words(name: str, teacher: tuple[str, ...]) -> tuple[str, ...]:
+    """The overrides of a method: the teacher's weights where it has a teacher, and its own."""
+    return (*(() if name == "baseline" else teacher), *METHODS[name][2])
+
+
+def report_table(args: argparse.Namespace, output: Path, seconds: dict[str, float]) -> str:
+    """A row a method: AP, AP50, AP75 over the seeds, parameters, time of an iteration relative to the first method."""
+    from tabulate import tabulate
+
+    from kd_det.report import read_run, spread
+
+    runs = {"teacher": [read_run(output / "teacher")]} | {
+        name: [read_run(output / f"{name}_seed{seed}") for seed in args.seeds] for name in args.methods
+    }
+    unit = seconds[args.methods[0]]
+    rows = [
+        [
+            METHODS[name][0] if name in METHODS else name,
+            *(spread([getattr(run, key) for run in group]) for key in ("ap", "ap50", "ap75")),
+            f"{group[0].parameters / 1e6:.2f} M",
+            f"{seconds[name] / unit:.2f}" if name in seconds else "",
+        ]
+        for name, group in runs.items()
+    ]
+    headers = ["", "AP", "AP50", "AP75", "parameters", "time / iteration"]
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def iteration_times(args: argparse.Namespace, words: tuple[str, ...]) -> dict[str, float]:
+    """Median seconds of an iteration of each method, without loading data."""
+    steps = {name: build_iteration(METHODS[name][1], [*own_words(name, words), *args.options]) for name in args.methods}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _, (name, step) in itertools.product(range(args.rounds + 2), steps.items()):
+        start = time.perf_counter()
+        step()
+        times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(measured[2:]) for name, measured in times.items()}
+
+
+def build_iteration(config: str, words: list[str]) -> Callable[[], None]:
+    """A function that runs one iteration of a config's training, at its first weights, on batches in memory."""
+    from detectron2.utils.events import EventStorage
+
+    from kd_det.engine import DistillationTrainer
+    from kd_det.launch import choose_device, read_config
+    from kd_det.stream_trainer import build_step
+
+    # With learning rate 0 every iteration does its whole work, and no weight can run away without a warm-up.
+    cfg = read_config(str(CONFIGS / f"{config}.yaml"), [*words, "SOLVER.BASE_LR", "0.0"])
+    choose_device(cfg, num_gpus=1)
+    batches = list(itertools.islice(iter(DistillationTrainer.build_train_loader(cfg)), 4))
+    model = DistillationTrainer.build_model(cfg)
+    optimizer = DistillationTrainer.build_optimizer(cfg, model)
+    step, storage = build_step(cfg, model, itertools.cycle(batches), optimizer), EventStorage(0)
+
+    def iteration() -> None:
+        with storage:
+            step.iter = storage.iter
+            step.run_step()
+            storage.step()
+
+    return iteration
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\n[table] interrupted; run the same command again to go on")
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"[table] a training failed (exit {error.returncode}); its message stands above. Run again to go on.")
