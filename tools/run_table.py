@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """The detection table of docs/results.md: every method on the built-in digits, mean ± std over seeds.
 
-    tools/run_table.py                                     # a teacher, nine students, three seeds: hours on two CPU cores
+    tools/run_table.py                                     # three seeds: hours on two CPU cores
     tools/run_table.py --jobs 2                            # two trainings at a time, the cores divided among them
     tools/run_table.py --methods baseline dkd --seeds 0
 
