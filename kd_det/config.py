@@ -1,12 +1,13 @@
-"""Every config key that kd_det adds to detectron2's, each with what it means, and the ways to read a config."""
-
-import difflib
-from typing import Any
+"""Every config key that kd_det adds to detectron2's, each with what it means."""
 
 from detectron2.config import CfgNode, get_cfg
 from torch import nn
 
 from kd_core.losses import add_loss_config, build_loss
+
+from .config_merge import all_keys, merge_file, merge_list
+
+__all__ = ["add_kd_config", "all_keys", "build_box_loss", "kd_defaults", "merge_file", "merge_list"]
 
 
 def add_kd_config(cfg: CfgNode) -> None:
@@ -93,73 +94,3 @@ def build_box_loss(cfg: CfgNode) -> nn.Module | None:
     if node.WARMUP_ITERS:
         node.WARMUP = min(node.WARMUP_ITERS / max(cfg.SOLVER.MAX_ITER, 1), 1.0)
     return build_loss(node, cfg.MODEL.ROI_HEADS.NUM_CLASSES + 1)  # background is a class
-
-
-def merge_file(cfg: CfgNode, path: str) -> None:
-    """Merge a yaml file and its `_BASE_` files into `cfg`.
-
-    Raises:
-        ValueError: a key that does not exist, with the nearest that does, or a value of the wrong type.
-    """
-    loaded = CfgNode(CfgNode.load_yaml_with_base(path, allow_unsafe=False))
-    if loaded.get("VERSION", cfg.VERSION) != cfg.VERSION:
-        cfg.merge_from_file(path, allow_unsafe=False)  # detectron2 upgrades configs of older versions
-        return
-    coerce_numbers(loaded, cfg)
-    merge_checked(cfg, lambda: cfg.merge_from_other_cfg(loaded), path)
-
-
-def merge_list(cfg: CfgNode, options: list[str]) -> None:
-    """Merge `KEY VALUE` pairs of a command line into `cfg`; errors as in `merge_file`."""
-    if len(options) % 2:
-        raise ValueError(f"Overrides come as KEY VALUE pairs, but {' '.join(options)!r} has an odd number of words")
-    values = [
-        f"{value}.0" if is_int(value) and isinstance(lookup(cfg, key), float) else value
-        for key, value in zip(options[::2], options[1::2], strict=True)
-    ]
-    pairs = [word for pair in zip(options[::2], values, strict=True) for word in pair]
-    merge_checked(cfg, lambda: cfg.merge_from_list(pairs), "the command line")
-
-
-def merge_checked(cfg: CfgNode, merge: Any, source: str) -> None:
-    """Run `merge` and say in one sentence what yacs found wrong, and where."""
-    try:
-        merge()
-    except KeyError as error:
-        key = str(error.args[0]).split(": ")[-1]
-        near = difflib.get_close_matches(key, list(all_keys(cfg)), n=1, cutoff=0.6)
-        raise ValueError(f"{source}: unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")) from error
-    except AssertionError as error:  # yacs asserts on unknown keys of an override
-        raise ValueError(f"{source}: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
-
-
-def coerce_numbers(loaded: CfgNode, cfg: CfgNode) -> None:
-    """Turn whole numbers into floats where the default is a float: yacs refuses `BETA: 8`."""
-    for key, value in loaded.items():
-        default = cfg.get(key)
-        if isinstance(value, CfgNode) and isinstance(default, CfgNode):
-            coerce_numbers(value, default)
-        elif isinstance(default, float) and type(value) is int:
-            loaded[key] = float(value)
-
-
-def is_int(word: str) -> bool:
-    return word.lstrip("+-").isdigit()
-
-
-def lookup(cfg: CfgNode, key: str) -> Any:
-    """The value under a dotted key, None where there is none."""
-    value: Any = cfg
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, CfgNode) else None
-    return value
-
-
-def all_keys(cfg: CfgNode, prefix: str = "") -> Any:
-    """Every dotted key of `cfg`."""
-    for key, value in cfg.items():
-        yield prefix + key
-        if isinstance(value, CfgNode):
-            yield from all_keys(value, f"{prefix}{key}.")

@@ -25,13 +25,66 @@ def test_a_misspelt_key_in_a_file_is_named_with_the_nearest_one(tmp_path):
 
 
 def test_a_misspelt_key_on_the_command_line_is_named():
-    with pytest.raises(ValueError, match=r"the command line: .*KD.LOSS.NAMES"):
+    with pytest.raises(
+        ValueError, match=r"the command line: unknown key KD.LOSS.NAMES; did you mean KD.LOSS.NAME\?"
+    ):
         merge_list(kd_defaults(), ["KD.LOSS.NAMES", "dkd"])
 
 
-def test_a_beta_that_is_no_number_is_refused():
-    with pytest.raises(ValueError, match=r"the command line: .*KD.LOSS.DKD.BETA"):
-        merge_list(kd_defaults(), ["KD.LOSS.DKD.BETA", "strong"])
+def test_a_key_in_the_wrong_group_is_found_by_its_name():
+    with pytest.raises(ValueError, match=r"unknown key SOLVER.DELTA_TOG; did you mean SOLVER.DEEPKD.DELTA_TOG"):
+        merge_list(kd_defaults(), ["SOLVER.DELTA_TOG", "0.05"])
+
+
+@pytest.mark.parametrize(
+    ("key", "word", "message"),
+    [
+        ("KD.LOSS.DKD.BETA", "strong", "KD.LOSS.DKD.BETA is 'strong', expected a number such as 8.0"),
+        ("SOLVER.MAX_ITER", "9e4", "SOLVER.MAX_ITER is '9e4', expected a whole number such as 40000"),
+        ("KD.LOSS", "dkd", "KD.LOSS is a group of keys .*DKD.*, got 'dkd'"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_with_one_of_the_right(tmp_path, key, word, message):
+    with pytest.raises(ValueError, match=f"the command line: {message}"):
+        merge_list(kd_defaults(), [key, word])
+    path, opening = tmp_path / "a.yaml", key.replace(".", ": {")
+    path.write_text(f"{opening}: {word}{'}' * key.count('.')}")
+    with pytest.raises(ValueError, match=f"a.yaml: {message}"):
+        merge_file(kd_defaults(), str(path))
+
+
+def test_a_word_may_look_like_a_number():
+    cfg = kd_defaults()
+    merge_list(cfg, ["OUTPUT_DIR", "7", "MODEL.WEIGHTS", "", "KD.LOSS.NAME", "None", "SOLVER.STEPS", "(6, 8)"])
+    assert (cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS, cfg.KD.LOSS.NAME, cfg.SOLVER.STEPS) == ("7", "", "None", (6, 8))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("SOLVER:\n  MAX_ITER: 5\n BASE_LR: 1.0\n", r"a.yaml, line 3, column 2: no yaml that can be read \(.*\)"),
+        ("SOLVER: {STEPS: [1, 2\n", r"a.yaml, line 2, column 1: no yaml that can be read"),
+        ("MODEL: !!python/object/apply:os.getcwd []\n", r"a.yaml, line 1, column 8: no yaml that can be read"),
+        ("just words\n", r"a.yaml holds no keys: a config is a mapping like"),
+        ("", r"a.yaml holds no keys"),
+        ("_BASE_: none.yaml\n", r"a.yaml: there is no file .*none.yaml, which a _BASE_ of it names"),
+        ("VERSION: 1\nSOLVER: {MAX_ITERATION: 5}\n", r"a.yaml: unknown key SOLVER.MAX_ITERATION; did you mean"),
+        ("VERSION: 9\n", r"a.yaml: .*9"),
+    ],
+    ids=["indent", "bracket", "python object", "words", "empty", "base", "old version", "future version"],
+)
+def test_a_file_that_is_no_config_is_named_with_the_line(tmp_path, text, message):
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        merge_file(kd_defaults(), str(path))
+
+
+def test_a_syntax_error_in_a_base_names_the_base(tmp_path):
+    (tmp_path / "base.yaml").write_text("SOLVER: {\n")
+    (tmp_path / "a.yaml").write_text("_BASE_: base.yaml\n")
+    with pytest.raises(ValueError, match=r"base.yaml, line 2, column 1"):
+        merge_file(kd_defaults(), str(tmp_path / "a.yaml"))
 
 
 def test_overrides_without_a_value_are_refused():
