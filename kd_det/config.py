@@ -28,11 +28,31 @@ def add_kd_config(cfg: CfgNode) -> None:
     cfg.KD.TEACHER.ALLOW_RANDOM = False
     # Report the teacher's AP on DATASETS.TEST before training starts.
     cfg.KD.TEACHER.EVALUATE = False
+    # Size of the view that the teacher sees, as a factor of the student's: 2.0 trains a student at 400 px by a teacher
+    # at 800 px of the same crop and flip. Every teacher's; needs the memory of a second image in the data loader.
+    cfg.KD.TEACHER.IMAGE_SCALE = 1.0
+    add_distillation_config(cfg.KD)
 
     # COCO-format data sets of one's own: a list of [name, json file, image folder].
     cfg.DATASETS.REGISTER = []
 
     add_solver_config(cfg.SOLVER)
+
+
+def add_distillation_config(node: CfgNode) -> None:
+    """The keys of KD that say who teaches what (docs/detection.md)."""
+    # Several teachers, in place of KD.TEACHER.CONFIG_FILE and WEIGHTS: a list of [config file, weights].
+    node.TEACHERS = []
+    # What several teachers teach: "log_probs", the mean of their log-probabilities; "losses": the loss is the mean of
+    # the losses against each.
+    node.TEACHERS_MEAN = "log_probs"
+    # Whose proposals are distilled: "student", as the papers do; "student+teacher": also those of the teacher's RPN.
+    node.PROPOSALS = "student"
+    # Which sampled proposals are distilled: "all", as the papers do; "foreground"; "weighted": background rows count
+    # BACKGROUND_WEIGHT times.
+    node.ROWS = "all"
+    # ROWS weighted: weight of a background row; the default evens out POSITIVE_FRACTION .25, three of them to one.
+    node.BACKGROUND_WEIGHT = 1 / 3
 
 
 def add_solver_config(node: CfgNode) -> None:
