@@ -34,7 +34,7 @@ from .datasets import (
     register_dataset,
 )
 from .loaders import Loaders, create_loaders, set_epoch
-from .reproducible import ReproducibleDataset, preserved_rng, seed_rng
+from .reproducible import ReproducibleDataset
 from .resident import ResidentLoader
 from .sampler import EpochSampler
 from .transforms import AUGMENTATIONS, TIMM_OPTIONS, build_transforms
@@ -53,8 +53,6 @@ __all__ = [
     "create_loaders",
     "dataset_statistics",
     "default_augmentation",
-    "preserved_rng",
     "register_dataset",
-    "seed_rng",
     "set_epoch",
 ]

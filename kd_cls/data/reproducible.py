@@ -1,43 +1,19 @@
 """Augmentation as a pure function of (seed, epoch, index), which workers, resuming and teacher caches can rely on."""
 
 import hashlib
-import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset
+
+from kd_core.rng import preserved_rng, seed_rng
 
 
 def mix_seed(*values: int) -> int:
     """One 63-bit seed from several integers; neighbouring integers give unrelated seeds."""
     digest = hashlib.blake2b(repr(values).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-@contextmanager
-def preserved_rng() -> Iterator[None]:
-    """Afterwards python's, numpy's and torch's CPU generators are where they were before.
-
-    All three, because torchvision's transforms draw from torch and timm's from python and numpy.
-    """
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002  (what timm draws from)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        torch.set_rng_state(states[2])
-
-
-def seed_rng(*values: int) -> None:
-    """Start those three generators from `values`. (`torch.manual_seed` would reseed the GPU too.)"""
-    seed = mix_seed(*values)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002
-    torch.default_generator.manual_seed(seed)
 
 
 class ReproducibleDataset(Dataset):
@@ -80,7 +56,7 @@ class ReproducibleDataset(Dataset):
         epoch, items = int(self._epoch), []
         with preserved_rng():
             for index in indices:
-                seed_rng(self.seed, epoch, int(index))
+                seed_rng(mix_seed(self.seed, epoch, int(index)))
                 items.append(self.dataset[index])
         return items
 

@@ -5,7 +5,6 @@ aspect ratio as they come out of the workers: a resumed run cannot know either. 
 position.
 """
 
-import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -20,23 +19,17 @@ from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSample
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from kd_core.rng import preserved_rng, seed_rng
+
 
 @contextmanager
 def seeded(*entropy: int) -> Iterator[None]:
     """Draw from `random`, numpy and torch as from generators seeded with `entropy`; afterwards they go on where they
     were.
     """
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002  (detectron2's augmentations draw from numpy's global generator)
-    torch.random.default_generator.manual_seed(seed)
-    try:
+    with preserved_rng():
+        seed_rng(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
         yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        torch.set_rng_state(states[2])
 
 
 class PositionedDataset(Dataset):
