@@ -1,35 +1,31 @@
-"""What a student's box head computed, seen at the one call that Standard, Cascade and Res5 heads all make."""
+"""What a student's ROI heads were given and computed, seen while its own forward pass runs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from detectron2.layers import cat
 from detectron2.modeling.roi_heads import ROIHeads
-from detectron2.structures import Boxes
+from detectron2.structures import Instances
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True)
-class BoxStage:
-    """One call of `box_predictor.losses`: N sampled proposals over all images, and what the student said of them."""
-
-    student_logits: Tensor  # (N, foreground classes + background), with gradient
-    gt_classes: Tensor  # (N,), background = number of foreground classes
-    boxes: list[Boxes]  # per image, in pixels of the student's input image
+from .rows import BoxStage
 
 
 @contextmanager
-def capture_box_stages(heads: ROIHeads, layers: nn.ModuleList | None = None) -> Iterator[list[BoxStage]]:
+def capture_box_stages(
+    heads: ROIHeads, layers: nn.ModuleList | None = None, detection_losses: bool = True
+) -> Iterator[list[BoxStage]]:
     """Record a `BoxStage` a call of `box_predictor.losses(predictions, proposals)` while the context is open.
 
-    A forward hook on the predictor would see no proposals, and the proposals' boxes may be replaced after the call
-    (TRAIN_ON_PRED_BOXES). The method is shadowed on the instance for the time of one forward pass only, so that copies
-    and pickles of the model never carry it.
+    It is the one call that Standard, Cascade (once a stage) and Res5 heads all make. A forward hook on the predictor
+    would see no proposals, and the proposals' boxes may be replaced after the call (TRAIN_ON_PRED_BOXES). The method is
+    shadowed on the instance for the time of one forward pass only, so that copies and pickles of the model never carry
+    it.
 
     Args:
         heads: the ROI heads.
         layers: one a predictor, from the logits z, which are recorded, to those that the predictor's losses see (AEKT).
+        detection_losses: False computes none, and the call returns {}.
     """
     predictors = heads.box_predictor if isinstance(heads.box_predictor, nn.ModuleList) else [heads.box_predictor]
     stages: list[BoxStage] = []
@@ -38,6 +34,8 @@ def capture_box_stages(heads: ROIHeads, layers: nn.ModuleList | None = None) -> 
         def call(predictions, proposals, *args, **kwargs):
             gt_classes = cat([p.gt_classes for p in proposals], dim=0)
             stages.append(BoxStage(predictions[0], gt_classes, [p.proposal_boxes for p in proposals]))
+            if not detection_losses:
+                return {}
             if layer is not None:
                 predictions = (layer(predictions[0]), *predictions[1:])
             return losses(predictions, proposals, *args, **kwargs)
@@ -51,3 +49,14 @@ def capture_box_stages(heads: ROIHeads, layers: nn.ModuleList | None = None) -> 
     finally:
         for predictor in predictors:
             predictor.__dict__.pop("losses", None)
+
+
+@contextmanager
+def capture_head_inputs(heads: ROIHeads) -> Iterator[list[tuple[dict[str, Tensor], list[Instances]]]]:
+    """Record the (feature maps, ground truth) that `heads(images, features, proposals, targets)` is called with."""
+    seen: list[tuple[dict[str, Tensor], list[Instances]]] = []
+    hook = heads.register_forward_pre_hook(lambda _, inputs: seen.append((inputs[1], inputs[3])))
+    try:
+        yield seen
+    finally:
+        hook.remove()

@@ -23,7 +23,7 @@ from .serialization import factors, load_factors
 from .solver import build_optimizer, check_solver
 from .stream_scalars import StreamScalars
 from .stream_trainer import build_step
-from .teacher import teacher_config
+from .teacher_config import each_teacher, teacher_config
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +70,8 @@ class DistillationTrainer(DefaultTrainer):
     def train(self) -> dict[str, Any] | None:
         """Run the training; returns the last evaluation's results."""
         model = self.checkpointer.model
-        if self.cfg.KD.TEACHER.EVALUATE and self.start_iter == 0 and isinstance(model, DistilledRCNN) and model.teacher:
-            self.evaluate_teacher(model)
+        if self.cfg.KD.TEACHER.EVALUATE and self.start_iter == 0 and isinstance(model, DistilledRCNN):
+            self.evaluate_teachers(model)
         super().train()
         return getattr(self, "_last_eval_results", None)
 
@@ -90,12 +90,14 @@ class DistillationTrainer(DefaultTrainer):
             verify_results(cfg, results)
         return results
 
-    def evaluate_teacher(self, model: DistilledRCNN) -> None:
-        """Log the teacher's AP on the student's test sets, under the teacher's own input settings."""
-        cfg = teacher_config(self.cfg)
-        cfg.DATASETS.TEST, cfg.OUTPUT_DIR = self.cfg.DATASETS.TEST, str(Path(self.cfg.OUTPUT_DIR, "teacher"))
-        logger.info("Evaluating the teacher (KD.TEACHER.EVALUATE)")
-        self.test(cfg, model.teacher.model)
+    def evaluate_teachers(self, model: DistilledRCNN) -> None:
+        """Log every teacher's AP on the student's test sets, under the teacher's own input settings."""
+        for index, (named, teacher) in enumerate(zip(each_teacher(self.cfg), model.teachers, strict=False)):
+            cfg = teacher_config(named)
+            folder = f"teacher{index}" if self.cfg.KD.TEACHERS else "teacher"
+            cfg.DATASETS.TEST, cfg.OUTPUT_DIR = self.cfg.DATASETS.TEST, str(Path(self.cfg.OUTPUT_DIR, folder))
+            logger.info("Evaluating the teacher (KD.TEACHER.EVALUATE): %s", named.KD.TEACHER.CONFIG_FILE)
+            self.test(cfg, teacher.model)
 
     def run_step(self) -> None:
         """One iteration; errors of the numbers say where training stood."""

@@ -164,12 +164,11 @@ def build_step(cfg: CfgNode, model: nn.Module, data_loader: Any, optimizer: Opti
 
 
 def pool_in_float32(model: nn.Module) -> None:
-    """Let every ROI pooler of `model`, and of its teacher, work in float32 under autocast.
+    """Let every ROI pooler of `model`, and of its teachers, work in float32 under autocast.
 
     detectron2 rounds boxes to the type of the features: 517.3 is 516 in bfloat16 and 517.5 in float16.
     """
-    teacher = getattr(model, "teacher", None)
-    for detector in (model, *([teacher.model] if teacher is not None else [])):
+    for detector in (model, *(teacher.model for teacher in getattr(model, "teachers", ()))):
         for module in detector.modules():
             if isinstance(module, ROIPooler):
                 module.register_forward_pre_hook(widen_features)

@@ -55,7 +55,7 @@ def test_the_loss_sees_the_students_logits_and_the_teachers_on_the_same_sampled_
     model.loss.register_forward_pre_hook(lambda _, args: seen.append(args))
     stages = []
     original = model.distillation_losses
-    model.distillation_losses = lambda inputs, found: stages.extend(found) or original(inputs, found)
+    model.distillation_losses = lambda inputs, found, more: stages.extend(found) or original(inputs, found, more)
     model(batch)
     (student, teacher, target, progress), (stage,) = seen[0], stages
     assert student is stage.student_logits
@@ -84,7 +84,7 @@ def test_the_terms_are_those_of_the_loss_on_those_logits(tiny_model, batch, stor
 def test_a_teacher_equal_to_the_student_gives_zero(tiny_model, batch, storage):
     student = tiny_model(*DKD)
     twin = tiny_model("MODEL.META_ARCHITECTURE", "GeneralizedRCNN").train()
-    student.teacher = Teacher(twin)
+    student.teachers = [Teacher(twin)]
     student.eval()  # batch norm as the teacher's
     student.roi_heads.train(), student.proposal_generator.train()
     student.training = True
@@ -173,7 +173,7 @@ def test_images_without_objects_are_distilled_on_background(tiny_model, batch, s
 def test_no_proposals_at_all_give_zero_terms(tiny_model, batch, storage):
     model = tiny_model(*DKD)
     boxes = [Boxes(torch.zeros(0, 4)) for _ in batch]
-    logits = model.load_teacher() or model.teacher.box_logits(batch, "BGR", [boxes])[0]
+    (logits,) = model.teacher.view(batch, "BGR").box_logits([boxes])
     assert logits.shape == (0, 11)
     terms = model.loss(torch.zeros(0, 11, requires_grad=True), logits, torch.zeros(0, dtype=torch.long))
     assert all(value.item() == 0 for value in terms.values())

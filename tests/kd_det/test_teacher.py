@@ -6,7 +6,9 @@ import yaml
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
-from kd_det.teacher import Teacher, build_teacher, config_path, convert_channels
+from kd_det.teacher import Teacher
+from kd_det.teacher_config import build_teacher, config_path
+from kd_det.teacher_view import convert_channels
 
 RGB = {
     "INPUT": {"FORMAT": "RGB"},
@@ -33,7 +35,8 @@ def test_features_of_an_rgb_teacher_beside_a_bgr_student_are_those_it_computes_o
     path, weights, alone = other_teacher(tiny_cfg, tmp_path)
     cfg = tiny_cfg("KD.TEACHER.CONFIG_FILE", path, "KD.TEACHER.WEIGHTS", weights, "KD.TEACHER.ALLOW_RANDOM", False)
     assert cfg.INPUT.FORMAT == "BGR"
-    got = Teacher.from_config(cfg).features(batch, cfg.INPUT.FORMAT)
+    (teacher,) = Teacher.from_config(cfg)
+    got = teacher.view(batch, cfg.INPUT.FORMAT).features
     rgb = [{"image": item["image"][[2, 1, 0]]} for item in batch]
     with torch.no_grad():
         expected = alone.backbone(alone.preprocess_image(rgb).tensor)

@@ -1,0 +1,65 @@
+"""The rows that are distilled: what a student's box head said of N boxes, and which of them count."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from detectron2.structures import Boxes
+from torch import Tensor
+
+ROWS = ("all", "foreground", "weighted")
+
+
+@dataclass(frozen=True)
+class BoxStage:
+    """One stage of a box head on N boxes over all images, and what the student said of them."""
+
+    student_logits: Tensor  # (N, C): foreground classes + background, with gradient
+    gt_classes: Tensor  # (N,), background = number of foreground classes
+    boxes: list[Boxes]  # per image, in pixels of the student's input image; together N
+    weights: Tensor | None = None  # (N,) weights of the rows in the losses, None for 1
+
+    @property
+    def foreground(self) -> Tensor:
+        """(N,) whether a row has an object's class."""
+        return self.gt_classes < self.student_logits.shape[1] - 1
+
+
+def select_rows(stage: BoxStage, rows: str, background_weight: float) -> BoxStage:
+    """The rows that KD.ROWS names, weighted so that each option is Σ w·x / N over the N rows of `stage` (ours).
+
+        all         w = 1
+        foreground  w = 1 on foreground rows, 0 on background rows, which are dropped: no teacher sees them
+        weighted    w = 1 on foreground rows, `background_weight` on background rows
+
+    N stays the number of all rows, as in detectron2's box regression loss: a lone object does not weigh more than each
+    of many, and the ranks of a distributed run average as one process does. Without any foreground row the loss is 0,
+    with a gradient. Dropping rows waits for the device.
+    """
+    if rows == "all":
+        return stage
+    foreground = stage.foreground
+    if rows == "weighted":
+        return replace(stage, weights=torch.where(foreground, 1.0, background_weight))
+    kept = foreground.split([len(boxes) for boxes in stage.boxes])
+    logits = stage.student_logits[foreground]
+    return BoxStage(
+        logits,
+        stage.gt_classes[foreground],
+        [boxes[keep] for boxes, keep in zip(stage.boxes, kept, strict=True)],
+        logits.new_full((len(logits),), len(logits) / max(len(foreground), 1), dtype=torch.float32),
+    )
+
+
+def join_stages(first: BoxStage, second: BoxStage) -> BoxStage:
+    """The rows of both, image by image; neither has weights yet."""
+    counts = [[len(boxes) for boxes in stage.boxes] for stage in (first, second)]
+
+    def interleave(*rows: Tensor) -> Tensor:
+        parts = (values.split(count) for values, count in zip(rows, counts, strict=True))
+        return torch.cat([part for image in zip(*parts, strict=True) for part in image])
+
+    return BoxStage(
+        interleave(first.student_logits, second.student_logits),
+        interleave(first.gt_classes, second.gt_classes),
+        [Boxes.cat(list(pair)) for pair in zip(first.boxes, second.boxes, strict=True)],
+    )

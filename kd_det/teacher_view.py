@@ -1,0 +1,110 @@
+"""What a teacher sees of one batch: its features, its proposals, and its logits on given boxes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, ROIHeads
+from detectron2.structures import Boxes, ImageList, Instances
+from torch import Tensor
+
+# Of one image, the teacher's rendition of it: (C, H', W'), the same view in another size.
+TEACHER_IMAGE = "teacher_image"
+
+
+class TeacherView:
+    """A batch under the teacher's own channel order, mean and std, and in its own size where the inputs have one.
+
+    It holds the teacher's feature maps, so it is to be dropped before the student's backward pass.
+
+    Args:
+        model: the teacher's detector.
+        batched_inputs: what the student was given; each `image` (3, H, W) in `input_format`, not normalised. An item
+            may have the same view in another size, (3, H', W'), as `teacher_image`.
+        input_format: channel order of the images ("BGR", "RGB", …); None means the teacher's own.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, model: GeneralizedRCNN, batched_inputs: Sequence[dict[str, Any]], input_format: str | None
+    ) -> None:
+        self.model = model
+        self.student_sizes = [tuple(x["image"].shape[1:]) for x in batched_inputs]
+        views = [
+            {"image": convert_channels(x.get(TEACHER_IMAGE, x["image"]), input_format, model.input_format)}
+            for x in batched_inputs
+        ]
+        images = model.preprocess_image(views)
+        self.sizes = images.image_sizes
+        self.features = model.backbone(images.tensor)
+
+    @torch.no_grad()
+    def box_logits(self, boxes: Sequence[Sequence[Boxes]]) -> list[Tensor]:
+        """Classification logits of the teacher's box head.
+
+        Args:
+            boxes: for each stage of the student's ROI head the boxes of each image, in pixels of the student's image.
+
+        Returns:
+            For each stage, logits (N, foreground classes + background), rows ordered as the boxes are.
+        """
+        scaled = [[scale_boxes(*item) for item in zip(b, self.student_sizes, self.sizes, strict=True)] for b in boxes]
+        return [stage_logits(self.model.roi_heads, self.features, stage, k) for k, stage in enumerate(scaled)]
+
+    @torch.no_grad()
+    def proposals(self) -> list[Instances]:
+        """The proposals of the teacher's RPN at inference, best first, in pixels of the student's images."""
+        if self.model.proposal_generator is None:
+            raise ValueError("KD.PROPOSALS student+teacher: the teacher has no RPN; set KD.PROPOSALS student")
+        # Of the images the RPN reads their sizes alone; any tensor will do, so that none of them is kept for it.
+        images = ImageList(next(iter(self.features.values())), self.sizes)
+        found, _ = self.model.proposal_generator(images, self.features, None)
+        return [
+            rescale_proposals(p, theirs, ours)
+            for p, theirs, ours in zip(found, self.sizes, self.student_sizes, strict=True)
+        ]
+
+
+def scale_boxes(boxes: Boxes, size: tuple[int, int], target: tuple[int, int]) -> Boxes:
+    """Boxes in an image of (height, width) `size`, in the pixels of the same image in `target` size."""
+    if tuple(size) == tuple(target):
+        return boxes
+    scaled = boxes.clone()
+    scaled.scale(target[1] / size[1], target[0] / size[0])
+    return scaled
+
+
+def rescale_proposals(proposals: Instances, size: tuple[int, int], target: tuple[int, int]) -> Instances:
+    """RPN proposals carried over to the same image in another size."""
+    boxes = scale_boxes(proposals.proposal_boxes, size, target)
+    boxes.clip(target)
+    return Instances(target, proposal_boxes=boxes, objectness_logits=proposals.objectness_logits)
+
+
+def convert_channels(image: Tensor, source: str | None, target: str | None) -> Tensor:
+    """An image (C, H, W) in another channel order: BGR ↔ RGB, before any normalisation.
+
+    Raises:
+        ValueError: the two orders differ and are not BGR and RGB.
+    """
+    if source is None or target is None or source == target:
+        return image
+    if {source, target} == {"BGR", "RGB"}:
+        return image.flip(0)
+    raise ValueError(f"The teacher's INPUT.FORMAT is {target!r} and the student's {source!r}: only BGR and RGB convert")
+
+
+def stage_logits(heads: ROIHeads, features: dict[str, Tensor], boxes: list[Boxes], stage: int) -> Tensor:
+    """Logits (N, C) of `heads` on `boxes`: its same stage where it is a cascade, else its only one."""
+    maps = [
+        features[name] for name in (heads.in_features if isinstance(heads, Res5ROIHeads) else heads.box_in_features)
+    ]
+    if isinstance(heads, Res5ROIHeads):
+        pooled = heads._shared_roi_transform(maps, boxes)
+        return heads.box_predictor(pooled.mean(dim=[2, 3]))[0]
+    pooled = heads.box_pooler(maps, boxes)
+    if isinstance(heads, CascadeROIHeads):
+        stage = min(stage, heads.num_cascade_stages - 1)
+        return heads.box_predictor[stage](heads.box_head[stage](pooled))[0]
+    return heads.box_predictor(heads.box_head(pooled))[0]
