@@ -16,7 +16,7 @@ from timm.models import load_state_dict
 from timm.models._hub import download_cached_file
 from torch import nn
 
-from kd_core.files import write_whole
+from kd_core.files import unreadable_because, write_whole
 
 LAST, BEST = "last.pth", "best.pth"
 
@@ -42,7 +42,7 @@ def read_checkpoint(path: str | Path, key: str) -> dict[str, Any]:
     except Exception as error:  # every way to be broken raises another kind
         raise ValueError(
             f"{key}: {path} is no checkpoint that can be read: it is truncated, or holds more than tensors and "
-            f"plain values ({first_line(error)})"
+            f"plain values ({unreadable_because(error)})"
         ) from error
     if not isinstance(loaded, dict):
         raise ValueError(f"{key}: {path} holds a {type(loaded).__name__}, expected a dict of tensors")
@@ -89,7 +89,8 @@ def load_weights(model: nn.Module, path: str, key: str, new_classifier: bool = F
     try:
         weights = load_state_dict(local)
     except Exception as error:  # every way to be broken raises another kind
-        raise ValueError(f"{key}: {path} is no file of weights that can be read ({first_line(error)})") from error
+        reason = unreadable_because(error)
+        raise ValueError(f"{key}: {path} is no file of weights that can be read ({reason})") from error
     own = model.state_dict()
     if new_classifier:
         weights = without_misfit_classifier(model, weights, own)
@@ -131,8 +132,3 @@ def written_for(path: str) -> str:
     if "architecture" not in metadata:
         return ""
     return f" (a checkpoint of {metadata['architecture']}, {metadata['num_classes']} classes)"
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its type."""
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and why one cannot be read."""
 
 import os
 import re
@@ -48,6 +48,19 @@ def sweep_unfinished(folder: str | os.PathLike) -> list[Path]:
             path.unlink(missing_ok=True)
             swept.append(path)
     return swept
+
+
+def unreadable_because(error: Exception) -> str:
+    """What made `torch.load(…, weights_only=True)` or a restricted unpickler fail, in a few words.
+
+    torch's own message advises to turn the restriction off, which is never the way to load weights.
+    """
+    text = str(error)
+    if match := re.search(r"GLOBAL (\S+)", text):
+        return f"it refers to {match[1]}, which weights do not need"
+    if "weights_only" in text:
+        return "its bytes are not what torch.save writes"
+    return next(iter(text.splitlines()), "") or type(error).__name__
 
 
 def is_abandoned(path: Path, machine: str, process: int) -> bool:

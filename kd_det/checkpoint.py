@@ -10,7 +10,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from kd_core.files import write_text, write_whole
+from kd_core.files import unreadable_because, write_text, write_whole
 
 # What a model-zoo pickle is made of: dicts, strings and numpy arrays.
 SAFE_GLOBALS = {
@@ -73,10 +73,12 @@ class WholeCheckpointer(DetectionCheckpointer):
                 return super()._load_file(filename)
             with PathManager.open(filename, "rb") as file:
                 loaded = torch.load(file, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # every way to be broken raises another kind
             raise ValueError(
                 f"{filename} is no checkpoint that can be read: it is truncated, or not made of tensors alone "
-                f"({str(error).splitlines()[0]})"
+                f"({unreadable_because(error)})"
             ) from error
         if not isinstance(loaded, dict):
             raise ValueError(f"{filename} holds a {type(loaded).__name__}, expected a dict of tensors")

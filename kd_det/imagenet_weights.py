@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from kd_core.files import unreadable_because
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1]
 WRAPPERS = ("state_dict", "model", "model_state_dict")  # where training scripts put the weights in their checkpoints
 
@@ -53,7 +55,7 @@ def _read_file(path: Path) -> object:
     except ImportError as error:
         raise ValueError(f"{path} needs the safetensors package: pip install safetensors") from error
     except Exception as error:  # on foreign bytes torch.load raises anything, and safetensors an exception of its own
-        raise ValueError(f"{path} is no whole file of weights and nothing else: {_first_line(error)}") from error
+        raise ValueError(f"{path} is no whole file of weights and nothing else: {unreadable_because(error)}") from error
 
 
 def _unwrapped(content: object, path: Path) -> dict[str, Tensor]:

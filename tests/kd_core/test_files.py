@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from kd_core.files import ABANDONED_SECONDS, sweep_unfinished, this_machine, write_text, write_whole
+from kd_core.files import ABANDONED_SECONDS, sweep_unfinished, this_machine, unreadable_because, write_text, write_whole
 
 WRITE_SLOWLY = """
 import sys, time
@@ -68,3 +69,30 @@ def test_a_writer_on_another_machine_has_a_day(tmp_path: Path):
 
 def test_a_folder_that_is_not_there_holds_nothing_to_sweep(tmp_path: Path):
     assert sweep_unfinished(tmp_path / "none") == []
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch was_executed",)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (Evil(), f"it refers to {os.system.__module__}.system, which weights do not need"),
+        (Path("a"), "it refers to pathlib.PosixPath, which weights do not need"),
+        (b"<!DOCTYPE html><html>not found</html>", "its bytes are not what torch.save writes"),
+        (b"", "EOFError"),
+    ],
+    ids=["code", "object", "html", "empty"],
+)
+def test_the_reason_why_a_file_is_no_checkpoint_never_advises_to_trust_it(tmp_path, monkeypatch, content, reason):
+    monkeypatch.chdir(tmp_path)
+    if isinstance(content, bytes):
+        Path("model.pth").write_bytes(content)
+    else:
+        torch.save({"model": content}, "model.pth")
+    with pytest.raises(Exception) as raised:
+        torch.load("model.pth", weights_only=True)
+    assert unreadable_because(raised.value).startswith(reason)
+    assert not Path("was_executed").exists()
