@@ -2,7 +2,8 @@
 
 from .builtin import prepare_digits, register_digits
 from .register import check_datasets, register_datasets
+from .two_sizes import TwoSizeMapper
 
-__all__ = ["check_datasets", "prepare_digits", "register_datasets", "register_digits"]
+__all__ = ["TwoSizeMapper", "check_datasets", "prepare_digits", "register_datasets", "register_digits"]
 
 register_digits()

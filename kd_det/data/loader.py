@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, DatasetMapper, MapDataset, get_detection_dataset_dicts
+from detectron2.data import DatasetFromList, MapDataset, get_detection_dataset_dicts
 from detectron2.data.build import trivial_batch_collator, worker_init_reset_seed
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from kd_core.rng import preserved_rng, seed_rng
+
+from .two_sizes import build_train_mapper
 
 
 @contextmanager
@@ -136,7 +138,7 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict] | None = Non
     batches = GroupedBatches(
         build_sampler(cfg, dicts, seed), groups, cfg.SOLVER.IMS_PER_BATCH // world_size, comm.get_rank(), world_size
     )
-    dataset = MapDataset(DatasetFromList(dicts, copy=False), mapper or DatasetMapper(cfg, True))
+    dataset = MapDataset(DatasetFromList(dicts, copy=False), mapper or build_train_mapper(cfg))
     return TrainLoader(PositionedDataset(dataset, seed), batches, cfg.DATALOADER.NUM_WORKERS)
 
 

@@ -1,0 +1,101 @@
+"""The same view of an image in two sizes: the student's, and the teacher's beside it."""
+
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.data import DatasetMapper
+from detectron2.data import transforms as T
+from fvcore.transforms.transform import BlendTransform, CropTransform, HFlipTransform, NoOpTransform, VFlipTransform
+
+from ..teacher_view import TEACHER_IMAGE
+
+# What these do to an image does not depend on its size.
+SIZELESS = (BlendTransform, HFlipTransform, NoOpTransform, VFlipTransform)
+
+
+def build_train_mapper(cfg: CfgNode) -> DatasetMapper:
+    """detectron2's mapper, or the one that gives the teacher a size of its own where one is distilled."""
+    two = cfg.KD.TEACHER.IMAGE_SCALE != 1 and cfg.KD.LOSS.NAME != "none"
+    return TwoSizeMapper(cfg, True) if two else DatasetMapper(cfg, True)
+
+
+class TwoSizeMapper(DatasetMapper):
+    """detectron2's `DatasetMapper`, which adds `teacher_image`: the same crop and flip, resized to `scale` times.
+
+    The student's image, annotations and random draws are those of `DatasetMapper` to the bit. The teacher's image is
+    made from the file's pixels, not from the student's, so that a larger one has the detail which the student's has
+    lost.
+
+    Args:
+        is_train: as `DatasetMapper`'s.
+        scale: size of the teacher's image as a factor of the student's; in a config `KD.TEACHER.IMAGE_SCALE`.
+        kwargs: those of `DatasetMapper`.
+
+    Raises:
+        ValueError: a scale that is not above 0; when an image is mapped, augmentations that cannot be repeated.
+    """
+
+    @configurable
+    def __init__(self, is_train: bool, *, scale: float, **kwargs: Any) -> None:
+        super().__init__(is_train, **kwargs)
+        if scale <= 0:
+            raise ValueError(f"KD.TEACHER.IMAGE_SCALE is {scale}: a size must be above 0")
+        self.augmentations = RememberTransforms(self.augmentations)
+        self.scale = scale
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        return {**super().from_config(cfg, is_train), "scale": cfg.KD.TEACHER.IMAGE_SCALE}
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        mapped = super().__call__(dataset_dict)
+        pixels = scaled_transforms(self.augmentations.transforms, self.scale).apply_image(self.augmentations.image)
+        mapped[TEACHER_IMAGE] = torch.as_tensor(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        self.augmentations.image = None  # of no more use, and mappers are long-lived
+        return mapped
+
+
+class RememberTransforms:
+    """Augmentations that remember the last image they were given and what they did to it."""
+
+    def __init__(self, augmentations: T.Augmentation) -> None:
+        self.augmentations = augmentations
+        self.image: np.ndarray | None = None
+        self.transforms: T.TransformList | None = None
+
+    def __call__(self, aug_input: T.AugInput) -> T.TransformList:
+        self.image = aug_input.image
+        self.transforms = self.augmentations(aug_input)
+        return self.transforms
+
+
+def scaled_transforms(transforms: T.TransformList, scale: float) -> T.TransformList:
+    """`transforms` whose result is `scale` times as large: resizing goes further, all else stays.
+
+    Raises:
+        ValueError: no resizing among them, or something after it that counts pixels.
+    """
+    scaled: list[T.Transform] = []
+    resized = False
+    for transform in transforms.transforms:
+        if isinstance(transform, T.ResizeTransform):
+            if resized:
+                raise_unscalable("a second resize")
+            resized = True
+            size = (max(round(scale * side), 1) for side in (transform.new_h, transform.new_w))
+            transform = T.ResizeTransform(transform.h, transform.w, *size, transform.interp)
+        elif not isinstance(transform, SIZELESS) and (resized or not isinstance(transform, CropTransform)):
+            raise_unscalable(type(transform).__name__)
+        scaled.append(transform)
+    if not resized and scale != 1:
+        raise_unscalable("no resize")
+    return T.TransformList(scaled)
+
+
+def raise_unscalable(what: str) -> NoReturn:
+    raise ValueError(
+        f"KD.TEACHER.IMAGE_SCALE: the augmentations have {what}; it repeats crops, then one resize, then flips and "
+        "changes of colour. For others give the inputs a 'teacher_image' in a mapper of your own"
+    )
