@@ -23,8 +23,9 @@ from kd_cls.checks import check_config
 from kd_cls.config import load_cfg
 from kd_cls.launch import Process, agree, option_parser, run_command, start_process
 from kd_cls.teacher import teacher_description
-from kd_cls.writers import import_wandb, setup_logging
+from kd_cls.writers import setup_logging
 from kd_core.files import sweep_unfinished, write_text
+from kd_core.tracking import import_wandb
 
 logger = logging.getLogger("kd_cls")
 

@@ -1,6 +1,5 @@
 """Where metrics go: log.txt and the console, metrics.json, TensorBoard, Weights & Biases, and a progress bar."""
 
-import hashlib
 import json
 import logging
 import sys
@@ -14,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from kd_core.files import write_text
+from kd_core.tracking import start_wandb
 
 logger = logging.getLogger("kd_cls")
 FORMAT = logging.Formatter("[%(asctime)s] %(message)s", "%m/%d %H:%M:%S")
@@ -64,7 +64,9 @@ class Writers:
         if not is_main:
             return
         self.started, self.start_iter = time.perf_counter(), start_iter
-        self.wandb = start_wandb(cfg) if cfg.WANDB.ENABLED else None
+        self.wandb = None
+        if cfg.WANDB.ENABLED:
+            self.wandb = start_wandb(cfg.OUTPUT_DIR, cfg.WANDB.PROJECT, yaml.safe_load(cfg.dump()))
         self.metrics_file = Path(cfg.OUTPUT_DIR, "metrics.json")
         cut_metrics(self.metrics_file, start_iter)
         self.tensorboard = SummaryWriter(cfg.OUTPUT_DIR, purge_step=start_iter + 1)
@@ -110,23 +112,6 @@ class Writers:
         self.tensorboard.close()
         if self.wandb is not None:
             self.wandb.finish()
-
-
-def import_wandb() -> Any:
-    """The wandb package, which nothing needs unless WANDB.ENABLED asks for it."""
-    try:
-        import wandb
-    except ImportError as error:
-        raise ValueError("WANDB.ENABLED is True, but the wandb package is not installed: pip install wandb") from error
-    return wandb
-
-
-def start_wandb(cfg: CfgNode) -> Any:
-    """A run of Weights & Biases that goes on where a run of the same OUTPUT_DIR stopped."""
-    output = Path(cfg.OUTPUT_DIR).absolute()
-    identity = hashlib.sha256(str(output).encode()).hexdigest()[:16]
-    options = {"project": cfg.WANDB.PROJECT, "dir": str(output), "name": output.name, "id": identity, "resume": "allow"}
-    return import_wandb().init(**options, config=yaml.safe_load(cfg.dump()))
 
 
 def cut_metrics(path: Path, start_iter: int) -> None:
