@@ -10,16 +10,14 @@ must agree on every image; prints a table. What is finished is not repeated. Not
 import argparse
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
-import torch
-from timm import create_model
-from timm.models import load_checkpoint
-
-from kd_cls.data import create_datasets, create_loaders
 from kd_cls.evaluate import main as evaluate
-from kd_cls.pipeline import EveryNth
 from kd_cls.train import main as train
+
+HERE = Path(__file__).resolve().parent
 
 METHODS = {
     "plain": ("baseline_resnet8x4", []),
@@ -36,7 +34,7 @@ METHODS = {
 
 def register_strips() -> None:
     """Make DATA.NAME cifar100_strips known."""
-    spec = importlib.util.spec_from_file_location("cifar100_reader", Path(__file__).with_name("cifar100_reader.py"))
+    spec = importlib.util.spec_from_file_location("cifar100_reader", HERE / "cifar100_reader.py")
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
@@ -46,17 +44,9 @@ def run(config: str, output: Path, words: list[str]) -> None:
 
 
 def correct_by_timm(checkpoint: Path, folder: str, val_images: int) -> int:
-    """How many validation images plain timm classifies rightly with a saved student."""
-    model = create_model("cifar_resnet8x4", num_classes=100)
-    load_checkpoint(model, str(checkpoint))
-    data = create_datasets("cifar100_strips", folder)
-    mean, std = (model.pretrained_cfg[key] for key in ("mean", "std"))
-    options = {"augmentation": "none", "input_size": (3, 32, 32), "mean": mean, "std": std, "batch_size": 500}
-    right = 0
-    with torch.inference_mode():
-        for images, target in create_loaders(data.train, EveryNth(data.val, val_images), **options).val:
-            right += int((model.eval()(images).argmax(1) == target).sum())
-    return right
+    """How many validation images plain timm classifies rightly, in a process that imports the registration alone."""
+    command = [sys.executable, str(HERE / "plain_timm.py"), str(checkpoint), folder, str(val_images)]
+    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def losses(output: Path) -> list[dict[str, float]]:
