@@ -113,4 +113,7 @@ def build_box_loss(cfg: CfgNode) -> nn.Module | None:
         )
     if node.WARMUP_ITERS:
         node.WARMUP = min(node.WARMUP_ITERS / max(cfg.SOLVER.MAX_ITER, 1), 1.0)
-    return build_loss(node, cfg.MODEL.ROI_HEADS.NUM_CLASSES + 1)  # background is a class
+    try:
+        return build_loss(node, cfg.MODEL.ROI_HEADS.NUM_CLASSES + 1)  # background is a class
+    except ValueError as error:  # names the keys under LOSS
+        raise ValueError(f"KD.{error}") from error
