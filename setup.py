@@ -29,6 +29,6 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["kd_core*", "kd_det*", "kd_cls*"]),
-    install_requires=["torch>=2.1", "fvcore"],
+    install_requires=["torch>=2.1", "fvcore", "numpy"],
     extras_require={"det": DET, "cls": CLS, "dev": DET + CLS + DEV},
 )

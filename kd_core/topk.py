@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kd_core.partition import decompose
 from kd_core.schedules import linear
+from kd_core.selection import largest_indices
 
 MIN_CLASSES = 2  # over one class there is one distribution, and NCKD is 0
 
@@ -64,7 +65,7 @@ class TopKSchedule:
 def top_nontarget_classes(teacher_logits: Tensor, target: Tensor, k: int) -> Tensor:
     """(N, K) indices of the K largest teacher logits among the non-target classes: the target is never one of them."""
     others = teacher_logits.detach().scatter(1, target[:, None], -torch.inf)
-    return others.topk(k, 1, sorted=False).indices
+    return largest_indices(others, k)
 
 
 def masked_nckd(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, k: int, temperature: float) -> Tensor:

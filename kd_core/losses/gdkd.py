@@ -9,6 +9,7 @@ from kd_core.losses.base import DistillationLoss
 from kd_core.losses.checks import as_number
 from kd_core.partition import KL_TYPES, Decomposition, decompose
 from kd_core.partition_blocks import Group, work_dtype
+from kd_core.selection import sort_values
 
 AUTO_K_RATIO = 2.0  # released code
 
@@ -135,11 +136,12 @@ def auto_top_group(teacher_logits: Tensor, temperature: float, max_k: int, ratio
         ratio: above 1, so that the group is never the whole row.
     """
     num_classes = teacher_logits.shape[1]
-    ordered, index = teacher_logits.detach().to(work_dtype(teacher_logits)).sort(1)
-    p = (ordered / temperature).softmax(1)
+    logits = teacher_logits.detach().to(work_dtype(teacher_logits))
+    p = (sort_values(logits) / temperature).softmax(1)
     rank = torch.arange(1, num_classes + 1, device=p.device)
     starts = p * rank / p.cumsum(1) >= ratio  # 0 / 0, where all up to here has underflowed, is no start
-    size = (starts.cumsum(1) > 0).sum(1, keepdim=True).clamp_(1, max_k)
-    index = index[:, -max_k:].flip(1)
+    first = starts.to(torch.uint8).argmax(1, keepdim=True)  # 0 where there is no start: the first quotient is 1
+    size = torch.where(first > 0, num_classes - first, 1).clamp_(max=max_k)
+    index = logits.topk(max_k, 1).indices
     valid = torch.arange(max_k, device=index.device) < size
     return Group(torch.where(valid, index, index[:, :1]), valid)
