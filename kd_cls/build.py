@@ -130,6 +130,7 @@ def build_cache(cfg: CfgNode, data: DataSets, teacher: Teacher) -> LogitCache:
         "student input": list(teacher.student_stats),
         "data": fingerprint(data.train),
         "augmentation": [name, cfg.DATA.TIMM_OPTIONS],
+        "resident": cfg.DATA.RESIDENT and name != "none",  # draws crops and flips in another way
         "epochs": epochs,
         "seed": None if name == "none" else cfg.SEED,
         "precision": str(autocast_dtype(cfg)),

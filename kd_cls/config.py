@@ -77,6 +77,9 @@ def add_data_config(cfg: CfgNode) -> None:
     cfg.DATA.VAL_IMAGES = 0
     # Visit the training images in a new random order each epoch.
     cfg.DATA.SHUFFLE = True
+    # Keep all images on the device, cropped and flipped a batch at a time (augmentation cifar, digits or none): no
+    # worker can feed a small network on a GPU fast enough. The same distribution in other draws than without.
+    cfg.DATA.RESIDENT = False
     # Processes that read images, per training process.
     cfg.DATA.NUM_WORKERS = 4
     # Images per process and step of an evaluation; 0: as in training.

@@ -84,6 +84,7 @@ def build_loaders(cfg: CfgNode, data: DataSets, stats: InputStats, process: Proc
         world_size=process.world_size,
         device=process.device,
         reproducible=cfg.DATA.REPRODUCIBLE,
+        resident=cfg.DATA.RESIDENT,
         augmentation_epochs=cfg.DATA.AUGMENTATION_EPOCHS,
         shuffle=cfg.DATA.SHUFFLE,
         drop_last=mixes(cfg),

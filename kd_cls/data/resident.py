@@ -51,8 +51,8 @@ class ResidentLoader:
     ) -> None:
         if augmentation not in PADDING:
             raise ValueError(
-                f"augmentation {augmentation!r} works on single images and cannot run on the device: "
-                f"keep the images on disk, or choose one of {', '.join(sorted(PADDING))}"
+                f"augmentation {augmentation!r} works on single images and cannot run on the device (DATA.RESIDENT): "
+                f"set DATA.RESIDENT False, or choose one of {', '.join(sorted(PADDING))}"
             )
         self.dataset, self.sampler, self.batch_size = dataset, sampler, batch_size
         self.augmentation, self.size = augmentation, tuple(input_size[-2:])
