@@ -1,8 +1,10 @@
 """What can be known to be wrong before hours are spent."""
 
 import os
+from typing import Any
 
 from detectron2.config import CfgNode
+from torch import nn
 
 from .data import check_datasets, register_datasets
 
@@ -65,4 +67,25 @@ def check_frozen_stem(cfg: CfgNode) -> None:
             f"MODEL.WEIGHTS is empty and MODEL.BACKBONE.FREEZE_AT is {cfg.MODEL.BACKBONE.FREEZE_AT}: "
             "random layers would stay frozen. Give MODEL.WEIGHTS (tools/convert_weights.py makes them), "
             "or set MODEL.BACKBONE.FREEZE_AT 0"
+        )
+
+
+def check_frozen_weights(model: nn.Module, incompatible: Any, path: str) -> None:
+    """Every frozen weight of the student must have come out of its weights file.
+
+    Args:
+        model: the student.
+        incompatible: what fvcore's checkpointer could not match.
+        path: MODEL.WEIGHTS.
+
+    Raises:
+        ValueError: a frozen parameter is as random as it was drawn.
+    """
+    unmatched = {*incompatible.missing_keys, *(name for name, *_ in incompatible.incorrect_shapes)}
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad and name in unmatched]
+    if frozen:
+        raise ValueError(
+            f"MODEL.WEIGHTS: {path} lacks {len(frozen)} weights that stay frozen, the first is {frozen[0]}: they would "
+            "be random to the end. Give a file that has them (tools/convert_weights.py makes ImageNet weights of "
+            "ResNets), or train them with MODEL.BACKBONE.FREEZE_AT 0"
         )
