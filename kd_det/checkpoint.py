@@ -25,6 +25,10 @@ SAFE_GLOBALS = {
 }
 
 
+class UnreadableFile(ValueError):
+    """A file that is no checkpoint, or only a part of one."""
+
+
 class RestrictedUnpickler(pickle.Unpickler):
     """Unpickles numpy arrays in plain containers and refuses every other class or function."""
 
@@ -76,7 +80,7 @@ class WholeCheckpointer(DetectionCheckpointer):
         except FileNotFoundError:
             raise
         except Exception as error:  # every way to be broken raises another kind
-            raise ValueError(
+            raise UnreadableFile(
                 f"{filename} is no checkpoint that can be read: it is truncated, or not made of tensors alone "
                 f"({unreadable_because(error)})"
             ) from error
@@ -104,7 +108,8 @@ def load_all_weights(model: nn.Module, path: str, key: str) -> None:
     except Exception as error:  # every file handler raises its own kinds
         raise ValueError(f"{key}: {path} cannot be fetched ({error})") from error
     if not os.path.isfile(local):
-        raise ValueError(f"{key}: there is no file {path}")
+        start = "" if os.path.isabs(path) else f" (relative paths start at the working folder, {os.getcwd()})"
+        raise ValueError(f"{key}: there is no file {path}{start}")
     checkpointer = WholeCheckpointer(model, save_to_disk=False)
     try:
         checkpointer.load(path)

@@ -1,9 +1,14 @@
 """From a command line to a running process: arguments, config, device and process group."""
 
 import argparse
+import logging
 import os
+import sys
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -12,12 +17,20 @@ from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from torch.multiprocessing import ProcessExitedException
 
+import kd_core
 from kd_core.files import sweep_unfinished
+from kd_core.tracking import import_wandb
 
 from .checks import check_before_training, check_data
 from .config import kd_defaults, merge_file, merge_list
+from .config_merge import all_keys, lookup
+from .resume import changed_keys
 
+logger = logging.getLogger(__name__)
+
+PACKAGES = [Path(package.__file__).parent for package in (kd_core, sys.modules[__package__])]
 TIMEOUT = timedelta(minutes=30)  # a rank may wait for another's evaluation
 
 
@@ -25,7 +38,21 @@ def argument_parser(usage: str) -> argparse.ArgumentParser:
     """detectron2's own parser, opened by what the tool does and how it is called."""
     parser = default_argument_parser(epilog=" ")
     parser.description = usage
+    parser.add_argument(
+        "--list-keys", action="store_true", help="print the keys and their values under --config-file, and end"
+    )
     return parser
+
+
+def list_keys(path: str, prefixes: list[str]) -> str:
+    """`KEY VALUE` lines of the config in `path`, or of the defaults; only those under one of `prefixes`, if any."""
+    cfg = read_config(path, []) if path else kd_defaults()
+    wanted = [key for key in all_keys(cfg) if not isinstance(lookup(cfg, key), CfgNode)]
+    if prefixes:
+        wanted = [key for key in wanted if any(f"{key}.".startswith(f"{prefix}.") for prefix in prefixes)]
+    if not wanted:
+        raise ValueError(f"--list-keys: there are no keys under {' or '.join(prefixes)}")
+    return "\n".join(f"{key} {lookup(cfg, key)!r}" for key in wanted)
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -40,11 +67,17 @@ def setup(args: argparse.Namespace) -> CfgNode:
     check_data(cfg, training=not args.eval_only)
     if not args.eval_only:
         check_before_training(cfg, resume=args.resume)
+    if cfg.WANDB.ENABLED:
+        import_wandb()
+    changed = changed_keys(cfg) if args.resume else []  # default_setup overwrites the config.yaml in OUTPUT_DIR
+    comm.synchronize()
     default_setup(cfg, args)
     if comm.is_main_process():
         sweep_unfinished(cfg.OUTPUT_DIR)
     for name in ("kd_det", "kd_core"):  # default_setup opens the log for detectron2 and fvcore only
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name, abbrev_name=name)
+    if changed:
+        logger.warning("--resume: this config is not that of OUTPUT_DIR's config.yaml: %s", "; ".join(changed))
     return cfg
 
 
@@ -64,6 +97,38 @@ def choose_device(cfg: CfgNode, num_gpus: int) -> None:
     """CUDA where there is one and --num-gpus is not 0, else the CPU."""
     if cfg.MODEL.DEVICE.startswith("cuda") and (num_gpus == 0 or not torch.cuda.is_available()):
         cfg.MODEL.DEVICE = "cpu"
+
+
+def run_command(name: str, main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
+    """`launch_training`; bad input ends it with one sentence on stderr and exit status 1, a bug with its traceback.
+
+    Args:
+        name: of the tool, which opens the sentence.
+    """
+    try:
+        end_in_one_line(name, partial(launch_training, partial(end_in_one_line, name, main)), args)
+    except ProcessExitedException as error:  # a process that `launch` started; it has said why
+        sys.exit(error.exit_code)
+
+
+def end_in_one_line(name: str, main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> Any:
+    """`main(args)`, with `SystemExit` in place of an error that is the user's to mend; in any process."""
+    try:
+        return main(args)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if not is_clear(error):
+            raise
+        sys.exit(f"{name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"\n{name}: interrupted; --resume goes on from the last checkpoint in OUTPUT_DIR")
+
+
+def is_clear(error: Exception) -> bool:
+    """Whether an error was made to be read: our packages raised it, or the operating system, which names a file."""
+    if isinstance(error, OSError):
+        return error.filename is not None
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    return any(Path(frame.f_code.co_filename).is_relative_to(package) for package in PACKAGES)
 
 
 def launch_training(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> Any:

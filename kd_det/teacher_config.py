@@ -1,6 +1,7 @@
 """From a student's config to its teachers: which files, and what is wrong with them."""
 
 import logging
+import os
 from collections.abc import Callable
 from functools import partial
 
@@ -92,7 +93,8 @@ def config_path(name: str) -> str:
         return model_zoo.get_config_file(name)
     except RuntimeError:
         raise ValueError(
-            f"KD.TEACHER.CONFIG_FILE: {name} is neither a file nor a name in detectron2's model zoo"
+            f"KD.TEACHER.CONFIG_FILE: {name} is neither a file nor a name in detectron2's model zoo "
+            f"(relative paths start at the working folder, {os.getcwd()})"
         ) from None
 
 

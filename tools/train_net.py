@@ -1,16 +1,28 @@
 #!/usr/bin/env python
 """Train or evaluate a detector, plain or distilled.
 
-tools/train_net.py --config-file configs/COCO/dkd_r18_r101.yaml --num-gpus 8
-tools/train_net.py --config-file configs/Digits/dkd.yaml --num-gpus 0 SOLVER.MAX_ITER 80
-tools/train_net.py --config-file configs/Digits/dkd.yaml --eval-only MODEL.WEIGHTS output/digits/dkd/model_final.pth
+    tools/train_net.py --config-file configs/COCO/deepkd_r18_r101.yaml --num-gpus 8
+    tools/train_net.py --config-file configs/Digits/dkd.yaml --num-gpus 0 SOLVER.MAX_ITER 80       # on the CPU
+    torchrun --nproc-per-node 2 tools/train_net.py --config-file configs/Digits/dkd.yaml --num-gpus 0    # two on the CPU
+    tools/train_net.py --config-file configs/Digits/dkd.yaml --resume           # from the last checkpoint in OUTPUT_DIR
+    tools/train_net.py --config-file configs/Digits/dkd.yaml --eval-only MODEL.WEIGHTS output/digits/dkd/model_final.pth
+    tools/train_net.py --config-file configs/Digits/dkd.yaml --list-keys KD SOLVER        # the keys and their values
+
+KEY VALUE words come last and override the file. What a key means: kd_det/config.py says it of ours, detectron2's
+documentation of its own. Relative paths start at the working folder, those of data sets at DETECTRON2_DATASETS
+(./datasets where that is not set). tools/dry_run.py tells what is missing before hours are spent.
 """
 
+import argparse
+from typing import Any
+
 from kd_det.engine import DistillationTrainer
-from kd_det.launch import argument_parser, launch_training, setup
+from kd_det.launch import argument_parser, list_keys, run_command, setup
 
 
-def main(args):
+def main(args: argparse.Namespace) -> Any:
+    if args.list_keys:
+        return print(list_keys(args.config_file, args.opts))
     cfg = setup(args)
     if args.eval_only:
         return DistillationTrainer.evaluate_only(cfg, resume=args.resume)
@@ -20,4 +32,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    launch_training(main, argument_parser(__doc__).parse_args())
+    run_command("train_net", main, argument_parser(__doc__).parse_args())

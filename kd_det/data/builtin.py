@@ -34,15 +34,23 @@ def prepare_digits(root: str | os.PathLike | None = None, seed: int | None = Non
         root: parent folder; `datasets_root()` by default
         seed: ≥ 0; by default that of the folder found, or else 0
     Raises:
-        ValueError: negative seed; or `root`/digits holds something that was not written here
+        ValueError: negative seed; `root`/digits holds something that was not written here, or cannot be written
     """
     if seed is not None and seed < 0:
         raise ValueError(f"seed of the digits data set is {seed}; it must be 0 or more")
     folder = (Path(root) if root is not None else datasets_root()).absolute() / "digits"
-    if not _is_current(folder, seed):
-        with file_lock(str(folder)):
-            if not _is_current(folder, seed):  # another process may have written it while this one waited
-                _replace(folder, seed)
+    try:
+        if not _is_current(folder, seed):
+            with file_lock(str(folder)):
+                if not _is_current(folder, seed):  # another process may have written it while this one waited
+                    _replace(folder, seed)
+    except OSError as error:
+        if error.strerror is None:  # not the system's: a photograph is missing
+            raise
+        raise ValueError(
+            f"the digits data set cannot be written to {folder} ({error.strerror}): set DETECTRON2_DATASETS "
+            "to a folder that can be written, with 20 MB free"
+        ) from error
     return folder
 
 

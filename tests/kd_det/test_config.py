@@ -138,5 +138,5 @@ def test_a_warm_up_is_given_in_iterations_or_as_a_share_and_not_as_both():
 def test_a_k_that_the_classes_do_not_allow_is_refused_when_the_loss_is_built():
     cfg = kd_defaults()
     merge_list(cfg, ["KD.LOSS.NAME", "gdkd", "KD.LOSS.GDKD.K", "11", "MODEL.ROI_HEADS.NUM_CLASSES", "10"])
-    with pytest.raises(ValueError, match="^KD.LOSS gdkd: k is 11, but it must be below the number of classes, 11"):
+    with pytest.raises(ValueError, match=r"^KD.LOSS gdkd: k is 11, but it must be below the number of classes, 11"):
         build_box_loss(cfg)

@@ -206,3 +206,9 @@ def test_the_command_writes_and_prints_the_folder(tiny, tmp_path: Path, capsys: 
     builtin.main(["--root", str(tmp_path)])
     assert capsys.readouterr().out.strip() == str(tmp_path / "digits")
     assert (tmp_path / "digits" / "annotations" / "tiny_train.json").is_file()
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"cannot be written to .*file/digits .*: set DETECTRON2_DATASETS"):
+        prepare_digits(tmp_path / "file")
