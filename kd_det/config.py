@@ -7,7 +7,7 @@ from kd_core.losses import add_loss_config, build_loss
 
 from .config_merge import all_keys, merge_file, merge_list
 
-__all__ = ["add_kd_config", "all_keys", "build_box_loss", "kd_defaults", "merge_file", "merge_list"]
+__all__ = ["add_kd_config", "add_timm_config", "all_keys", "build_box_loss", "kd_defaults", "merge_file", "merge_list"]
 
 
 def add_kd_config(cfg: CfgNode) -> None:
@@ -36,7 +36,32 @@ def add_kd_config(cfg: CfgNode) -> None:
     # COCO-format data sets of one's own: a list of [name, json file, image folder].
     cfg.DATASETS.REGISTER = []
 
+    cfg.WANDB = CfgNode()
+    # Send the scalars to Weights & Biases (needs the wandb package).
+    cfg.WANDB.ENABLED = False
+    # The project there; the run is called as the folder OUTPUT_DIR.
+    cfg.WANDB.PROJECT = "decoupled-kd"
+
+    add_timm_config(cfg)
     add_solver_config(cfg.SOLVER)
+
+
+def add_timm_config(cfg: CfgNode) -> None:
+    """The keys of `build_timm_fpn_backbone`: all that a plain detectron2 needs for a student with such a backbone."""
+    cfg.MODEL.TIMM = CfgNode()
+    # A model of timm, with its weights' tag or without: mobilenetv2_100, convnext_tiny.fb_in22k, … Its maps are called
+    # res2 to res5 by their strides 4 to 32, as those of detectron2's ResNets; MODEL.FPN and FREEZE_AT mean the same.
+    cfg.MODEL.TIMM.NAME = ""
+    # Start from timm's weights, which timm downloads and keeps. Not needed, and not done, where MODEL.WEIGHTS is given.
+    cfg.MODEL.TIMM.PRETRAINED = False
+    # Start from a classifier's weights in a local file (.safetensors, .pth), under timm's names. As PRETRAINED.
+    cfg.MODEL.TIMM.WEIGHTS = ""
+    # Stages of the network to take maps from, timm's out_indices. Empty: those that timm gives by itself.
+    cfg.MODEL.TIMM.OUT_INDICES = []
+    # "BN": norms as the network has them. "FrozenBN": every BatchNorm with its statistics and weights fixed. "SyncBN".
+    cfg.MODEL.TIMM.NORM = "BN"
+    # More arguments of timm.create_model: a list of [argument, value], such as [[drop_path_rate, 0.1]].
+    cfg.MODEL.TIMM.KWARGS = []
 
 
 def add_distillation_config(node: CfgNode) -> None:
@@ -93,6 +118,14 @@ def add_solver_config(node: CfgNode) -> None:
     node.ACCUMULATE_STEPS = 1
     # Mixed precision (SOLVER.AMP.ENABLED) in "float16", with a loss scaler, or in "bfloat16".
     node.AMP.DTYPE = "float16"
+
+    node.EMA = CfgNode()
+    # Moving average of the student's weights (timm's ModelEmaV3), evaluated beside it and saved under the key `ema`.
+    node.EMA.ENABLED = False
+    # Share of the average that a step leaves; at .9998 it looks back 5000 iterations.
+    node.EMA.DECAY = 0.9998
+    # Let the decay rise to that value from 0, so that a short training is not averaged with its random start.
+    node.EMA.WARMUP = False
 
 
 def kd_defaults() -> CfgNode:

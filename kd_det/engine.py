@@ -7,23 +7,39 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer, HookBase, TrainerBase
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
 from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from .checkpoint import WholeCheckpointer, load_all_weights
+from .batch_norm import ShareBatchNorm, check_synchronised_norms
+from .checkpoint import UnreadableFile, WholeCheckpointer, load_all_weights
+from .checks import check_frozen_weights
 from .data.loader import TrainLoader, build_train_loader
 from .evaluation import build_evaluator
 from .hooks import KeepBest, SaveStudentConfig, SeedEachStep, cut_metrics
 from .meta_arch import DistilledRCNN
+from .moving_average import MovingAverage, UpdateAverage
+from .rank_agreement import CheckRanksAgree
+from .resume import (
+    check_begun,
+    check_file,
+    check_initial_weights,
+    check_model,
+    check_state,
+    load_step,
+    other_checkpoints,
+)
 from .serialization import factors, load_factors
-from .solver import build_optimizer, check_solver
+from .solver import build_optimizer, check_solver, scale_to_world_size
+from .stage_times import StageTimes
 from .stream_scalars import StreamScalars
 from .stream_trainer import build_step
 from .teacher_config import each_teacher, teacher_config
+from .writers import build_wandb_writers
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +56,9 @@ class DistillationTrainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode) -> None:
         # DefaultTrainer's own would wrap the model for CUDA, and start the loader at iteration 0.
         TrainerBase.__init__(self)
-        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        cfg = scale_to_world_size(cfg, comm.get_world_size())
         check_solver(cfg, comm.get_world_size())
+        check_synchronised_norms(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         if isinstance(model, DistilledRCNN):
             model.load_teacher()
@@ -49,20 +66,76 @@ class DistillationTrainer(DefaultTrainer):
         self.loader = self.build_train_loader(cfg)
         self._trainer = build_step(cfg, distribute(model), self.loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = WholeCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
-        self.start_iter = 0
+        self.average = MovingAverage(cfg, model) if cfg.SOLVER.EMA.ENABLED else None
+        saved = {"ema": self.average} if self.average else {}
+        self.checkpointer = WholeCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self), **saved)
+        self.start_iter, self.resumed = 0, False
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase]:
-        """DefaultTrainer's hooks, and ours: the best checkpoint follows the evaluation, the others come first."""
+        """DefaultTrainer's hooks and ours.
+
+        Before any checkpoint and evaluation the average follows the student, and BatchNorm's statistics are shared;
+        the average is evaluated beside the student, before the writers; the best checkpoint follows the evaluation.
+        """
+        solver, period = self.cfg.SOLVER, self.cfg.TEST.EVAL_PERIOD
         seeding = [SeedEachStep(self.cfg.SEED)] if self.cfg.SEED >= 0 else []
-        return [*seeding, SaveStudentConfig(self.cfg), StreamScalars(), *super().build_hooks(), KeepBest(self.cfg)]
+        inherited = super().build_hooks()
+        saving = next(i for i, h in enumerate(inherited) if isinstance(h, hooks.PeriodicCheckpointer | hooks.EvalHook))
+        evaluated = next(i for i, hook in enumerate(inherited) if isinstance(hook, hooks.EvalHook)) + 1
+        student, output = self.checkpointer.model, Path(self.cfg.OUTPUT_DIR)
+        averages = [self.average] if self.average else []
+        return [
+            *seeding,
+            SaveStudentConfig(self.cfg),
+            StreamScalars(),
+            StageTimes(),
+            *inherited[:saving],
+            *(UpdateAverage(average) for average in averages),
+            ShareBatchNorm([student, *(average.model for average in averages)], (solver.CHECKPOINT_PERIOD, period)),
+            CheckRanksAgree(solver.CHECKPOINT_PERIOD),
+            *inherited[saving:evaluated],
+            *(hooks.EvalHook(period, self.evaluate_average) for _ in averages),
+            *inherited[evaluated:],
+            KeepBest(output / "model_best.pth", student),
+            *(KeepBest(output / "model_best_ema.pth", average.model, "ema") for average in averages),
+        ]
+
+    def build_writers(self) -> list[EventWriter]:
+        """detectron2's: console, metrics.json and TensorBoard; and Weights & Biases where WANDB.ENABLED asks for it."""
+        return [*super().build_writers(), *build_wandb_writers(self.cfg)]
+
+    def evaluate_average(self) -> dict[str, Any]:
+        """AP of the moving average, under `ema`, which joins the student's results."""
+        logger.info("Evaluating the moving average of the student (SOLVER.EMA)")
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.OUTPUT_DIR = str(Path(self.cfg.OUTPUT_DIR, "ema"))
+        results = {"ema": self.test(cfg, self.average.model)}
+        self._last_eval_results = {**self._last_eval_results, **results}
+        return results
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """As DefaultTrainer's; data and log, too, are taken up where the checkpoint was written."""
-        super().resume_or_load(resume=resume)
+        """As DefaultTrainer's; data and log, too, are taken up where the checkpoint was written.
+
+        Raises:
+            ValueError: the checkpoint, or MODEL.WEIGHTS, is of something else (`resume.py`).
+        """
+        resume = resume and self.checkpointer.has_checkpoint()
+        path = self.checkpointer.get_checkpoint_file() if resume else self.cfg.MODEL.WEIGHTS
+        if resume:
+            check_file(path)
+        try:
+            super().resume_or_load(resume=resume)
+        except UnreadableFile as error:
+            raise ValueError(f"{error}; {other_checkpoints(path)}" if resume else f"MODEL.WEIGHTS: {error}") from error
+        if resume:
+            check_begun(path, self.resumed)
+        elif path:
+            check_initial_weights(self.cfg, self.checkpointer.incompatible, set(self.checkpointer.model.state_dict()))
+            check_frozen_weights(self.checkpointer.model, self.checkpointer.incompatible, path)
         self.loader.start = self.start_iter * self.cfg.SOLVER.ACCUMULATE_STEPS
         if comm.is_main_process():
             cut_metrics(Path(self.cfg.OUTPUT_DIR, "metrics.json"), self.start_iter)
@@ -130,23 +203,15 @@ class DistillationTrainer(DefaultTrainer):
         return {**state, "optimizer_name": self.cfg.SOLVER.OPTIMIZER, "max_iter": self.max_iter}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises ValueError where the state is that of another optimizer."""
-        saved, ours = state_dict.get("optimizer_name", "sgd"), self.cfg.SOLVER.OPTIMIZER
-        if saved != ours:
-            raise ValueError(
-                f"The checkpoint to resume was trained with SOLVER.OPTIMIZER {saved}, but this config says {ours}: "
-                "resume with the same, or give its weights as MODEL.WEIGHTS to a training in another OUTPUT_DIR"
-            )
-        if state_dict.get("max_iter", self.max_iter) != self.max_iter:
-            raise ValueError(
-                f"The checkpoint to resume is of a training of {state_dict['max_iter']} iterations, but "
-                f"SOLVER.MAX_ITER is {self.max_iter}: that is another schedule. Resume with the same, or start anew "
-                "from its weights"
-            )
+        """Raises ValueError where the state is that of another training; warns of settings that differ."""
+        path = self.checkpointer.get_checkpoint_file()
+        check_state(state_dict, self.cfg.SOLVER.OPTIMIZER, self.max_iter)
+        check_model(self.checkpointer.incompatible, path)
         TrainerBase.load_state_dict(self, state_dict)
-        self._trainer.load_state_dict(state_dict["_trainer"])
+        load_step(self._trainer, state_dict["_trainer"], path)
         if "aekt_factors" in state_dict:
             load_factors(self.checkpointer.model, state_dict["aekt_factors"])
+        self.resumed = True
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:

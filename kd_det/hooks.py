@@ -13,6 +13,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
+from torch import nn
 
 from kd_core.files import write_text, write_whole
 
@@ -64,13 +65,18 @@ def copy_shared(source: CfgNode, target: CfgNode) -> None:
 
 
 class KeepBest(HookBase):
-    """Keeps the weights of the highest box AP so far as `model_best.pth`, with that AP; comes after the evaluation.
+    """Keeps the weights of the highest box AP so far in a file of their own, with that AP; comes after the evaluation.
 
     `--resume` does not follow it: it holds no optimizer. A resumed training goes on from the AP in the file.
+
+    Args:
+        path: of the file.
+        model: whose weights to keep.
+        task: results of the evaluation that say how good they are: those of the student, or under "ema" its average's.
     """
 
-    def __init__(self, cfg: CfgNode) -> None:
-        self.path = Path(cfg.OUTPUT_DIR, "model_best.pth")
+    def __init__(self, path: Path, model: nn.Module, task: str | None = None) -> None:
+        self.path, self.model, self.task = path, model, task
         self.best = -math.inf
         self.seen: Any = None
 
@@ -91,11 +97,18 @@ class KeepBest(HookBase):
         if results is self.seen or not comm.is_main_process():
             return
         self.seen = results
-        ap = float(results.get("bbox", {}).get("AP", math.nan))
+        ap = box_ap(results.get(self.task, {}) if self.task else results)
         if ap > self.best:
             self.best = ap
-            state = {"model": self.trainer.checkpointer.model.state_dict(), "AP": ap, "iteration": self.trainer.iter}
+            state = {"model": self.model.state_dict(), "AP": ap, "iteration": self.trainer.iter}
             write_whole(self.path, lambda file: torch.save(state, file))
+
+
+def box_ap(results: dict[str, Any]) -> float:
+    """Box AP in the results of an evaluation, on the first of several data sets; NaN where there is none."""
+    if "bbox" in results:
+        return float(results["bbox"].get("AP", math.nan))
+    return next((box_ap(of_set) for of_set in results.values() if isinstance(of_set, dict)), math.nan)
 
 
 def cut_metrics(path: Path, start: int) -> None:

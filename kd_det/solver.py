@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
 from detectron2.solver import build_optimizer as build_detectron2_optimizer
 from detectron2.solver.build import get_default_optimizer_params
 from torch import Tensor, nn
@@ -35,6 +36,36 @@ def check_solver(cfg: CfgNode, world_size: int = 1) -> None:
         raise ValueError(f"SOLVER.AMP.DTYPE is {solver.AMP.DTYPE!r}, expected float16 or bfloat16")
     check_images(solver.IMS_PER_BATCH, world_size, solver.ACCUMULATE_STEPS)
     check_streams(cfg)
+
+
+def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
+    """`cfg` for `world_size` processes, where SOLVER.REFERENCE_WORLD_SIZE says for how many it was written.
+
+    detectron2 scales batch, learning rate and schedule (arXiv 1706.02677). With κ = processes / reference, the
+    iterations of our keys are divided by κ too, and the decay of the moving average is raised to the power of κ, so
+    that it looks back over the same images (arXiv 2307.13813).
+
+    Raises:
+        ValueError: a batch that the reference cannot share out.
+    """
+    solver, reference = cfg.SOLVER, cfg.SOLVER.REFERENCE_WORLD_SIZE
+    if reference in (0, world_size):
+        return cfg
+    if reference < 0 or solver.IMS_PER_BATCH % reference:
+        raise ValueError(
+            f"SOLVER.REFERENCE_WORLD_SIZE is {reference}: it must divide SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH}, "
+            "or be 0 to scale nothing"
+        )
+    scaled = DefaultTrainer.auto_scale_workers(cfg, world_size)
+    frozen, factor = scaled.is_frozen(), world_size / reference
+    scaled.defrost()
+    scaled.KD.LOSS.WARMUP_ITERS = round(cfg.KD.LOSS.WARMUP_ITERS / factor)
+    scaled.SOLVER.GSNR.PERIOD = max(round(solver.GSNR.PERIOD / factor), 1)
+    scaled.SOLVER.GSNR.WINDOW = round(solver.GSNR.WINDOW / factor)
+    scaled.SOLVER.EMA.DECAY = solver.EMA.DECAY**factor
+    if frozen:
+        scaled.freeze()
+    return scaled
 
 
 def check_images(images: int, world_size: int, accumulate_steps: int) -> None:

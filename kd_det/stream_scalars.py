@@ -1,5 +1,7 @@
 """What the gradient streams look like while they train."""
 
+import math
+
 import torch
 from detectron2.engine import HookBase, SimpleTrainer
 from detectron2.utils import comm
@@ -18,7 +20,11 @@ class StreamScalars(HookBase):
     def after_step(self) -> None:
         if (self.trainer.iter + 1) % self.period == 0 and comm.is_main_process():
             step = self.trainer._trainer
-            scalars = {**stream_scalars(step), **admitted_classes(self.trainer.checkpointer.model)}
+            scalars = {
+                **stream_scalars(step),
+                **measured_gsnr(step),
+                **admitted_classes(self.trainer.checkpointer.model),
+            }
             for name, value in scalars.items():
                 self.trainer.storage.put_scalar(name, value, smoothing_hint=False)
 
@@ -39,6 +45,16 @@ def stream_scalars(step: SimpleTrainer) -> dict[str, float]:
     if scaler is not None and scaler.is_enabled():
         scalars["loss_scale"] = scaler.get_scale()
     return scalars
+
+
+def measured_gsnr(step: SimpleTrainer) -> dict[str, float]:
+    """`gsnr/<stream>` as SOLVER.MOMENTA auto has measured it so far, on this rank's batches; nothing once momenta are
+    set from it, and before two samples.
+    """
+    auto = getattr(step, "auto_momenta", None)
+    if auto is None or auto.momenta is not None:
+        return {}
+    return {f"gsnr/{stream}": value for stream, value in auto.gsnr.overall().items() if math.isfinite(value)}
 
 
 def admitted_classes(model: nn.Module) -> dict[str, float]:

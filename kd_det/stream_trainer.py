@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -61,6 +61,7 @@ class StreamTrainer(SimpleTrainer):
         self.streams, self.accumulate_steps, self.dtype = dict(streams), accumulate_steps, dtype
         self.max_norm, self.norm_type, self.auto_momenta = max_norm, norm_type, auto_momenta
         self.device = next(model.parameters()).device
+        self.before_data: Callable[[], None] = lambda: None  # for whoever times the step: what follows waits for images
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype is torch.float16)
 
     def run_step(self) -> None:
@@ -71,6 +72,7 @@ class StreamTrainer(SimpleTrainer):
         metrics: dict[str, Tensor] = {}
         data_time = 0.0
         for micro_step in range(self.accumulate_steps):
+            self.before_data()
             start = time.perf_counter()
             batch = next(self._data_loader_iter)
             data_time += time.perf_counter() - start

@@ -33,7 +33,7 @@ def test_norms_momenta_k_and_scale_are_written_every_twenty_iterations(trainer, 
 
 def test_the_best_weights_are_kept_and_a_resumed_run_knows_how_good_they_were(trainer, tmp_path):
     path = tmp_path / "output" / "model_best.pth"
-    hook = KeepBest(trainer.cfg)
+    hook = KeepBest(path, trainer.checkpointer.model)
     hook.trainer = trainer
     hook.before_train()
     kept = []
@@ -45,7 +45,7 @@ def test_the_best_weights_are_kept_and_a_resumed_run_knows_how_good_they_were(tr
     assert kept == [0, 0, 2, 2]
     assert not (tmp_path / "output" / "last_checkpoint").exists()
     trainer.start_iter = 3
-    resumed = KeepBest(trainer.cfg)
+    resumed = KeepBest(path, trainer.checkpointer.model)
     resumed.trainer = trainer
     resumed.before_train()
     assert resumed.best == 3.0

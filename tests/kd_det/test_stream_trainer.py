@@ -149,13 +149,6 @@ def test_momenta_are_set_from_the_measured_gsnr(tiny_cfg, tiny_model, storage):
     assert resumed.auto_momenta.momenta == chosen == resumed.optimizer.param_groups[0]["momenta"]
 
 
-def test_a_checkpoint_of_another_optimizer_is_refused(tiny_cfg):
-    trainer = object.__new__(DistillationTrainer)
-    trainer.cfg = tiny_cfg()
-    with pytest.raises(ValueError, match=r"trained with SOLVER.OPTIMIZER deepkd_sgd, but this config says sgd: resume"):
-        trainer.load_state_dict({"optimizer_name": "deepkd_sgd"})
-
-
 TRAINING = (
     "DATASETS.TRAIN", "('digits_train',)", "DATASETS.TEST", "()", "INPUT.MIN_SIZE_TRAIN", "(64,)",
     "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 6, "SOLVER.CHECKPOINT_PERIOD", 3, "SOLVER.BASE_LR", 0.005,

@@ -1,0 +1,91 @@
+"""The exponential moving average of the student's weights (SOLVER.EMA)."""
+
+import logging
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase
+from detectron2.modeling import build_model
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+
+class MovingAverage:
+    """A detector whose weights follow a student's, step by step: average ← decay · average + (1 − decay) · student.
+
+    It averages what a checkpoint's `model` holds (AEKT's layer merged, BatchNorm's statistics too), and stands under
+    the checkpoint's key `ema`, in the same names: a plain GeneralizedRCNN takes it. So `model` stays the student.
+
+    Args:
+        cfg: the training's config; SOLVER.EMA and what builds the student.
+        student: the model that is trained.
+    """
+
+    def __init__(self, cfg: CfgNode, student: nn.Module) -> None:
+        options = cfg.SOLVER.EMA
+        if not 0 <= options.DECAY < 1:
+            raise ValueError(f"SOLVER.EMA.DECAY is {options.DECAY}: it must be in [0, 1)")
+        self.student, self.loaded = student, False
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # weights that are overwritten at once shall not cost the student its own
+            plain = build_model(plain_config(cfg))
+        plain.load_state_dict(student.state_dict())
+        self.average = ModelEmaV3(plain, options.DECAY, use_warmup=options.WARMUP)
+
+    @property
+    def model(self) -> nn.Module:
+        """The detector with the averaged weights, in eval mode."""
+        return self.average.module
+
+    def start(self) -> None:
+        """Begin from the student's weights, unless a checkpoint has given the average's own."""
+        if not self.loaded:
+            self.average.set(self.student)
+
+    def update(self, step: int) -> None:
+        """Follow the student's weights after `step` ≥ 1 optimizer steps of the training."""
+        self.average.update(self.student, step)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """GeneralizedRCNN's names."""
+        return self.model.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError where the weights do not fit the student."""
+        try:
+            self.model.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(f"The checkpoint's moving average (key ema) does not fit the student: {error}") from error
+        self.loaded = True
+
+
+class UpdateAverage(HookBase):
+    """Lets a `MovingAverage` follow the student; to precede the hooks that save and evaluate."""
+
+    def __init__(self, average: MovingAverage) -> None:
+        self.average = average
+
+    def before_train(self) -> None:
+        if self.trainer.start_iter > 0 and not self.average.loaded:
+            logger.warning(
+                "SOLVER.EMA.ENABLED is True, but the checkpoint to resume has no moving average (key ema): it begins "
+                "anew from the student's weights at iteration %d",
+                self.trainer.start_iter,
+            )
+        self.average.start()
+
+    def after_step(self) -> None:
+        self.average.update(self.trainer.iter + 1)
+
+
+def plain_config(cfg: CfgNode) -> CfgNode:
+    """What builds the student as a GeneralizedRCNN, keys of ours included (a backbone may read some)."""
+    plain = cfg.clone()
+    plain.defrost()
+    if plain.MODEL.META_ARCHITECTURE == "DistilledRCNN":
+        plain.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
+    return plain
