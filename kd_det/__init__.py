@@ -1,6 +1,7 @@
 """The detectron2 extension: detectors distilled through their ROI classification logits.
 
-Importing it registers the meta-architecture `DistilledRCNN` and the data sets `digits_train` and `digits_val`.
+Importing it registers the meta-architecture `DistilledRCNN`, the backbone `build_timm_fpn_backbone` and the data sets
+`digits_train` and `digits_val`.
 """
 
 try:
@@ -12,9 +13,9 @@ except ModuleNotFoundError as error:
         "kd_det needs detectron2: run `python tools/install_detectron2.py`, or install an upstream build."
     ) from error
 
-from . import data  # noqa: F401  (registers the built-in data sets)
-from .config import add_kd_config
+from . import backbones, data  # noqa: F401  (registers build_timm_fpn_backbone and the built-in data sets)
+from .config import add_kd_config, add_timm_config
 from .meta_arch import DistilledRCNN
 from .teacher import Teacher
 
-__all__ = ["DistilledRCNN", "Teacher", "add_kd_config"]
+__all__ = ["DistilledRCNN", "Teacher", "add_kd_config", "add_timm_config"]

@@ -27,6 +27,7 @@ def check_before_training(cfg: CfgNode, resume: bool) -> None:
         ValueError: names the key and the fix.
     """
     check_meta_architecture(cfg)
+    check_backbone(cfg)
     check_max_iter(cfg)
     if not (resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))):
         check_frozen_stem(cfg)
@@ -60,9 +61,25 @@ def check_meta_architecture(cfg: CfgNode) -> None:
         )
 
 
+def check_backbone(cfg: CfgNode) -> None:
+    """Keys that the backbone does not read would be another network than the one that was meant."""
+    timm, name = cfg.MODEL.TIMM, cfg.MODEL.BACKBONE.NAME
+    if (timm.NAME or timm.PRETRAINED or timm.WEIGHTS) and "timm" not in name:
+        raise ValueError(
+            f"MODEL.TIMM (NAME {timm.NAME!r}) is set, but MODEL.BACKBONE.NAME {name} does not read it: set "
+            "MODEL.BACKBONE.NAME build_timm_fpn_backbone, or leave MODEL.TIMM as it is by default"
+        )
+    if timm.NORM == "FrozenBN" and not (cfg.MODEL.WEIGHTS or timm.PRETRAINED or timm.WEIGHTS):
+        raise ValueError(
+            "MODEL.TIMM.NORM is FrozenBN and there are no weights: statistics of random layers would stay frozen. Give "
+            "MODEL.TIMM.PRETRAINED True, MODEL.TIMM.WEIGHTS or MODEL.WEIGHTS, or set MODEL.TIMM.NORM BN"
+        )
+
+
 def check_frozen_stem(cfg: CfgNode) -> None:
     """Frozen layers must have been trained by someone."""
-    if not cfg.MODEL.WEIGHTS and cfg.MODEL.BACKBONE.FREEZE_AT > 0:
+    by_timm = cfg.MODEL.TIMM.PRETRAINED or cfg.MODEL.TIMM.WEIGHTS
+    if not cfg.MODEL.WEIGHTS and not by_timm and cfg.MODEL.BACKBONE.FREEZE_AT > 0:
         raise ValueError(
             f"MODEL.WEIGHTS is empty and MODEL.BACKBONE.FREEZE_AT is {cfg.MODEL.BACKBONE.FREEZE_AT}: "
             "random layers would stay frozen. Give MODEL.WEIGHTS (tools/convert_weights.py makes them), "

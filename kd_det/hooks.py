@@ -17,6 +17,11 @@ from torch import nn
 
 from kd_core.files import write_text, write_whole
 
+from .config import add_timm_config
+
+# At the head of the student's config: detectron2 refuses keys that it does not know.
+TIMM_NOTE = "# Its backbone is timm's: before merging this file, import kd_det and call kd_det.add_timm_config(cfg).\n"
+
 
 class SeedEachStep(HookBase):
     """Makes every iteration's random draws (proposal sampling, dropout) a function of (seed, rank, iteration).
@@ -41,13 +46,19 @@ class SaveStudentConfig(HookBase):
 
     def before_train(self) -> None:
         if comm.is_main_process():
-            text = student_config(self.cfg).dump()
+            student = student_config(self.cfg)
+            text = (TIMM_NOTE if "TIMM" in student.MODEL else "") + student.dump()
             write_text(Path(self.cfg.OUTPUT_DIR, "student.yaml"), text)
 
 
 def student_config(cfg: CfgNode) -> CfgNode:
-    """`cfg` without the keys of ours that plain detectron2 would refuse: a GeneralizedRCNN with the final weights."""
+    """`cfg` without the keys of ours that plain detectron2 would refuse: a GeneralizedRCNN with the final weights.
+
+    MODEL.TIMM stays where the backbone is built from it.
+    """
     plain = get_cfg()
+    if cfg.MODEL.BACKBONE.NAME == "build_timm_fpn_backbone":
+        add_timm_config(plain)
     copy_shared(cfg, plain)
     if plain.MODEL.META_ARCHITECTURE == "DistilledRCNN":
         plain.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"

@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.config import get_cfg
+from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from detectron2.utils.visualizer import Visualizer
 from tabulate import tabulate
+
+from .config import add_timm_config
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
+def read_student(output_dir: Path) -> CfgNode:
+    """`student.yaml`, as any user of plain detectron2 would read it (add_timm_config: for backbones of timm)."""
+    cfg = get_cfg()
+    add_timm_config(cfg)
+    cfg.merge_from_file(str(output_dir / "student.yaml"), allow_unsafe=False)
+    return cfg
+
+
 def count_parameters(output_dir: Path) -> int:
     """Parameters of the plain detectron2 model that `student.yaml` describes."""
-    cfg = get_cfg()
-    cfg.merge_from_file(str(output_dir / "student.yaml"), allow_unsafe=False)
+    cfg = read_student(output_dir)
     cfg.MODEL.DEVICE = "cpu"
     return sum(p.numel() for p in build_model(cfg).parameters())
 
@@ -135,8 +144,7 @@ def draw_detections(
 
 def load_predictor(output_dir: Path) -> DefaultPredictor:
     """Plain detectron2's predictor on the trained student, as any user would load it."""
-    cfg = get_cfg()
-    cfg.merge_from_file(str(output_dir / "student.yaml"), allow_unsafe=False)
+    cfg = read_student(output_dir)
     cfg.MODEL.WEIGHTS = str(output_dir / "model_final.pth")
     cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
     return DefaultPredictor(cfg)

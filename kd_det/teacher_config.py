@@ -74,6 +74,7 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     teacher = kd_defaults()
     merge_file(teacher, config_path(name))
     teacher.MODEL.DEVICE = cfg.MODEL.DEVICE
+    teacher.MODEL.TIMM.PRETRAINED, teacher.MODEL.TIMM.WEIGHTS = False, ""  # KD.TEACHER.WEIGHTS has the whole detector
     teacher.MODEL.META_ARCHITECTURE = (
         "GeneralizedRCNN" if teacher.MODEL.META_ARCHITECTURE == "DistilledRCNN" else teacher.MODEL.META_ARCHITECTURE
     )
