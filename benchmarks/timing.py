@@ -7,10 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tabulate import tabulate
 from torch.profiler import ProfilerActivity, profile
+
+from kd_core.files import write_text
 
 Step = Callable[[], object]
 
@@ -99,10 +102,12 @@ def judged(ratio: float | None, bound: float | None) -> str:
 
 
 def write_json(path: Path, comparisons: Sequence[Comparison]) -> None:
-    """The comparisons with the machine they were measured on, written whole or not at all."""
+    """The comparisons with the machine they were measured on."""
+    write_figures(path, comparisons=[asdict(c) for c in comparisons])
+
+
+def write_figures(path: Path, **figures: Any) -> None:
+    """Figures with the machine they were measured on, written whole or not at all."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    content = {"torch": torch.__version__, "device": device, "comparisons": [asdict(c) for c in comparisons]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(content, indent=1))
-    os.replace(draft, path)
+    write_text(path, json.dumps({"torch": torch.__version__, "device": device, **figures}, indent=1))

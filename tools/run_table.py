@@ -110,7 +110,7 @@ def report_table(args: argparse.Namespace, output: Path, seconds: dict[str, floa
 
 def iteration_times(args: argparse.Namespace, words: tuple[str, ...]) -> dict[str, float]:
     """Median seconds of an iteration of each method, without loading data."""
-    steps = {name: build_iteration(METHODS[name][1], [*own_words(name, words), *args.options]) for name in args.methods}
+    steps = {name: iteration(METHODS[name][1], [*own_words(name, words), *args.options]) for name in args.methods}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _, (name, step) in itertools.product(range(args.rounds + 2), steps.items()):
         start = time.perf_counter()
@@ -119,29 +119,14 @@ def iteration_times(args: argparse.Namespace, words: tuple[str, ...]) -> dict[st
     return {name: statistics.median(measured[2:]) for name, measured in times.items()}
 
 
-def build_iteration(config: str, words: list[str]) -> Callable[[], None]:
-    """A function that runs one iteration of a config's training, at its first weights, on batches in memory."""
-    from detectron2.utils.events import EventStorage
-
-    from kd_det.engine import DistillationTrainer
+def iteration(config: str, words: list[str]) -> Callable[[], None]:
+    """A function that runs one iteration of a config's training."""
+    from kd_det.iteration import build_iteration
     from kd_det.launch import choose_device, read_config
-    from kd_det.stream_trainer import build_step
 
-    # With learning rate 0 every iteration does its whole work, and no weight can run away without a warm-up.
-    cfg = read_config(str(CONFIGS / f"{config}.yaml"), [*words, "SOLVER.BASE_LR", "0.0"])
+    cfg = read_config(str(CONFIGS / f"{config}.yaml"), words)
     choose_device(cfg, num_gpus=1)
-    batches = list(itertools.islice(iter(DistillationTrainer.build_train_loader(cfg)), 4))
-    model = DistillationTrainer.build_model(cfg)
-    optimizer = DistillationTrainer.build_optimizer(cfg, model)
-    step, storage = build_step(cfg, model, itertools.cycle(batches), optimizer), EventStorage(0)
-
-    def iteration() -> None:
-        with storage:
-            step.iter = storage.iter
-            step.run_step()
-            storage.step()
-
-    return iteration
+    return build_iteration(cfg)
 
 
 if __name__ == "__main__":

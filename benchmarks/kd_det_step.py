@@ -1,0 +1,211 @@
+"""What a distilled detector's training step costs:  python benchmarks/kd_det_step.py [--peer DIR] [--json FILE]
+
+On the built-in digits, ResNet-18 FPN ← ResNet-50 FPN with random weights, 4 images of 192 px. The sides take turns in
+one process on the same batches:
+
+    KD                beside its floor: the plain student's step + the teacher's backbone and box head alone
+    DeepKD (DKD)      beside its floor: KD's step + a second backward pass + the difference of the optimizers
+    DKD               beside the papers' own detection step (--peer: a checkout of mdistiller, read and never kept)
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from detectron2.engine import SimpleTrainer
+from detectron2.utils.events import EventStorage
+from tabulate import tabulate
+from timing import timed, write_figures
+from torch import nn
+
+from kd_core.streams import backward_streams
+from kd_det.iteration import Iteration, build_iteration
+from kd_det.launch import choose_device, read_config
+from kd_det.stream_trainer import stream_losses
+
+ROOT = Path(__file__).resolve().parents[1]
+DIGITS = ROOT / "configs" / "Digits"
+# ResNet-18 takes the whole width of the base; FPN and box head are those of the digits' teacher.
+STUDENT = {
+    "MODEL.RESNETS.DEPTH": "18",
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": "64",
+    "MODEL.RESNETS.WIDTH_PER_GROUP": "64",
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": "64",
+    "MODEL.FPN.OUT_CHANNELS": "64",
+    "MODEL.ROI_BOX_HEAD.FC_DIM": "256",
+}
+TEACHER_YAML = "_BASE_: {base}\nMODEL:\n  RESNETS:\n    DEPTH: 50\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", type=Path, help="a checkout of mdistiller")
+    parser.add_argument("--rounds", type=int, default=15, help="steps of every side that count")
+    parser.add_argument("--json", type=Path, default=ROOT / "output" / "bench" / "kd_det_step.json")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    sides = build_sides(args.peer)
+    seconds = by_turns(sides, args.rounds)
+    rows = table_rows(seconds, peer=args.peer is not None)
+    print(tabulate(rows, ["", "ms", "floor or other side, ms", "ratio", "bound"], tablefmt="github", floatfmt=".2f"))
+    write_figures(args.json, milliseconds={name: 1e3 * statistics.median(times) for name, times in seconds.items()})
+
+
+def build_sides(peer: Path | None) -> dict[str, Callable[[], object]]:
+    """Every side, one step a call."""
+    with tempfile.TemporaryDirectory() as folder:
+        teacher = Path(folder, "teacher.yaml")
+        teacher.write_text(TEACHER_YAML.format(base=DIGITS / "Base-Digits.yaml"))
+        words = ["KD.TEACHER.CONFIG_FILE", str(teacher), "KD.TEACHER.WEIGHTS", "", "KD.TEACHER.ALLOW_RANDOM", "True"]
+        plain, kd, dkd, deepkd = (
+            iteration_of(name, [*chain(*STUDENT.items()), *(words if name != "baseline" else ())])
+            for name in ("baseline", "kd", "dkd", "deepkd")
+        )
+    sides = {
+        "plain": plain,
+        "KD": kd,
+        "DKD": dkd,
+        "DeepKD (DKD)": deepkd,
+        "teacher alone": teacher_alone(kd),
+        "second backward": second_backward(deepkd),
+        "SGD": kd.step.optimizer.step,
+        "StreamSGD": stream_step(deepkd),
+    }
+    if peer is not None:
+        sides["the papers' DKD"] = papers_step(peer, dkd)
+    return sides
+
+
+def iteration_of(name: str, words: list[str]) -> Iteration:
+    cfg = read_config(str(DIGITS / f"{name}.yaml"), words)
+    choose_device(cfg, num_gpus=1)
+    return build_iteration(cfg)
+
+
+def teacher_alone(iteration: Iteration) -> Callable[[], object]:
+    """The teacher's backbone, and its box head on the boxes that the student sampled for a batch."""
+    model, batch = iteration.model, iteration.batches[0]
+    boxes: list[Any] = []
+    given = model.teacher.view
+
+    def remember(*args: Any) -> Any:
+        view = given(*args)
+        logits = view.box_logits
+        view.box_logits = lambda stages: boxes.append(stages) or logits(stages)
+        return view
+
+    model.teacher.view = remember
+    iteration.recorded(lambda: model(batch))
+    del model.teacher.view
+    return lambda: given(batch, model.input_format).box_logits(boxes[0])
+
+
+def second_backward(iteration: Iteration) -> Callable[[], float]:
+    """The backward pass of DeepKD's `tcg` set alone; its forward pass is not in the time, which it returns."""
+    model, batch = iteration.model, iteration.batches[0]
+
+    def run() -> float:
+        losses = stream_losses(iteration.recorded(lambda: model(batch)), iteration.step.streams)
+        params = [p for p in model.parameters() if p.requires_grad]
+        return timed(lambda: torch.autograd.grad(losses["tcg"], params, allow_unused=True))
+
+    run.times_itself = True
+    return run
+
+
+def stream_step(iteration: Iteration) -> Callable[[], float]:
+    """The stream optimizer's step with all its gradients there."""
+    model, optimizer, batch = iteration.model, iteration.step.optimizer, iteration.batches[0]
+
+    def run() -> float:
+        backward_streams(stream_losses(iteration.recorded(lambda: model(batch)), iteration.step.streams), optimizer)
+        seconds = timed(optimizer.step)
+        optimizer.zero_grad()
+        return seconds
+
+    run.times_itself = True
+    return run
+
+
+def papers_step(peer: Path, ours: Iteration) -> Callable[[], None]:
+    """The step of mdistiller's detection code on modules of the same shapes, under detectron2's own trainer."""
+    sys.path[:0] = [str(peer), str(peer / "detection")]
+    from model.rcnn import RCNNKD
+
+    student, teacher = ours.model, ours.model.teacher.model
+    options = SimpleNamespace(TYPE="DKD", DKD=SimpleNamespace(ALPHA=1.0, BETA=0.25, T=1.0))
+    theirs = RCNNKD(
+        backbone=student.backbone,
+        proposal_generator=student.proposal_generator,
+        roi_heads=student.roi_heads,
+        teacher=nn.ModuleDict({"backbone": teacher.backbone, "roi_heads": teacher.roi_heads}),
+        kd_args=options,
+        pixel_mean=student.pixel_mean.flatten().tolist(),
+        pixel_std=student.pixel_std.flatten().tolist(),
+        teacher_pixel_mean=teacher.pixel_mean.flatten().tolist(),
+        teacher_pixel_std=teacher.pixel_std.flatten().tolist(),
+        input_format=student.input_format,
+        teacher_input_format=teacher.input_format,
+    )
+    theirs.train(), theirs.teacher.eval()
+    optimizer = type(ours.step.optimizer)(ours.step.optimizer.param_groups, lr=0.0)
+    return Iteration(theirs, ours.batches, SimpleTrainer(theirs, Endless(ours.batches), optimizer), EventStorage(0))
+
+
+class Endless:
+    """A list of batches without an end."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Any:
+        while True:
+            yield from self.batches
+
+
+def by_turns(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every side in every round, after two that do not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds + 2):
+        for name, side in sides.items():
+            seconds[name].append(side() if getattr(side, "times_itself", False) else timed(side))
+    return {name: times[2:] for name, times in seconds.items()}
+
+
+def table_rows(seconds: dict[str, list[float]], peer: bool) -> list[list[Any]]:
+    """Each measured side, what it stands beside, and the median over the rounds of their ratio."""
+
+    def total(*names: str) -> list[float]:
+        return [sum(parts) for parts in zip(*(seconds[name] for name in names), strict=True)]
+
+    deepkd_floor = [
+        kd + second + streams - sgd
+        for kd, second, streams, sgd in zip(
+            *(seconds[name] for name in ("KD", "second backward", "StreamSGD", "SGD")), strict=True
+        )
+    ]
+    pairs = [
+        ("KD / (plain + teacher alone)", seconds["KD"], total("plain", "teacher alone"), 1.05),
+        ("DeepKD / its parts", seconds["DeepKD (DKD)"], deepkd_floor, 1.05),
+        ("KD / plain", seconds["KD"], seconds["plain"], None),
+        ("DKD / plain", seconds["DKD"], seconds["plain"], None),
+        ("DeepKD / KD", seconds["DeepKD (DKD)"], seconds["KD"], None),
+    ]
+    if peer:
+        pairs.append(("DKD / the papers' DKD", seconds["DKD"], seconds["the papers' DKD"], 0.85))
+    return [
+        [name, 1e3 * statistics.median(ours), 1e3 * statistics.median(other),
+         statistics.median(a / b for a, b in zip(ours, other, strict=True)), bound]
+        for name, ours, other, bound in pairs
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
