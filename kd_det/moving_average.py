@@ -16,8 +16,12 @@ logger = logging.getLogger(__name__)
 class MovingAverage:
     """A detector whose weights follow a student's, step by step: average ← decay · average + (1 − decay) · student.
 
-    It averages what a checkpoint's `model` holds (AEKT's layer merged, BatchNorm's statistics too), and stands under
-    the checkpoint's key `ema`, in the same names: a plain GeneralizedRCNN takes it. So `model` stays the student.
+    It begins at the weights after the first step, and averages what a checkpoint's `model` holds (AEKT's layer merged,
+    BatchNorm's statistics too). It is saved under the checkpoint's key `ema`, in the names of a plain GeneralizedRCNN:
+    `model` stays the student. To have it as a file of weights,
+
+        state = torch.load("model_final.pth", weights_only=True)
+        torch.save({"model": state["ema"]}, "average.pth")
 
     Args:
         cfg: the training's config; SOLVER.EMA and what builds the student.
@@ -56,11 +60,20 @@ class MovingAverage:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError where the weights do not fit the student."""
-        try:
-            self.model.load_state_dict(state)
-        except RuntimeError as error:
-            raise ValueError(f"The checkpoint's moving average (key ema) does not fit the student: {error}") from error
+        own = self.model.state_dict()
+        wrong = [name for name in own | state if shape(own, name) != shape(state, name)]
+        if wrong:
+            raise ValueError(
+                f"The checkpoint's moving average (key ema) is of another model: {len(wrong)} weights differ in name "
+                f"or shape, the first is {wrong[0]}"
+            )
+        self.model.load_state_dict(state)
         self.loaded = True
+
+
+def shape(state: dict[str, Tensor], name: str) -> torch.Size | None:
+    """Of a weight, None where there is none."""
+    return state[name].shape if name in state else None
 
 
 class UpdateAverage(HookBase):
