@@ -1,1 +1,1 @@
-"""Losses and optimizers of knowledge distillation. Needs torch and fvcore only."""
+"""Losses and optimizers of knowledge distillation. Needs torch, numpy and fvcore only."""
