@@ -1,0 +1,204 @@
+"""From a training's folder to a student that needs nothing of this project: plain weights, TorchScript, ONNX."""
+
+import io
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import detectron2
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import GeneralizedRCNN, build_model
+from torch import Tensor, nn
+
+from kd_core.files import write_text, write_whole
+
+from .checkpoint import WholeCheckpointer
+from .config import kd_defaults, merge_file
+from .hooks import student_config
+
+CONFIGS = ("student.yaml", "config.yaml")  # what a training leaves beside its checkpoints
+TRACED_AT, CHECKED_AT = (3, 320, 256), (3, 224, 352)  # an image's (C, H, W): a trace must hold at other sizes too
+TOLERANCE = 1e-3  # pixels, and of scores: what another order of additions may cost
+OPSET = 17
+
+
+@dataclass(frozen=True)
+class Student:
+    """A detector in eval mode on the CPU, the plain detectron2 config that builds it, and where its weights stand."""
+
+    model: GeneralizedRCNN
+    config: CfgNode
+    source: Path
+
+
+def read_student(source: str | os.PathLike, config_file: str | None = None, average: bool = False) -> Student:
+    """The student in `source`, every weight of it.
+
+    Args:
+        source: an OUTPUT_DIR (its `model_final.pth`, or else its last checkpoint), or a checkpoint.
+        config_file: of the training, or plain detectron2's; by default what stands beside the checkpoint.
+        average: take the moving average of the weights (SOLVER.EMA), which a checkpoint holds beside them.
+    Raises:
+        ValueError: no such file; a weight missing, left over or of another shape.
+    """
+    weights = find_weights(Path(source).expanduser())
+    config = read_config(config_file or find_config(weights))
+    model = build_model(config).eval()
+    checkpoint = WholeCheckpointer(model, save_to_disk=False)._load_file(str(weights))
+    if average and "ema" not in checkpoint:
+        raise ValueError(f"{weights} holds no moving average: it was trained without SOLVER.EMA.ENABLED")
+    load_strictly(model, checkpoint["ema" if average else "model"], str(weights))
+    return Student(model, config, weights)
+
+
+def find_weights(source: Path) -> Path:
+    """The checkpoint that a file or an OUTPUT_DIR is."""
+    if source.is_file():
+        return source
+    last = source / "last_checkpoint"
+    names = ["model_final.pth", *([last.read_text(encoding="utf-8").strip()] if last.is_file() else [])]
+    for name in names:
+        if (source / name).is_file():
+            return source / name
+    what = f"holds none of {', '.join(names)}" if source.is_dir() else "is neither a file nor a folder"
+    raise ValueError(f"{source} {what}: give a training's OUTPUT_DIR, or a checkpoint")
+
+
+def find_config(weights: Path) -> str:
+    """The config beside a checkpoint."""
+    for name in CONFIGS:
+        if weights.with_name(name).is_file():
+            return str(weights.with_name(name))
+    raise ValueError(f"there is no {' or '.join(CONFIGS)} beside {weights}: give --config-file")
+
+
+def read_config(path: str) -> CfgNode:
+    """Plain detectron2's config of the student that `path` describes, ours or plain."""
+    if not os.path.isfile(path):
+        raise ValueError(f"--config-file: there is no file {path}")
+    cfg = kd_defaults()
+    merge_file(cfg, path)
+    plain = student_config(cfg)
+    plain.MODEL.DEVICE = "cpu"
+    return plain
+
+
+def load_strictly(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Load `state`, all of it into all of `model`; a ValueError names what does not fit."""
+    own = model.state_dict()
+    kinds = {
+        "lacks": sorted(own.keys() - state.keys()),
+        "has in another shape": [name for name in own if name in state and own[name].shape != state[name].shape],
+        "has beside the model's weights": sorted(state.keys() - own.keys()),
+    }
+    for what, names in kinds.items():
+        if names:
+            raise ValueError(f"{source} {what}: {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}")
+    model.load_state_dict(state)
+
+
+def save_plain(student: Student, folder: Path) -> list[Path]:
+    """Write `student.pth` and `student.yaml`, which plain detectron2 loads."""
+    weights, config = folder / "student.pth", folder / "student.yaml"
+    content = {"model": student.model.state_dict(), "__author__": "decoupled-kd"}
+    write_whole(weights, lambda file: torch.save(content, file))
+    plain = student.config.clone()
+    plain.MODEL.WEIGHTS = str(weights.resolve())
+    write_text(config, plain.dump())
+    return [weights, config]
+
+
+def adapter(student: Student) -> nn.Module:
+    """The detector as a function of one image (3, H, W) that returns tensors, for tracing.
+
+    Raises:
+        ValueError: this detectron2 has no `TracingAdapter`, and why.
+    """
+    try:
+        from detectron2.export import TracingAdapter
+    except ImportError as error:  # v0.5 imports caffe2, which torch no longer has
+        raise ValueError(
+            f"TorchScript and ONNX need detectron2.export.TracingAdapter, and detectron2 {detectron2.__version__} "
+            f"cannot import it ({error}); tools/install_detectron2.py installs one that can"
+        ) from error
+    return TracingAdapter(student.model, [{"image": example(TRACED_AT)}], detect).eval()
+
+
+def detect(model: GeneralizedRCNN, inputs: list[dict[str, Tensor]]) -> list[dict[str, Any]]:
+    """Detections in pixels of the image given; masks as the head gives them, 28 × 28."""
+    return [{"instances": model.inference(inputs, do_postprocess=False)[0]}]
+
+
+def example(shape: tuple[int, int, int]) -> Tensor:
+    """An image of noise."""
+    return torch.randint(256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def output_names(traceable: nn.Module) -> list[str]:
+    """The fields of the detections, in the order of the traced outputs; the image's size comes last."""
+    traceable(example(TRACED_AT))
+    return [*traceable.outputs_schema.schemas[0].schemas[0].keys, "image_size"]
+
+
+@torch.no_grad()
+def save_torchscript(student: Student, path: Path) -> list[str]:
+    """Trace the student, check the trace against it at another size of image, and write it.
+
+    Returns:
+        The names of the outputs, in order.
+    Raises:
+        ValueError: detectron2 cannot trace it; RuntimeError: the trace gives other detections.
+    """
+    traceable = adapter(student)
+    names = output_names(traceable)
+    traced = torch.jit.trace(traceable, (example(TRACED_AT),), check_trace=False)
+    check_equal("the trace", traceable, traced)
+    write_whole(path, lambda file: torch.jit.save(traced, file))
+    return names
+
+
+@torch.no_grad()
+def save_onnx(student: Student, path: Path) -> list[str]:
+    """Write the student as ONNX; checked as in `save_torchscript` where onnxruntime is installed.
+
+    Raises:
+        ValueError: this torch and detectron2 cannot, and why.
+    """
+    traceable = adapter(student)
+    names = output_names(traceable)
+    if find_spec("onnx") is None:
+        raise ValueError(f"ONNX: torch {torch.__version__} writes it by means of the package onnx: pip install onnx")
+    buffer = io.BytesIO()
+    options = {"input_names": ["image"], "output_names": names, "dynamic_axes": {"image": {1: "height", 2: "width"}}}
+    try:
+        torch.onnx.export(traceable, (example(TRACED_AT),), buffer, opset_version=OPSET, dynamo=False, **options)
+    except Exception as error:  # an operator without a counterpart, a missing package: of many kinds
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(
+            f"ONNX: torch {torch.__version__} and detectron2 {detectron2.__version__} cannot export this detector "
+            f"({type(error).__name__}: {reason})"
+        ) from error
+    if find_spec("onnxruntime") is not None:
+        check_equal("the ONNX model", traceable.eval(), run_onnx(buffer.getvalue()))
+    write_whole(path, lambda file: file.write(buffer.getvalue()))
+    return names
+
+
+def run_onnx(content: bytes) -> Callable[[Tensor], list[Tensor]]:
+    """An ONNX model as a function of an image."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    return lambda image: [torch.as_tensor(output) for output in session.run(None, {"image": image.numpy()})]
+
+
+def check_equal(what: str, traceable: nn.Module, exported: Callable[[Tensor], Any]) -> None:
+    """Raise RuntimeError unless `exported` detects in an image of another size what the student does."""
+    expected, found = traceable(example(CHECKED_AT)), exported(example(CHECKED_AT))
+    for a, b in zip(expected, found, strict=True):
+        if a.shape != b.shape or not torch.allclose(a.double(), b.double(), atol=TOLERANCE):
+            raise RuntimeError(f"{what} detects other things than the student: it is not written")
