@@ -82,8 +82,14 @@ def option_parser(description: str) -> argparse.ArgumentParser:
 
 
 def run_command(main: Callable[[], object]) -> None:
-    """Run a command; bad input ends it with one sentence in place of a traceback."""
+    """Run a command; bad input, and a file that cannot be had, end it with one sentence in place of a traceback."""
     try:
         main()
     except (ValueError, FloatingPointError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    except OSError as error:
+        if error.filename is None:  # none of the user's files
+            raise
+        sys.exit(f"{type(error).__name__}: {error.filename}: {error.strerror}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; training goes on from OUTPUT_DIR/last.pth with --resume")

@@ -21,6 +21,7 @@ from kd_cls.build import build_trainer
 from kd_cls.checkpoint import LAST, read_checkpoint, read_metadata
 from kd_cls.checks import check_config
 from kd_cls.config import load_cfg
+from kd_cls.config_merge import all_keys, lookup
 from kd_cls.launch import Process, agree, option_parser, run_command, start_process
 from kd_cls.teacher import teacher_description
 from kd_cls.writers import setup_logging
@@ -115,8 +116,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, object]:
     """The command."""
     parser = option_parser(__doc__)
     parser.add_argument("--resume", action="store_true", help="go on from OUTPUT_DIR/last.pth")
+    parser.add_argument("--list-keys", action="store_true", help="print every key and its value, and end")
     options = parser.parse_intermixed_args(arguments)
     cfg = load_cfg(options.config_file, options.options)
+    if options.list_keys:
+        print("\n".join(f"{key} {lookup(cfg, key)!r}" for key in all_keys(cfg)))
+        return {}
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
     with start_process(cfg.DEVICE) as process:
         if process.device.type == "cuda":

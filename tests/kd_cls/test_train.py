@@ -17,7 +17,7 @@ from timm.models import load_checkpoint
 from kd_cls.build import build_trainer
 from kd_cls.config import load_cfg
 from kd_cls.evaluate import evaluate_checkpoint
-from kd_cls.launch import Process
+from kd_cls.launch import Process, run_command
 from kd_cls.train import main, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -188,6 +188,25 @@ def test_bad_input_ends_the_command_with_one_sentence(tiny_yaml: Path, tmp_path:
         .startswith("ValueError: MODEL.NAME is 'cifar_resnet9', which timm does not know")
     )
     assert "Traceback" not in done.stderr
+
+
+def test_a_file_in_the_way_and_an_interrupt_end_the_command_with_one_sentence(tiny_yaml: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    words = ["--config-file", str(tiny_yaml), "OUTPUT_DIR", str(tmp_path / "file")]
+    with pytest.raises(SystemExit, match=r"FileExistsError: .*file: File exists"):
+        run_command(lambda: main(words))
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit, match=r"interrupted; training goes on from OUTPUT_DIR/last.pth with --resume"):
+        run_command(interrupted)
+
+
+def test_the_keys_are_listed_with_their_values(tiny_yaml: Path, capsys: pytest.CaptureFixture) -> None:
+    main(["--config-file", str(tiny_yaml), "--list-keys", "KD.LOSS.DKD.BETA", "3"])
+    printed = capsys.readouterr().out.splitlines()
+    assert {"MODEL.NAME 'cifar_resnet8'", "KD.LOSS.DKD.BETA 3.0", "DATA.RESIDENT False"} <= set(printed)
 
 
 @pytest.mark.parametrize(
