@@ -38,15 +38,17 @@ def select_rows(stage: BoxStage, rows: str, background_weight: float) -> BoxStag
     if rows == "all":
         return stage
     foreground = stage.foreground
+    dtype = torch.promote_types(stage.student_logits.dtype, torch.float32)
     if rows == "weighted":
-        return replace(stage, weights=torch.where(foreground, 1.0, background_weight))
+        weights = torch.full_like(foreground, background_weight, dtype=dtype)
+        return replace(stage, weights=weights.masked_fill(foreground, 1.0))
     kept = foreground.split([len(boxes) for boxes in stage.boxes])
     logits = stage.student_logits[foreground]
     return BoxStage(
         logits,
         stage.gt_classes[foreground],
         [boxes[keep] for boxes, keep in zip(stage.boxes, kept, strict=True)],
-        logits.new_full((len(logits),), len(logits) / max(len(foreground), 1), dtype=torch.float32),
+        logits.new_full((len(logits),), len(logits) / max(len(foreground), 1), dtype=dtype),
     )
 
 

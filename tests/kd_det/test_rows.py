@@ -51,6 +51,8 @@ def test_a_background_weight_of_1_is_all_rows_and_of_0_the_foreground():
     assert_close(loss(select_rows(stage, "weighted", 1.0), teacher), loss(stage, teacher))
     foreground = loss(select_rows(stage, "foreground", 1.0), teacher[stage.foreground])
     assert_close(loss(select_rows(stage, "weighted", 0.0), teacher), foreground)
+    third = loss(select_rows(stage, "weighted", 1 / 3), teacher)  # to float64's precision
+    assert_close(third, loss(stage, teacher) / 3 + foreground * 2 / 3, rtol=1e-14, atol=0)
     half = loss(select_rows(stage, "weighted", 0.5), teacher)
     assert_close(half, (loss(stage, teacher) + foreground) / 2)
 
