@@ -134,7 +134,7 @@ class DistillationTrainer(DefaultTrainer):
         if resume:
             check_begun(path, self.resumed)
         elif path:
-            check_initial_weights(self.cfg, self.checkpointer.incompatible, set(self.checkpointer.model.state_dict()))
+            check_initial_weights(path, self.checkpointer.incompatible, self.checkpointer.model)
             check_frozen_weights(self.checkpointer.model, self.checkpointer.incompatible, path)
         self.loader.start = self.start_iter * self.cfg.SOLVER.ACCUMULATE_STEPS
         if comm.is_main_process():
@@ -145,8 +145,14 @@ class DistillationTrainer(DefaultTrainer):
         model = self.checkpointer.model
         if self.cfg.KD.TEACHER.EVALUATE and self.start_iter == 0 and isinstance(model, DistilledRCNN):
             self.evaluate_teachers(model)
+        self.write_final()
         super().train()
         return getattr(self, "_last_eval_results", None)
+
+    def write_final(self) -> None:
+        """Write `model_final.pth` where a training was killed between its last periodic checkpoint and that one."""
+        if self.start_iter >= self.max_iter and Path(self.checkpointer.get_checkpoint_file()).name != "model_final.pth":
+            self.checkpointer.save("model_final", iteration=self.iter)
 
     @classmethod
     def evaluate_only(cls, cfg: CfgNode, resume: bool = False) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 from detectron2.config import CfgNode
 from detectron2.engine import SimpleTrainer
+from torch import nn
 
 from .config import kd_defaults
 
@@ -103,17 +104,17 @@ def other_checkpoints(path: str) -> str:
     return f"beside it are {', '.join(others)}: write one's name into last_checkpoint to resume from there"
 
 
-def check_initial_weights(cfg: CfgNode, incompatible: Any, keys: set[str]) -> None:
+def check_initial_weights(path: str, incompatible: Any, model: nn.Module) -> None:
     """What MODEL.WEIGHTS gave the student. Heads may be missing (ImageNet's weights) or of another number of classes.
 
     Args:
+        path: the file.
         incompatible: what fvcore's checkpointer could not match.
-        keys: of the student's state dict.
+        model: the student.
 
     Raises:
         ValueError: no weight fits, or the backbone's are those of another backbone.
     """
-    path = cfg.MODEL.WEIGHTS
     misfits = [row for row in incompatible.incorrect_shapes if row[0].startswith("backbone.")]
     if misfits:
         name, found, expected = misfits[0]
@@ -122,10 +123,11 @@ def check_initial_weights(cfg: CfgNode, incompatible: Any, keys: set[str]) -> No
             f"first is {name} with {tuple(found)}, expected {tuple(expected)}. MODEL.WEIGHTS is the student's start; "
             "a teacher's file is KD.TEACHER.WEIGHTS"
         )
-    if keys <= set(incompatible.missing_keys) | {name for name, *_ in incompatible.incorrect_shapes}:
+    weights = model.state_dict().keys() & {name for name, _ in model.named_parameters()}  # not BatchNorm's counters
+    if weights <= {*incompatible.missing_keys, *(name for name, *_ in incompatible.incorrect_shapes)}:
         unknown = ", ".join(list(incompatible.unexpected_keys)[:3])
         raise ValueError(
-            f"MODEL.WEIGHTS: {path} has not one of the student's {len(keys)} weights; its keys are {unknown} …: "
+            f"MODEL.WEIGHTS: {path} has not one of the student's {len(weights)} weights; its keys are {unknown} …: "
             "tools/convert_weights.py takes ResNets of torchvision and of timm"
         )
     deeper = [key for key in incompatible.unexpected_keys if key.startswith("backbone.")]

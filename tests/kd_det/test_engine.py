@@ -10,6 +10,8 @@ from detectron2.utils.env import seed_all_rng
 from kd_det.engine import DistillationTrainer
 from kd_det.hooks import cut_metrics, student_config
 
+from .test_stream_trainer import assert_equal_trees
+
 TRAINING = (
     "KD.LOSS.NAME", "dkd", "KD.LOSS.WARMUP_ITERS", 4, "DATASETS.TRAIN", "('digits_train',)", "DATASETS.TEST", "()",
     "INPUT.MIN_SIZE_TRAIN", "(64,)", "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 8, "SOLVER.STEPS", "(6,)",
@@ -45,6 +47,19 @@ def test_a_resumed_run_takes_the_very_steps_of_an_undisturbed_one(cfg, tmp_path)
     assert [i for i, _ in resumed] == [4, 5, 6, 7]
     assert resumed == steps[4:]
     assert all(torch.equal(weights[k], ours[k]) for k in weights)
+
+
+def test_a_run_killed_before_its_last_file_writes_it_when_it_is_resumed(cfg, tmp_path):
+    train(cfg)
+    path = tmp_path / "output" / "model_final.pth"
+    expected = torch.load(path, weights_only=True)
+    path.unlink()
+    (tmp_path / "output" / "last_checkpoint").write_text("model_0000007.pth")
+    steps, _ = train(cfg, resume=True)
+    written = torch.load(path, weights_only=True)
+    assert steps == [] and written["iteration"] == expected["iteration"] == 7
+    assert_equal_trees(written["model"], expected["model"])
+    assert_equal_trees(written["trainer"], expected["trainer"])
 
 
 def test_a_resume_with_another_length_of_the_schedule_is_refused(cfg):
