@@ -4,8 +4,12 @@ Importing it registers the meta-architecture `DistilledRCNN`, the backbone `buil
 `digits_train` and `digits_val`.
 """
 
+import warnings
+
 try:
-    import detectron2  # noqa: F401
+    with warnings.catch_warnings():  # it scripts functions when it is imported, which current torch deprecates
+        warnings.filterwarnings("ignore", message=r".*torch\.jit\.script", category=FutureWarning)
+        import detectron2.modeling  # noqa: F401
 except ModuleNotFoundError as error:
     if error.name != "detectron2":
         raise

@@ -1,0 +1,111 @@
+"""A dry run lists all that is missing, builds and steps all the same, and its figures are those of the schedule."""
+
+from pathlib import Path
+
+import pytest
+
+from kd_core.files import write_text
+from kd_det.launch import read_config
+from kd_det.missing import STAND_IN, look
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def dry_run(load_tool):
+    return load_tool("dry_run")
+
+
+@pytest.fixture
+def distilled(tiny_cfg, save_run, tmp_path: Path):
+    """The yaml of a tiny student whose tiny teacher is there."""
+    teacher = save_run(tiny_cfg("OUTPUT_DIR", tmp_path / "teacher"))
+    cfg = tiny_cfg(
+        "KD.LOSS.NAME", "dkd", "KD.TEACHER.CONFIG_FILE", teacher / "student.yaml", "KD.TEACHER.WEIGHTS",
+        teacher / "model_final.pth", "SOLVER.OPTIMIZER", "deepkd_sgd", "SOLVER.IMS_PER_BATCH", 4,
+    )  # fmt: skip
+    write_text(tmp_path / "student.yaml", cfg.dump())
+    return tmp_path / "student.yaml"
+
+
+def figures(text: str) -> dict[str, str]:
+    """The lines of the report, by what stands before their colon."""
+    return dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
+
+
+def test_a_training_that_lacks_nothing_is_estimated_and_leaves_nothing(dry_run, distilled, tmp_path, capsys):
+    assert dry_run.main([str(distilled)]) == 0
+    lines = figures(capsys.readouterr().out)
+    assert "frozen, teacher 0.0" in lines["built"]
+    seconds = float(lines["one step of one image"].split(" s on ")[0])
+    assert "loss_kd_nckd" in lines["one step of one image"] and 0 < seconds < 60
+    assert lines["schedule"].startswith("100 iterations of 4 images (0.4 epochs) by 1 such process: about ")
+    assert lines["memory"].startswith("about ") and "an image" in lines["memory"]
+    assert not (tmp_path / "run").exists()  # OUTPUT_DIR
+
+
+def test_more_processes_take_less_time_and_memory_each(dry_run, distilled):
+    from kd_det.dry_run import measure
+
+    cfg = read_config(str(distilled), ["MODEL.DEVICE", "cpu"])
+    one = measure(cfg, 1, stands_in=False)
+    assert one.total_seconds == pytest.approx(100 * 4 * one.step_seconds)
+    assert one.process_bytes == one.fixed_bytes + 4 * one.image_bytes
+    assert one.checkpoint_bytes == pytest.approx(3 * 4 * one.parameters, rel=0.1)  # weights, and DeepKD's two buffers
+    assert one.trained == one.parameters and one.epochs == 100 * 4 / 1000 and one.disk_bytes == one.checkpoint_bytes
+
+
+def test_all_that_is_missing_stands_in_one_list_and_the_step_is_taken_without_it(dry_run, distilled, capsys):
+    options = [
+        "DATASETS.TRAIN", "('coco_2017_train',)", "DATASETS.TEST", "('nowhere_val',)", "MODEL.WEIGHTS", "no/r18.pth",
+        "KD.TEACHER.WEIGHTS", "no/teacher.pth", "MODEL.MASK_ON", "True", "MODEL.ROI_HEADS.NUM_CLASSES", "10",
+        "MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead", "MODEL.ROI_MASK_HEAD.CONV_DIM", "8",
+    ]  # fmt: skip
+    assert dry_run.main([str(distilled), *options]) == 1
+    text = capsys.readouterr().out
+    for number, part in enumerate(
+        ["DATASETS.TRAIN: coco_2017_train is not there", "DATASETS.TEST: no data set is called 'nowhere_val'",
+         "MODEL.WEIGHTS: there is no file no/r18.pth", "KD.TEACHER.WEIGHTS: there is no file no/teacher.pth"], start=1,
+    ):  # fmt: skip
+        assert f"  {number}. {part}" in text
+    assert "the built-in digits, enlarged to INPUT.MIN_SIZE_TRAIN" in text
+    assert "loss_kd_nckd" in text and "loss_mask" in text and "4 missing or wrong" in text and "epochs" not in text
+
+
+def test_weights_that_training_fetches_are_named_and_not_fetched():
+    cfg = read_config(str(ROOT / "configs" / "COCO" / "dkd_r50_r101.yaml"), [])
+    found = look(cfg, 8)
+    assert any(line.startswith("KD.TEACHER.WEIGHTS: detectron2://") for line in found.to_fetch)
+    assert found.runnable.DATASETS.TRAIN == (STAND_IN,) and found.runnable.KD.TEACHER.WEIGHTS == ""
+
+
+def test_wrong_keys_are_listed_together(tiny_cfg):
+    found = look(
+        tiny_cfg(
+            "SOLVER.OPTIMIZER", "adam", "KD.LOSS.NAME", "dkd", "KD.TEACHER.CONFIG_FILE", "no.yaml",
+            "KD.LOSS.TEMPERATURE", 0, "MODEL.BACKBONE.FREEZE_AT", 2, "SOLVER.IMS_PER_BATCH", 3,
+        ), world_size=2,
+    )  # fmt: skip
+    text = "\n".join(found.missing)
+    for part in ("SOLVER.OPTIMIZER is 'adam'", "temperature must be above 0", "random layers would stay frozen",
+                 "SOLVER.IMS_PER_BATCH 3 must be a positive multiple", "KD.TEACHER.CONFIG_FILE: no.yaml is neither",
+                 "KD.TEACHER.WEIGHTS is empty"):  # fmt: skip
+        assert part in text
+    assert found.runnable.KD.LOSS.NAME == "none"
+
+
+def test_what_does_not_build_is_reported_as_such(dry_run, distilled, capsys):
+    assert dry_run.main([str(distilled), "MODEL.RESNETS.DEPTH", "49"]) == 1
+    assert "it does not build or step: KeyError: 49" in capsys.readouterr().out
+
+
+def test_a_config_that_is_not_there_ends_in_one_line(dry_run):
+    with pytest.raises(SystemExit, match=r"^dry_run: --config-file: there is no file none.yaml"):
+        dry_run.main(["none.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(5, "5.0 seconds"), (90, "1.5 minutes"), (5400, "1.5 hours"), (129600, "1.5 days")]
+)
+def test_durations_are_in_the_unit_that_they_fill(dry_run, seconds, text):
+    assert dry_run.duration(seconds) == text
