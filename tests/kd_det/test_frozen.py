@@ -31,7 +31,7 @@ def load(cfg):
 def test_a_frozen_weight_that_the_file_lacks_is_refused_by_name(tiny_cfg, tiny_model, tmp_path, lacking, count):
     first = f"backbone.bottom_up.{lacking}"
     path = weights_without(tiny_model, tmp_path / "cut.pth", first.removesuffix("conv1.weight"))
-    message = f"MODEL.WEIGHTS: .*cut.pth lacks {count} weights that stay frozen, the first is {first}: .* FREEZE_AT 0"
+    message = f"MODEL.WEIGHTS: .*cut.pth lacks {count} weights that stay frozen, the first is {first}: .*FREEZE_AT 0"
     with pytest.raises(ValueError, match=message):
         load(tiny_cfg(*FROZEN, "MODEL.WEIGHTS", path))
 

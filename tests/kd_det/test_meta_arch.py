@@ -10,6 +10,7 @@ from detectron2.structures import Boxes, Instances
 
 from kd_core.losses import DKDLoss
 from kd_det import DistilledRCNN, Teacher
+from kd_det.hooks import copy_shared
 
 DKD = ("KD.LOSS.NAME", "dkd", "KD.LOSS.TEMPERATURE", 1.0)
 
@@ -182,7 +183,7 @@ def test_no_proposals_at_all_give_zero_terms(tiny_model, batch, storage):
 def test_it_can_be_built_from_parts_without_any_config_of_ours(tiny_cfg, batch, storage):
     cfg = get_cfg()
     plain_keys = tiny_cfg("MODEL.META_ARCHITECTURE", "GeneralizedRCNN")
-    cfg.MODEL.merge_from_other_cfg(plain_keys.MODEL)
+    copy_shared(plain_keys.MODEL, cfg.MODEL)
     teacher = Teacher(build_model(cfg))
     parts = type(teacher.model).from_config(cfg)
     model = DistilledRCNN(loss=DKDLoss(temperature=1.0), teacher=teacher, **parts)

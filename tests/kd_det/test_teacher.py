@@ -6,6 +6,7 @@ import yaml
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
+from kd_det.hooks import copy_shared
 from kd_det.teacher import Teacher
 from kd_det.teacher_config import build_teacher, config_path
 from kd_det.teacher_view import convert_channels
@@ -20,7 +21,7 @@ def other_teacher(tiny_cfg, tmp_path):
     """A yaml of an RGB ResNet-101 teacher with its own mean and std, and its weights."""
     cfg = tiny_cfg()
     plain = get_cfg()
-    plain.MODEL.merge_from_other_cfg(cfg.MODEL)
+    copy_shared(cfg.MODEL, plain.MODEL)
     plain.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
     plain.merge_from_other_cfg(type(plain)(RGB))
     path = tmp_path / "rgb.yaml"
