@@ -1,26 +1,31 @@
-"""Every detection config here merges, and what it names can be built; every key of ours is read and explained."""
+"""Every detection config here trains, saves and resumes; every key in it is read, and every key of ours explained."""
 
 import ast
 import inspect
 import re
+from collections.abc import Callable
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import build_model
 from torch import nn
 
 import kd_core.losses.config as loss_config
 import kd_det.config as det_config
+from kd_det.checks import check_backbone, check_frozen_stem, check_meta_architecture
 from kd_det.config import build_box_loss, kd_defaults, merge_file
-from kd_det.solver import build_optimizer, build_stream_optimizer, check_solver
-from kd_det.stream_trainer import build_step
+from kd_det.solver import build_stream_optimizer, check_solver
+
+from . import config_walk
 
 ROOT = Path(__file__).resolve().parents[2]
 COCO = sorted((ROOT / "configs/COCO").glob("[!B]*.yaml"))
 DIGITS = sorted(p for p in (ROOT / "configs/Digits").glob("[!B]*.yaml") if not p.name.startswith("cls_"))
+BASES = [*sorted((ROOT / "configs/COCO").glob("Base*.yaml")), ROOT / "configs/Digits/Base-Digits.yaml"]
 
 
 def read(path: Path) -> CfgNode:
@@ -33,7 +38,8 @@ def read(path: Path) -> CfgNode:
 @pytest.mark.parametrize("path", [*COCO, *DIGITS], ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_a_config_names_a_loss_and_an_optimizer_that_can_be_built(path):
     cfg = read(path)
-    check_solver(cfg, world_size=2)
+    for check in (check_solver, check_meta_architecture, check_backbone, check_frozen_stem):
+        check(cfg)
     loss = build_box_loss(cfg)
     assert (loss is None) == (path.stem.startswith("baseline") or path.stem == "teacher")
     if loss is not None:
@@ -48,17 +54,55 @@ def test_a_config_names_a_loss_and_an_optimizer_that_can_be_built(path):
     assert Path(cfg.OUTPUT_DIR) == Path("output", path.parent.name.lower(), path.stem)
 
 
-@pytest.mark.parametrize("path", DIGITS, ids=lambda path: path.stem)
-def test_a_digits_config_builds_its_model_and_step(path, monkeypatch):
-    monkeypatch.chdir(ROOT)  # the teacher's config is named from there
-    cfg = read(path)
-    cfg.KD.TEACHER.WEIGHTS, cfg.KD.TEACHER.ALLOW_RANDOM = "", True
-    model = build_model(cfg)
-    if model.teacher is not None:
-        model.load_teacher()
-    trainer = build_step(cfg, model, [], build_optimizer(cfg, model))
-    trained = {p for p in model.parameters() if p.requires_grad}
-    assert {p for group in trainer.optimizer.param_groups for p in group["params"]} == trained
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory) -> Callable[[Path], set[str]]:
+    """Walks a config, once, and tells which keys were read on the way."""
+    folder = tmp_path_factory.mktemp("walk")
+    entries = {classes: config_walk.make_data(folder, classes) for classes in (10, 80)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)  # the teacher's config is named from there
+        yield cache(lambda path: config_walk.walk(path, folder, entries[80 if path in COCO else 10]))
+
+
+@pytest.mark.parametrize("path", [*COCO, *DIGITS], ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_config_steps_saves_resumes_and_steps_again(path, walked):
+    reads = walked(path)
+    unread = [key for key in keys_in(path) if key not in reads]
+    assert unread == [], f"{path.relative_to(ROOT)} sets keys that nothing reads"
+
+
+@pytest.mark.parametrize("base", BASES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_key_in_a_base_config_is_read_by_one_that_includes_it(base, walked):
+    including = [path for path in [*COCO, *DIGITS] if base in bases_of(path)]
+    # One of each kind of backbone is enough, and whichever test comes first has walked them.
+    chosen = {read(path).MODEL.BACKBONE.NAME: path for path in including}.values()
+    reads = set().union(*(walked(path) for path in chosen))
+    assert [key for key in keys_in(base) if key not in reads] == []
+
+
+def test_a_key_that_nothing_reads_is_found(tmp_path, walked):
+    path = tmp_path / "Unread" / "kd.yaml"
+    path.parent.mkdir()
+    text = (
+        (ROOT / "configs/Digits/kd.yaml")
+        .read_text()
+        .replace("baseline.yaml", str(ROOT / "configs/Digits/baseline.yaml"))
+    )
+    path.write_text(text + "MODEL:\n  SEM_SEG_HEAD:\n    CONVS_DIM: 64\n")
+    reads = walked(path)
+    assert [key for key in keys_in(path) if key not in reads] == ["MODEL.SEM_SEG_HEAD.CONVS_DIM"]
+
+
+def keys_in(path: Path) -> list[str]:
+    """Dotted keys that a yaml file sets itself, without those of its `_BASE_`."""
+    own = yaml.safe_load(path.read_text())
+    return [key for key in leaves(CfgNode(own), None) if key not in ("_BASE_", "VERSION")]
+
+
+def bases_of(path: Path) -> list[Path]:
+    """Every file that `path` includes, directly or not."""
+    name = yaml.safe_load(path.read_text()).get("_BASE_")
+    return [] if name is None else [path.parent / name, *bases_of(path.parent / name)]
 
 
 def leaves(node: CfgNode, known: CfgNode | None, prefix: str = "") -> list[str]:
