@@ -1,39 +1,14 @@
 """The data of a config: data sets cut to the number of images asked for, and their loaders."""
 
-from typing import Any
-
 import torch
 from fvcore.common.config import CfgNode
 from timm.data.loader import PrefetchLoader
 from torch.utils.data import Dataset
 
 from kd_cls.checks import mixes
-from kd_cls.data import DataSets, Loaders, create_datasets, create_loaders, default_augmentation
+from kd_cls.data import DataSets, EveryNth, Loaders, create_datasets, create_loaders, default_augmentation
 from kd_cls.launch import Process
 from kd_cls.network import InputStats, parse_mapping
-
-
-class EveryNth(Dataset):
-    """`count` images of a data set, evenly spaced, so that sorted classes keep their shares."""
-
-    def __init__(self, dataset: Dataset, count: int) -> None:
-        self.dataset, self.count = dataset, count
-        self.classes = dataset.classes
-
-    @property
-    def transform(self) -> Any:
-        """The whole data set's transform; the loader sets it."""
-        return self.dataset.transform
-
-    @transform.setter
-    def transform(self, transform: Any) -> None:
-        self.dataset.transform = transform
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> Any:
-        return self.dataset[index * len(self.dataset) // self.count]
 
 
 def build_data(cfg: CfgNode) -> DataSets:

@@ -71,4 +71,3 @@ def prune(values: dict[str, Any], known: set[str], prefix: str = "") -> dict[str
         elif key in known:
             kept[name] = value
     return {name: value for name, value in kept.items() if value != {}}
-

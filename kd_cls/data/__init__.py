@@ -38,6 +38,7 @@ from .reproducible import ReproducibleDataset
 from .resident import ResidentLoader
 from .sampler import EpochSampler
 from .transforms import AUGMENTATIONS, TIMM_OPTIONS, build_transforms
+from .wrapped import EveryNth
 
 __all__ = [
     "AUGMENTATIONS",
@@ -45,6 +46,7 @@ __all__ = [
     "TIMM_OPTIONS",
     "DataSets",
     "EpochSampler",
+    "EveryNth",
     "Loaders",
     "ReproducibleDataset",
     "ResidentLoader",

@@ -9,6 +9,8 @@ from torch.utils.data import Dataset
 
 from kd_core.rng import preserved_rng, seed_rng
 
+from .wrapped import WrappedDataset
+
 
 def mix_seed(*values: int) -> int:
     """One 63-bit seed from several integers; neighbouring integers give unrelated seeds."""
@@ -16,7 +18,7 @@ def mix_seed(*values: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-class ReproducibleDataset(Dataset):
+class ReproducibleDataset(WrappedDataset):
     """`dataset`, with every random choice made in `dataset[index]` drawn from (seed, epoch, index).
 
     Args:
@@ -26,23 +28,10 @@ class ReproducibleDataset(Dataset):
     """
 
     def __init__(self, dataset: Dataset, seed: int, augmentation_epochs: int = 0) -> None:
-        self.dataset, self.seed, self.augmentation_epochs = dataset, seed, augmentation_epochs
+        super().__init__(dataset)
+        self.seed, self.augmentation_epochs = seed, augmentation_epochs
         # Shared memory: workers that live through several epochs were given a copy of this object in the first.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    @property
-    def transform(self) -> Any:
-        """The wrapped data set's transform; timm's loader sets it."""
-        return self.dataset.transform
-
-    @transform.setter
-    def transform(self, transform: Any) -> None:
-        self.dataset.transform = transform
-
-    @property
-    def classes(self) -> list[str]:
-        """The wrapped data set's class names."""
-        return self.dataset.classes
 
     def set_epoch(self, epoch: int) -> None:
         """Draw from `epoch` from now on, in every worker too. Call it between epochs: workers fetch ahead."""
@@ -59,6 +48,3 @@ class ReproducibleDataset(Dataset):
                 seed_rng(mix_seed(self.seed, epoch, int(index)))
                 items.append(self.dataset[index])
         return items
-
-    def __len__(self) -> int:
-        return len(self.dataset)

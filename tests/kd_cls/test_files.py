@@ -15,9 +15,9 @@ import torch
 from fvcore.common.config import CfgNode
 
 from kd_cls.checkpoint import read_checkpoint, read_metadata
-from kd_cls.data import create_datasets
+from kd_cls.data import EveryNth, create_datasets
 from kd_cls.meters import StepMeters
-from kd_cls.pipeline import EveryNth, build_data
+from kd_cls.pipeline import build_data
 from kd_cls.writers import Writers, cut_metrics
 
 WRITE_FOREVER = """

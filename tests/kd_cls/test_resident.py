@@ -1,10 +1,9 @@
-"""Training with the images on the device: the same evaluation, the same resume, caches of its own."""
+"""Training with the images on the device: the same evaluation, and caches of its own. Resuming: test_resume.py."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from kd_cls.build import build_trainer
 from kd_cls.data import ResidentLoader
@@ -30,27 +29,6 @@ def test_evaluation_from_the_device_is_that_of_the_loader(tiny: Callable, proces
     student = read.task.trainable_module.eval()
     first, second = (trainer.evaluate_student(student.predict) for trainer in (read, resident))
     assert first.pop("loss") == pytest.approx(second.pop("loss"), rel=1e-5) and first == second
-
-
-def test_a_resident_run_goes_on_in_the_middle_of_an_epoch_to_the_same_end(
-    tiny: Callable, process: Process, tmp_path: Path
-) -> None:
-    words = [*RESIDENT, "DATA.AUGMENTATION", "cifar", "SOLVER.CHECKPOINT_PERIOD", 3, "OUTPUT_DIR"]
-    train(tiny(*words, tmp_path / "whole"), process)
-    cut = build_trainer(tiny(*words, tmp_path / "cut"), process)
-    after_step = cut.after_step
-
-    def stop_after_3() -> None:
-        after_step()
-        if cut.iteration == 3:
-            raise KeyboardInterrupt
-
-    cut.after_step = stop_after_3
-    with pytest.raises(KeyboardInterrupt):
-        cut.run()
-    train(tiny(*words, tmp_path / "cut"), process, resume=True)
-    whole, again = (torch.load(tmp_path / name / "last.pth", weights_only=True)["model"] for name in ("whole", "cut"))
-    assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
 def test_a_teacher_cache_of_the_other_draws_is_refused(tiny: Callable, process: Process, tmp_path: Path) -> None:

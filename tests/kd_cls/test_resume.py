@@ -30,6 +30,7 @@ METHODS = {
     "momenta auto": [
         *["KD.LOSS.NAME", "dkd", "SOLVER.MOMENTA", "auto", "SOLVER.GSNR.PERIOD", 1, "SOLVER.GSNR.WINDOW", 6],
     ],
+    "images on the device": ["DATA.RESIDENT", True, "DATA.AUGMENTATION", "cifar"],
     "adamw": ["KD.LOSS.NAME", "kd", "SOLVER.OPTIMIZER", "stream_adamw", "SOLVER.BASE_LR", 1e-3],
 }
 

@@ -1,0 +1,43 @@
+"""Data sets around a data set, whose transform and classes stay its own."""
+
+from typing import Any
+
+from torch.utils.data import Dataset
+
+
+class WrappedDataset(Dataset):
+    """`dataset`, for a subclass to read in another way."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    @property
+    def transform(self) -> Any:
+        """The wrapped data set's transform; the loader sets it."""
+        return self.dataset.transform
+
+    @transform.setter
+    def transform(self, transform: Any) -> None:
+        self.dataset.transform = transform
+
+    @property
+    def classes(self) -> list[str]:
+        """The wrapped data set's class names."""
+        return self.dataset.classes
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+class EveryNth(WrappedDataset):
+    """`count` images of a data set, evenly spaced, so that sorted classes keep their shares."""
+
+    def __init__(self, dataset: Dataset, count: int) -> None:
+        super().__init__(dataset)
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[index * len(self.dataset) // self.count]
