@@ -18,6 +18,7 @@ written, but for the digits if they are asked for.
 import argparse
 import logging
 import sys
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -97,6 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{options.config_file} for {machine.world_size} process{'es' if gpus > 1 else ''}")
     found = look(cfg, machine.world_size)
     cost = None
+    warnings.filterwarnings("ignore", category=UserWarning)  # detectron2's, of torch's future
     try:
         logging.disable(logging.WARNING)  # what is worth knowing is in the report
         cost = measure(found.runnable, machine.world_size, STAND_IN in found.runnable.DATASETS.TRAIN)
