@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from kd_det.solver import build_optimizer, check_solver
+from kd_det.batch_norm import check_synchronised_norms
+from kd_det.solver import build_optimizer, check_solver, scale_to_world_size
 
 DEEPKD = ("KD.LOSS.NAME", "dkd", "SOLVER.OPTIMIZER", "deepkd_sgd")
 
@@ -61,3 +62,45 @@ def test_what_no_run_could_mean_is_refused_with_its_key(tiny_cfg, overrides, mes
 def test_a_momentum_out_of_range_names_its_keys(tiny_cfg, tiny_model):
     with pytest.raises(ValueError, match=r"SOLVER.OPTIMIZER deepkd_sgd, MOMENTUM 0.95, DEEPKD .*'tog' is 1.02"):
         build_optimizer(tiny_cfg(*DEEPKD, "SOLVER.MOMENTUM", 0.95), tiny_model())
+
+
+SCHEDULE = (
+    "SOLVER.REFERENCE_WORLD_SIZE", 2, "SOLVER.IMS_PER_BATCH", 8, "SOLVER.ACCUMULATE_STEPS", 2, "SOLVER.BASE_LR", 0.01,
+    "SOLVER.MAX_ITER", 1000, "SOLVER.STEPS", "(800,)", "SOLVER.WARMUP_ITERS", 100, "SOLVER.CHECKPOINT_PERIOD", 200,
+    "TEST.EVAL_PERIOD", 400, "KD.LOSS.WARMUP_ITERS", 500, "SOLVER.GSNR.PERIOD", 10, "SOLVER.GSNR.WINDOW", 60,
+    "SOLVER.EMA.DECAY", 0.99,
+)  # fmt: skip
+
+
+def test_a_schedule_written_for_two_processes_is_scaled_to_eight_and_to_one(tiny_cfg):
+    cfg = tiny_cfg(*DEEPKD, *SCHEDULE)
+    cfg.freeze()
+    more, fewer = scale_to_world_size(cfg, 8), scale_to_world_size(cfg, 1)
+    assert more.is_frozen()
+    solver = more.SOLVER
+    assert (solver.IMS_PER_BATCH, solver.ACCUMULATE_STEPS, solver.BASE_LR) == (32, 2, 0.04)
+    assert (solver.MAX_ITER, solver.STEPS, solver.WARMUP_ITERS) == (250, (200,), 25)
+    assert (solver.CHECKPOINT_PERIOD, more.TEST.EVAL_PERIOD, more.KD.LOSS.WARMUP_ITERS) == (50, 100, 125)
+    assert (solver.GSNR.PERIOD, solver.GSNR.WINDOW) == (2, 15)
+    assert abs(solver.EMA.DECAY - 0.99**4) < 1e-12  # a step of it sees four times the images
+    check_solver(more, world_size=8)
+    assert (fewer.SOLVER.IMS_PER_BATCH, fewer.SOLVER.MAX_ITER, fewer.KD.LOSS.WARMUP_ITERS) == (4, 2000, 1000)
+    assert abs(fewer.SOLVER.EMA.DECAY - 0.99**0.5) < 1e-12
+
+
+def test_nothing_is_scaled_without_a_reference_or_at_it_and_one_that_does_not_fit_is_refused(tiny_cfg):
+    cfg = tiny_cfg(*DEEPKD, *SCHEDULE)
+    assert scale_to_world_size(cfg, 2) is cfg
+    cfg.SOLVER.REFERENCE_WORLD_SIZE = 0
+    assert scale_to_world_size(cfg, 8) is cfg
+    cfg.SOLVER.REFERENCE_WORLD_SIZE = 3
+    with pytest.raises(ValueError, match=r"SOLVER.REFERENCE_WORLD_SIZE is 3: it must divide SOLVER.IMS_PER_BATCH 8"):
+        scale_to_world_size(cfg, 4)
+
+
+def test_synchronised_norms_that_need_gpus_are_refused_on_cpu_processes(tiny_cfg):
+    cfg = tiny_cfg("MODEL.FPN.NORM", "SyncBN")
+    with pytest.raises(ValueError, match=r"MODEL.FPN.NORM SyncBN .* in 2 processes on the CPU: set .* naiveSyncBN"):
+        check_synchronised_norms(cfg, world_size=2)
+    check_synchronised_norms(cfg, world_size=1)  # torch's is a BatchNorm there
+    check_synchronised_norms(tiny_cfg("MODEL.FPN.NORM", "naiveSyncBN"), world_size=2)

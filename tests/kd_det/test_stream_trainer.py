@@ -17,6 +17,10 @@ from .conftest import make_batch
 
 DKD = ("KD.LOSS.NAME", "dkd", "KD.LOSS.TEMPERATURE", 1.0)
 DEEPKD = (*DKD, "SOLVER.OPTIMIZER", "deepkd_sgd")
+CLIP = (
+    "SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "norm",
+    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE",
+)  # fmt: skip
 EQUAL = tuple(word for name in ("TOG", "TCG", "NCG") for word in (f"SOLVER.DEEPKD.DELTA_{name}", 0.0))
 
 
@@ -61,13 +65,19 @@ def test_rpn_and_box_regressor_decay_under_deepkd_and_norms_do_not(tiny_cfg, tin
         assert_close(decayed[name] - free[name], -factor * before, rtol=0, atol=1e-12)
 
 
-def test_two_micro_batches_of_four_are_one_batch_of_eight(tiny_cfg, tiny_model, pinned, storage):
-    frozen = ("MODEL.RESNETS.NORM", "FrozenBN")  # batch norm would see another batch
-    model = tiny_model(*DKD, *frozen).double()
+@pytest.mark.parametrize("clip", [(), (*CLIP, 0.5)], ids=["free", "clipped"])
+@pytest.mark.parametrize("optimizer", ["deepkd_sgd", "sgd"])
+def test_two_micro_batches_of_four_are_one_batch_of_eight(tiny_cfg, tiny_model, pinned, storage, optimizer, clip):
+    options = (*DKD, "MODEL.RESNETS.NORM", "FrozenBN", "SOLVER.OPTIMIZER", optimizer, *clip)  # BN sees its batch only
+    model = tiny_model(*options).double()
     twin = copy.deepcopy(model)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
     images = make_batch(8)
-    whole = one_step(tiny_cfg(*DEEPKD, *frozen), model, [images])
-    parts = one_step(tiny_cfg(*DEEPKD, *frozen, "SOLVER.ACCUMULATE_STEPS", 2), twin, [images[:4], images[4:]])
+    whole = one_step(tiny_cfg(*options), model, [images])
+    rois = storage.latest()["roi_head/num_fg_samples"][0] + storage.latest()["roi_head/num_bg_samples"][0]
+    parts = one_step(tiny_cfg(*options, "SOLVER.ACCUMULATE_STEPS", 2), twin, [images[:4], images[4:]])
+    assert rois == storage.latest()["roi_head/num_fg_samples"][0] + storage.latest()["roi_head/num_bg_samples"][0]
+    assert any(not torch.equal(p, start[name]) for name, p in whole.items())
     for name, p in whole.items():
         assert_close(parts[name], p, rtol=0, atol=1e-10)
 
@@ -88,24 +98,37 @@ def test_an_infinite_scaled_gradient_skips_the_step_of_every_stream(tiny_cfg, ti
     assert "roi_heads.box_predictor.cls_score.weight" in moved and "proposal_generator.rpn_head.conv.weight" in moved
 
 
-def test_bfloat16_pools_and_distils_in_float32(tiny_cfg, tiny_model, storage):
-    cfg = tiny_cfg(*DEEPKD, "SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bfloat16")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("optimizer", ["deepkd_sgd", "sgd"])
+def test_mixed_precision_pools_and_distils_in_float32(tiny_cfg, tiny_model, storage, dtype, optimizer):
+    cfg = tiny_cfg(*DKD, "SOLVER.OPTIMIZER", optimizer, "SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", dtype)
     model = tiny_model(*DKD)
+    model.load_teacher()
     seen = {}
     trainer = build_step(cfg, model, [make_batch()], build_optimizer(cfg, model))
-    pooler = model.roi_heads.box_pooler
-    pooler.register_forward_hook(lambda _, inputs, out: seen.update(maps=inputs[0][0].dtype, pooled=out.dtype))
-    model.backbone.register_forward_hook(lambda _, __, out: seen.update(backbone=out["p2"].dtype))
+    for name, detector in {"student": model, "teacher": model.teacher.model}.items():
+        heads, backbone = detector.roi_heads, detector.backbone
+        heads.box_pooler.register_forward_hook(
+            lambda _, inputs, out, name=name: seen.update(
+                {f"{name} maps": inputs[0][0].dtype, f"{name} boxes": out.dtype}
+            )
+        )
+        backbone.register_forward_hook(lambda _, __, out, name=name: seen.update({f"{name} backbone": out["p2"].dtype}))
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer.iter = 0
     trainer.run_step()
-    assert seen == {"backbone": torch.bfloat16, "maps": torch.float32, "pooled": torch.float32}
+    assert len(seen) == 6
+    for name, found in seen.items():
+        assert found is (getattr(torch, dtype) if name.endswith("backbone") else torch.float32), name
     assert all(p.isfinite().all() for p in model.parameters())
+    assert trainer.scaler.is_enabled() == (dtype == "float16")
+    if dtype == "bfloat16":  # float16's first scale may skip the step
+        assert any(not torch.equal(p, start[name]) for name, p in model.named_parameters())
     assert storage.latest()["loss_kd_nckd"][0] >= 0
 
 
 def test_the_norm_of_the_whole_gradient_is_clipped(tiny_cfg, tiny_model, storage):
-    clip = ("SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "norm")
-    cfg = tiny_cfg(*DEEPKD, *clip, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 0.01)
+    cfg = tiny_cfg(*DEEPKD, *CLIP, 0.01)
     model = tiny_model(*DKD)
     one_step(cfg, model, [make_batch()])
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
