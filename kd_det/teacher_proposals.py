@@ -1,7 +1,7 @@
 """KD.PROPOSALS student+teacher: rows to distil at the boxes that the teacher's RPN proposes."""
 
 from detectron2.layers import cat
-from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, ROIHeads
+from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, ROIHeads, StandardROIHeads
 from detectron2.structures import Instances
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor
@@ -26,7 +26,15 @@ def stages_on_teacher_proposals(
         features: its feature maps.
         targets: ground truth of every image.
         views: what each teacher sees of the batch.
+
+    Raises:
+        ValueError: other heads than Standard, Cascade and Res5, or a teacher without an RPN.
     """
+    if not isinstance(heads, StandardROIHeads | Res5ROIHeads):  # cascade heads are standard heads
+        raise ValueError(
+            f"KD.PROPOSALS student+teacher runs the student's box head again, which is known of Standard, Cascade and "
+            f"Res5 heads, but not of {type(heads).__name__}: set KD.PROPOSALS student"
+        )
     proposals = [merge_proposals(image) for image in zip(*(view.proposals() for view in views), strict=True)]
     with EventStorage(get_event_storage().iter):
         sampled = heads.label_and_sample_proposals(proposals, targets)

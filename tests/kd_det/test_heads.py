@@ -5,12 +5,14 @@ import copy
 import pytest
 import torch
 from detectron2.modeling import build_model
+from detectron2.modeling.roi_heads import ROIHeads
 from detectron2.structures import BitMasks, Keypoints
 from detectron2.utils.events import EventStorage
 from torch.testing import assert_close
 
 from kd_det import Teacher
 from kd_det.capture import capture_box_stages, capture_head_inputs
+from kd_det.stream_trainer import pool_in_float32
 from kd_det.teacher_proposals import stages_on_teacher_proposals
 from kd_det.teacher_view import stage_logits
 
@@ -116,6 +118,36 @@ def test_a_teacher_without_an_rpn_has_no_proposals(tiny_model, batch, storage):
     model.teacher.model.proposal_generator = None
     with pytest.raises(ValueError, match=r"KD.PROPOSALS student\+teacher: the teacher has no RPN"):
         model(batch)
+
+
+def test_other_heads_are_not_run_again():
+    heads = ROIHeads(num_classes=10, batch_size_per_image=8, positive_fraction=0.25, proposal_matcher=None)
+    with pytest.raises(ValueError, match=r"KD.PROPOSALS student\+teacher runs .* but not of ROIHeads: set KD"):
+        stages_on_teacher_proposals(heads, {}, [], [])
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_aekt_distils_the_logits_before_its_layer_on_the_teachers_rows_too(tiny_model, batch, storage, heads):
+    aekt = ("KD.LOSS.NAME", "aekt", "KD.LOSS.TEMPERATURE", 1.0, *HEADS[heads])
+    plain, more = tiny_model(*aekt), tiny_model(*aekt, *BOTH)
+    for model in (plain, more):  # away from the identity
+        for layer in model.serialization:
+            torch.nn.init.constant_(layer.bias, 0.5)
+    expected, got = run(plain, batch), run(more, batch)
+    assert all(torch.equal(got[name], value) for name, value in expected.items() if "kd" not in name)
+    sum(value for name, value in got.items() if "kd" in name).backward()
+    assert all(p.grad is None for p in more.serialization.parameters())
+
+
+def test_half_precision_rows_are_joined_and_weighted(tiny_model, batch, storage):
+    model = tiny_model(*DKD, *BOTH, "KD.ROWS", "weighted")
+    pool_in_float32(model)
+    seen = []
+    model.loss.register_forward_pre_hook(lambda _, args: seen.append(args[:2]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = run(model, batch)
+    assert [z.dtype for z in seen[0]] == [torch.bfloat16] * 2 and losses["loss_kd_nckd"].dtype == torch.float32
+    sum(losses.values()).backward()
 
 
 def test_the_loss_sees_the_rows_of_choice(tiny_model, batch, storage):

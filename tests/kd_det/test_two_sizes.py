@@ -10,7 +10,7 @@ from fvcore.transforms.transform import CropTransform, HFlipTransform
 from PIL import Image
 from torch.testing import assert_close
 
-from kd_det.data.loader import seeded
+from kd_det.data.loader import build_train_loader, seeded
 from kd_det.data.two_sizes import TwoSizeMapper, build_train_mapper, scaled_transforms
 from kd_det.teacher_view import rescale_proposals, scale_boxes
 
@@ -71,6 +71,18 @@ def test_a_plain_mapper_serves_where_sizes_are_equal_or_nothing_is_distilled(tin
     assert type(build_train_mapper(tiny_cfg(*DKD))) is DatasetMapper
     assert type(build_train_mapper(tiny_cfg(*TWO, "KD.LOSS.NAME", "none"))) is DatasetMapper
     assert type(build_train_mapper(tiny_cfg(*TWO))) is TwoSizeMapper
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_training_loader_brings_both_sizes_to_the_model(tiny_cfg, tiny_model, storage, workers):
+    data = ("DATASETS.TRAIN", "('digits_train',)", "SOLVER.IMS_PER_BATCH", 2, "SEED", 1)
+    cfg = tiny_cfg(*TWO, *data, "DATALOADER.NUM_WORKERS", workers)
+    batch = next(iter(build_train_loader(cfg)))
+    for item in batch:
+        assert [2 * side for side in item["image"].shape[1:]] == list(item["teacher_image"].shape[1:])
+        assert item["teacher_image"].dtype == torch.uint8
+    losses = tiny_model(*TWO)(batch)
+    assert losses["loss_kd_nckd"].isfinite() and losses["loss_kd_nckd"] > 0
 
 
 @pytest.mark.parametrize(
