@@ -2,8 +2,9 @@
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -28,8 +29,18 @@ class BoxEvaluator(COCOEvaluator):
                 "loaded, or MODEL.ROI_HEADS.SCORE_THRESH_TEST is too high.",
                 len(predictions),
             )
-        with mock.patch.object(coco_evaluation, "COCOeval", coco_eval_class()):
+        with evaluating_with(coco_eval_class()):
             super()._eval_predictions(predictions, *args, **kwargs)
+
+
+@contextmanager
+def evaluating_with(cls: type) -> Iterator[None]:
+    """Let detectron2's evaluator use `cls`; it names pycocotools' class itself and takes no other as an argument."""
+    own, coco_evaluation.COCOeval = coco_evaluation.COCOeval, cls
+    try:
+        yield
+    finally:
+        coco_evaluation.COCOeval = own
 
 
 def coco_eval_class() -> type:

@@ -1,15 +1,20 @@
 """The trainer, in this process: resuming, its hooks, and what it says when the numbers break."""
 
 import json
+import logging
 import shutil
 
 import pytest
 import torch
+import yaml
 from detectron2.utils.env import seed_all_rng
 
+from kd_det.data import register_datasets
 from kd_det.engine import DistillationTrainer
 from kd_det.hooks import cut_metrics, student_config
+from kd_det.teacher_config import teacher_config
 
+from .few_digits import few_digits
 from .test_stream_trainer import assert_equal_trees
 
 TRAINING = (
@@ -82,16 +87,25 @@ def test_the_distillation_loss_warms_up_over_its_iterations(cfg):
     assert steps[0][1]["loss_kd_nckd"] == 0 and steps[1][1]["loss_kd_nckd"] > 0
 
 
-def test_the_teachers_ap_is_reported_when_asked_for(cfg, tmp_path, monkeypatch):
-    evaluated = []
-    monkeypatch.setattr(
-        DistillationTrainer, "test", classmethod(lambda cls, cfg, model, evaluators=None: evaluated.append(model) or {})
-    )
-    cfg.KD.TEACHER.EVALUATE = True
-    cfg.SOLVER.MAX_ITER = 1
+def test_the_teachers_ap_is_reported_when_asked_for(cfg, tmp_path, caplog):
+    entry = few_digits(tmp_path, 3)
+    cfg.DATASETS.REGISTER, cfg.DATASETS.TEST = [entry], (entry[0],)
+    register_datasets(cfg)
+    teacher = yaml.safe_load((tmp_path / "teacher.yaml").read_text())
+    teacher["MODEL"]["ROI_HEADS"]["SCORE_THRESH_TEST"] = 0.0  # a random one is sure of nothing
+    teacher["INPUT"]["MIN_SIZE_TEST"] = 64
+    (tmp_path / "teacher.yaml").write_text(yaml.safe_dump(teacher))
+    cfg.KD.TEACHER.EVALUATE, cfg.SOLVER.MAX_ITER = True, 1
     trainer = DistillationTrainer(cfg)
-    trainer.train()
-    assert evaluated[0] is trainer._trainer.model.teacher.model
+    with caplog.at_level(logging.INFO, logger="kd_det"):
+        trainer.train()
+    assert "Evaluating the teacher" in caplog.text
+    reported = json.loads((tmp_path / "output" / "teacher" / "inference" / "coco_instances_results.json").read_text())
+    again = teacher_config(cfg)
+    again.DATASETS.TEST, again.OUTPUT_DIR = cfg.DATASETS.TEST, str(tmp_path / "again")
+    results = trainer.test(again, trainer.checkpointer.model.teacher.model)
+    assert results["bbox"]["AP"] >= 0 and reported
+    assert reported == json.loads((tmp_path / "again" / "inference" / "coco_instances_results.json").read_text())
 
 
 def test_metrics_are_cut_where_a_resumed_run_writes_them_again(tmp_path):
