@@ -74,8 +74,9 @@ def create(node: CfgNode, options: dict[str, Any], pretrained: bool) -> nn.Modul
             "; where there is no network, name a local file in MODEL.TIMM.WEIGHTS or MODEL.WEIGHTS instead of "
             "MODEL.TIMM.PRETRAINED"
         )
+        what = "load that file into" if pretrained and node.WEIGHTS else "build"
         raise ValueError(
-            f"MODEL.TIMM.NAME {node.NAME}{keys}: timm cannot build it as a feature extractor ({type(error).__name__}: "
+            f"MODEL.TIMM.NAME {node.NAME}{keys}: timm cannot {what} the feature extractor ({type(error).__name__}: "
             f"{' '.join(str(error).split())}){advice if pretrained and not node.WEIGHTS else ''}"
         ) from error
 
@@ -103,7 +104,7 @@ def refuse_unloaded(node: CfgNode, loaded: dict[str, Tensor], untouched: dict[st
     A weight (of two dimensions or more: others start as constants) that equals the one of a build without the file, to
     the bit and from the same seed, has not been loaded.
     """
-    random = [name for name, value in untouched.items() if value.ndim > 1 and value.unique().numel() > 1]
+    random = [name for name, value in untouched.items() if value.ndim > 1 and bool((value != value.min()).any())]
     left = [name for name in random if torch.equal(loaded[name], untouched[name])]
     if left:
         raise ValueError(
