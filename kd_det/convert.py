@@ -60,12 +60,12 @@ def convert(classifier: Classifier) -> Backbone:
     if "layer1.0.conv1.weight" in found:
         backbone = _convert_resnet(found)
     elif "features.18.0.weight" in found:
-        backbone = _convert_mobilenet(found, _mobilenet_names(), head=("features.18.", "classifier."))
+        backbone = _convert_mobilenet(found, mobilenet_names(), head=("features.18.", "classifier."))
     elif "blocks.0.0.conv_dw.weight" in found:
-        same = {name: name for name in _mobilenet_names().values()}
+        same = {name: name for name in mobilenet_names().values()}
         backbone = _convert_mobilenet(found, same, head=("conv_head.", "bn2.", "classifier."))
     else:
-        raise ValueError(f"no ResNet or MobileNetV2 of torchvision or timm: the names are {_some(found)}")
+        raise ValueError(f"no ResNet or MobileNetV2 of torchvision or timm: the names are {some_of(found)}")
     backbone.config.update(_preprocessing(classifier))
     return backbone
 
@@ -139,7 +139,7 @@ def _convert_mobilenet(found: dict[str, Tensor], names: dict[str, str], head: tu
     return Backbone("MobileNetV2", state_dict, {}, left_out)
 
 
-def _mobilenet_names() -> dict[str, str]:
+def mobilenet_names() -> dict[str, str]:
     """torchvision's name → timm's, without the head."""
     names = _conv_and_norm("features.0.0", "features.0.1", "conv_stem", "bn1")
     blocks = [(stage, block) for stage, count in enumerate(MOBILENET_V2_STAGES) for block in range(count)]
@@ -159,10 +159,10 @@ def _renamed(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """`found` under its new names, and the names that belong to the head."""
     if missing := [name for name in names if name not in found]:
-        raise ValueError(f"{what} lacks {_some(missing)}")
+        raise ValueError(f"{what} lacks {some_of(missing)}")
     left_out = [name for name in found if name.startswith(head)]
     if unknown := [name for name in found if name not in names and name not in left_out]:
-        raise ValueError(f"{what} has no place for {_some(unknown)}: it is a variant that cannot be converted")
+        raise ValueError(f"{what} has no place for {some_of(unknown)}: it is a variant that cannot be converted")
     return {new: found[old].float().contiguous() for old, new in names.items()}, left_out
 
 
@@ -181,10 +181,10 @@ def _preprocessing(classifier: Classifier) -> dict[str, Any]:
 
 def _refuse_non_finite(found: dict[str, Tensor]) -> None:
     if damaged := [name for name, value in found.items() if not value.isfinite().all()]:
-        raise ValueError(f"weights that are not finite: {_some(damaged)}")
+        raise ValueError(f"weights that are not finite: {some_of(damaged)}")
 
 
-def _some(names: Iterable[str]) -> str:
+def some_of(names: Iterable[str]) -> str:
     names = list(names)
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more

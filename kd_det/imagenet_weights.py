@@ -65,7 +65,10 @@ def _unwrapped(content: object, path: Path) -> dict[str, Tensor]:
             content = content[wrapper]
     if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path} holds no state dict: expected named tensors, bare or under {' or '.join(WRAPPERS)}")
-    return {name.removeprefix("module."): value for name, value in content.items()}
+    weights = {name.removeprefix("module."): value for name, value in content.items()}
+    if any(name.startswith("teacher.") for name in weights):
+        raise ValueError(f"{path} holds a teacher beside the student: give --teacher-output to take them apart")
+    return weights
 
 
 def _from_torchvision(name: str) -> Classifier:

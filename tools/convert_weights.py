@@ -9,6 +9,15 @@
 ResNets of depth 18, 34, 50, 101 and 152, ResNeXts and wide ResNets of these depths included, get detectron2's names;
 MobileNetV2 gets those of timm's `mobilenetv2_100`. The classifier's head is left out.
 
+Files of the papers' released detection code, which hold a student and its teacher in one, are taken apart:
+
+    python tools/convert_weights.py r18-r101.pth --output student.pth --teacher-output teacher.pth
+
+Each part has been matched, to the last weight, with the detector that its shapes describe. Beside a whole detector
+stands the yaml that builds it (teacher.yaml: KD.TEACHER.CONFIG_FILE); a student that is a backbone only is what
+MODEL.WEIGHTS starts from. Neither says how images are normalised: that is detectron2's default for the model zoo's
+teachers; the released R18 student reads RGB with PIXEL_STD [57.375, 57.12, 58.395].
+
 It prints the config that must go with the file. Its preprocessing matters: torchvision's networks were trained on RGB
 with PIXEL_MEAN [123.675, 116.28, 103.53] and PIXEL_STD [58.395, 57.12, 57.375]; detectron2's default is Caffe2's, BGR
 and no division, and nothing complains about the wrong one.
@@ -20,6 +29,7 @@ import sys
 import yaml
 from detectron2.config import CfgNode
 
+from kd_det import merged
 from kd_det.convert import PREFIX, convert, save
 from kd_det.imagenet_weights import read_classifier
 
@@ -28,12 +38,23 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="torchvision:NAME[:WEIGHTS], timm:NAME, or a .pth or .safetensors file")
     parser.add_argument("--output", required=True, help="the file to write, .pth")
+    parser.add_argument("--teacher-output", help="the file to write a merged file's teacher to, .pth")
     prefix = f"before each name (default: {PREFIX}, a backbone under an FPN; '' to have names matched by their ends)"
     parser.add_argument("--prefix", default=PREFIX, help=prefix)
     options = parser.parse_args(arguments)
-    if not options.output.endswith(".pth"):
-        parser.error(f"--output {options.output}: detectron2 knows the format by the suffix, which must be .pth")
+    for name, path in (("--output", options.output), ("--teacher-output", options.teacher_output)):
+        if path and not path.endswith(".pth"):
+            parser.error(f"{name} {path}: detectron2 knows the format by the suffix, which must be .pth")
     return options
+
+
+def take_apart(source: str, student_output: str, teacher_output: str) -> None:
+    """Write the two detectors of a merged file."""
+    student, teacher = merged.split(merged.read_merged(source))
+    for found, path in ((student, student_output), (teacher, teacher_output)):
+        files = ", ".join(map(str, merged.save(found, path)))
+        what = "a whole detector" if found.whole else "a backbone"
+        print(f"{files}: {what}, {len(found.state_dict)} tensors, {found.config.MODEL.BACKBONE.NAME}")
 
 
 def as_yaml(keys: dict[str, object]) -> str:
@@ -51,13 +72,15 @@ def as_yaml(keys: dict[str, object]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     try:
+        if options.teacher_output:
+            return take_apart(options.source, options.output, options.teacher_output)
         backbone = convert(read_classifier(options.source))
         save(backbone, options.output, options.prefix)
     except (ValueError, OSError) as error:
         sys.exit(f"convert_weights: {error}")
     print(f"{options.output}: {backbone.name}, {len(backbone.state_dict)} tensors; left out: {len(backbone.left_out)}")
     print("The config that goes with it:\n")
-    print(as_yaml({"MODEL.WEIGHTS": options.output, **backbone.config}))
+    return print(as_yaml({"MODEL.WEIGHTS": options.output, **backbone.config}))
 
 
 if __name__ == "__main__":
