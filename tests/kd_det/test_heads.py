@@ -82,6 +82,12 @@ def test_the_teachers_proposals_are_sampled_and_labelled_as_the_students_own(tin
     assert {10} < set(stage.gt_classes.tolist())  # background, and objects
 
 
+def test_one_seed_draws_one_sample_of_the_teachers_proposals(tiny_model, batch, storage):
+    model = tiny_model(*DKD, *BOTH)
+    first, again, other = (run(model, batch, seed)["loss_kd_nckd"] for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
 def test_later_stages_of_a_cascade_see_the_boxes_it_made_of_the_teachers_proposals(tiny_model, batch, storage):
     model = tiny_model(*DKD, *HEADS["cascade"])
     _, (features, targets), view = captured(model, batch)
