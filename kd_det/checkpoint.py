@@ -86,6 +86,9 @@ class WholeCheckpointer(DetectionCheckpointer):
             ) from error
         if not isinstance(loaded, dict):
             raise ValueError(f"{filename} holds a {type(loaded).__name__}, expected a dict of tensors")
+        if filename.endswith(".pyth") and "model_state" in loaded:  # pycls': other names, which detectron2 can match
+            state = {k: v for k, v in loaded["model_state"].items() if not k.endswith("num_batches_tracked")}
+            return {"model": state, "__author__": "pycls", "matching_heuristics": True}
         return loaded if "model" in loaded else {"model": loaded}
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:

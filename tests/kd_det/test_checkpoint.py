@@ -61,6 +61,14 @@ def test_a_model_zoo_pickle_of_numpy_arrays_loads(tmp_path):
     assert model.weight.eq(1).all() and model.bias.eq(0).all()
 
 
+def test_a_pycls_file_is_matched_by_its_names_endings(tmp_path):
+    model = nn.ModuleDict({"backbone": nn.Linear(2, 3)})
+    state = {"weight": torch.ones(3, 2), "bias": torch.zeros(3), "num_batches_tracked": torch.tensor(1)}
+    torch.save({"epoch": 1, "model_state": state}, tmp_path / "net.pyth")
+    load_all_weights(model, str(tmp_path / "net.pyth"), "MODEL.WEIGHTS")
+    assert model["backbone"].weight.eq(1).all() and model["backbone"].bias.eq(0).all()
+
+
 def test_a_truncated_file_is_named(tmp_path):
     path = tmp_path / "cut.pth"
     torch.save({"model": nn.Linear(2, 3).state_dict()}, path)

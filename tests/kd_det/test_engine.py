@@ -95,7 +95,7 @@ def test_the_teachers_ap_is_reported_when_asked_for(cfg, tmp_path, caplog):
     teacher["MODEL"]["ROI_HEADS"]["SCORE_THRESH_TEST"] = 0.0  # a random one is sure of nothing
     teacher["INPUT"]["MIN_SIZE_TEST"] = 64
     (tmp_path / "teacher.yaml").write_text(yaml.safe_dump(teacher))
-    cfg.KD.TEACHER.EVALUATE, cfg.SOLVER.MAX_ITER = True, 1
+    cfg.KD.TEACHER.EVALUATE, cfg.SOLVER.MAX_ITER, cfg.INPUT.MIN_SIZE_TEST = True, 1, 64
     trainer = DistillationTrainer(cfg)
     with caplog.at_level(logging.INFO, logger="kd_det"):
         trainer.train()
