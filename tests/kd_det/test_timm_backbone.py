@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import mobilenet_v2
 
+import kd_cls.models  # noqa: F401  (registers kd_mobilenetv1, which gives no maps)
 import kd_det
 from kd_det.backbones import TimmBackbone
 from kd_det.checks import check_before_training
@@ -160,6 +161,17 @@ def test_a_local_file_of_a_classifier_is_loaded_by_timms_mechanism(tmp_path, suf
     assert all(torch.equal(value, source.state_dict()[key]) for key, value in bottom_up.state_dict().items())
 
 
+def test_pretrained_is_timms_own_mechanism(tmp_path):
+    source = timm.create_model("mobilenetv2_050")
+    torch.save(source.state_dict(), tmp_path / "mv2.pth")  # in place of timm's own address
+    overlay = [["pretrained_cfg_overlay", {"file": str(tmp_path / "mv2.pth")}]]
+    pretrained = ("MODEL.TIMM.PRETRAINED", True, "MODEL.TIMM.KWARGS", overlay)
+    bottom_up = backbone("mobilenetv2_050", *pretrained).bottom_up
+    assert all(torch.equal(value, source.state_dict()[key]) for key, value in bottom_up.state_dict().items())
+    later = backbone("mobilenetv2_050", *pretrained, "MODEL.WEIGHTS", "student.pth").bottom_up
+    assert not torch.equal(later.conv_stem.weight, source.conv_stem.weight)  # MODEL.WEIGHTS is to bring them
+
+
 def test_a_file_under_older_names_is_renamed_as_timm_renames_its_own(tmp_path):
     source = timm.create_model("convnext_atto")
     published = {}  # the names of ConvNeXt's own repository
@@ -205,6 +217,7 @@ def test_weights_of_the_whole_detector_make_those_of_the_backbone_needless(caplo
         ("mobilenetv2", (), r"timm has no model 'mobilenetv2'; did you mean mobilenetv2_"),
         ("qqq", (), r"timm has no model 'qqq'; see timm.list_models"),
         ("resnet18.no_such_tag", (), r"MODEL.TIMM.NAME resnet18.no_such_tag: timm cannot build the .*no_such_tag"),
+        ("kd_mobilenetv1", (), r"kd_mobilenetv1: timm cannot build the .*no attribute 'feature_info'"),
         ("vit_tiny_patch16_224", (), r"IN_FEATURES asks for res2, res3, res5, .* its maps are res4 \(stride 16\)"),
         ("resnet18", ("MODEL.TIMM.OUT_INDICES", "[2, 3, 4]"), r"asks for res2, .*list more stages in MODEL.TIMM.OUT_"),
         ("resnet18", ("MODEL.TIMM.OUT_INDICES", "[2, 9]"), r"MODEL.TIMM.OUT_INDICES \[2, 9\]: timm cannot build the"),
