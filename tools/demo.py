@@ -11,6 +11,8 @@ Interrupt it when you like: run again, it goes on where it was, and what is fini
 import argparse
 import hashlib
 import os
+import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -45,7 +47,10 @@ def train(name: str, output_dir: Path, *options: str, environment: Mapping[str, 
         *options,
     ]
     quiet = {"PYTHONWARNINGS": "ignore"}  # progress, not deprecations
-    subprocess.run(command, cwd=ROOT, check=True, env=os.environ | quiet | dict(environment or {}))
+    # In a session of its own Ctrl-C reaches this process alone, which then ends the training: it may be at its imports.
+    subprocess.run(
+        command, cwd=ROOT, check=True, env=os.environ | quiet | dict(environment or {}), start_new_session=True
+    )
     finished.write_text(settings, encoding="utf-8")
 
 
@@ -89,11 +94,18 @@ def main() -> None:
     )
 
 
+def interrupt(*_: object) -> None:
+    """A signal handler: a terminal that is closed, or a `kill`, ends the training as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("\n[demo] interrupted; run the same command again to go on")
+        sys.exit(f"\n[demo] interrupted; to go on: {shlex.join([sys.executable, *sys.argv])}")
     except subprocess.CalledProcessError as error:
         sys.exit(
             f"[demo] a training failed (exit {error.returncode}); its message stands above. "

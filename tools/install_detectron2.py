@@ -225,6 +225,12 @@ def install() -> None:
     if version is not None:
         print(f"detectron2 {version} is there already; kept as it is.")
         return
+    if importlib.util.find_spec("pip") is None:
+        raise InstallError(
+            f"{sys.executable} has no pip, which installs detectron2: run `{sys.executable} -m ensurepip`; where that "
+            "is missing too, install your system's python3-venv (Debian, Ubuntu) or python3-pip, and make the "
+            "environment anew."
+        )
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("torchvision") is None:
         raise InstallError(
             "torch and torchvision must be installed before detectron2: run `pip install torch torchvision`."

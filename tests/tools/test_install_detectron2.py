@@ -68,3 +68,11 @@ def test_a_compiled_operator_that_is_missing_names_itself_and_the_fix():
 def test_every_tool_can_be_run_as_it_is():
     for path in (ROOT / "tools").glob("*.py"):
         assert os.access(path, os.X_OK) and path.read_text().startswith("#!/usr/bin/env python"), path
+
+
+def test_without_pip_it_says_how_to_get_it(tmp_path):
+    """In a virtual environment that was made without ensurepip, as on a Debian without python3-venv."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    run = subprocess.run([tmp_path / "venv" / "bin" / "python", SCRIPT], capture_output=True, text=True, check=False)
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    assert "has no pip, which installs detectron2" in run.stderr and "python3-venv" in run.stderr
