@@ -22,7 +22,7 @@ import torch
 from detectron2.engine import SimpleTrainer
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
-from timing import timed, write_figures
+from timing import by_turns, timed, write_figures
 from torch import nn
 
 from kd_core.streams import backward_streams
@@ -168,15 +168,6 @@ class Endless:
     def __iter__(self) -> Any:
         while True:
             yield from self.batches
-
-
-def by_turns(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every side in every round, after two that do not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(rounds + 2):
-        for name, side in sides.items():
-            seconds[name].append(side() if getattr(side, "times_itself", False) else timed(side))
-    return {name: times[2:] for name, times in seconds.items()}
 
 
 def table_rows(seconds: dict[str, list[float]], peer: bool) -> list[list[Any]]:

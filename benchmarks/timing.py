@@ -57,6 +57,18 @@ def alternate(ours: Step, theirs: Step, seconds: float = 1.0, least: int = 7) ->
     return *medians, statistics.median(a / b for a, b in pairs)
 
 
+def by_turns(sides: dict[str, Step], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every side in every round, after two that do not count.
+
+    A side that has `times_itself` returns its seconds: what it must do before is then not in them.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds + 2):
+        for name, side in sides.items():
+            seconds[name].append(side() if getattr(side, "times_itself", False) else timed(side))
+    return {name: times[2:] for name, times in seconds.items()}
+
+
 def timed(step: Step) -> float:
     """Seconds of one step, to its last kernel."""
     start = time.perf_counter()
