@@ -4,20 +4,19 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+COMMON = ["torchvision", "timm>=1.0", "yacs", "PyYAML", "pillow", "tabulate", "tensorboard", "scikit-learn"]
 # detectron2 stands in no extra: it is on no package index under its own name. tools/install_detectron2.py brings it.
 DET = [
-    "torchvision",
+    *COMMON,
     "iopath",
+    "safetensors",
     "pycocotools",
-    "yacs",
-    "tabulate",
     "termcolor",
-    "tensorboard",
-    "scikit-learn",
-    "scikit-image",
+    "matplotlib",  # detectron2's Visualizer draws with it, and with OpenCV
     "opencv-python-headless",
-]  # what detectron2's Visualizer draws with
-CLS = ["torchvision", "timm>=1.0", "yacs", "tabulate", "tensorboard", "scikit-learn", "safetensors"]
+    "scikit-image",  # the photographs of the built-in data set
+]
+CLS = [*COMMON, "safetensors", "tqdm"]
 DEV = ["pytest>=8", "hypothesis", "ruff", "matplotlib"]
 
 setup(

@@ -7,15 +7,17 @@ Importing it registers the meta-architecture `DistilledRCNN`, the backbone `buil
 import warnings
 
 try:
-    with warnings.catch_warnings():  # it scripts functions when it is imported, which current torch deprecates
-        warnings.filterwarnings("ignore", message=r".*torch\.jit\.script", category=FutureWarning)
-        import detectron2.modeling  # noqa: F401
+    import detectron2  # noqa: F401
 except ModuleNotFoundError as error:
     if error.name != "detectron2":
         raise
     raise ImportError(
         "kd_det needs detectron2: run `python tools/install_detectron2.py`, or install an upstream build."
     ) from error
+
+with warnings.catch_warnings():  # it scripts functions when it is imported, which current torch deprecates
+    warnings.filterwarnings("ignore", message=r".*torch\.jit\.script", category=FutureWarning)
+    import detectron2.modeling  # noqa: F401
 
 from . import backbones, data  # noqa: F401  (registers build_timm_fpn_backbone and the built-in data sets)
 from .config import add_kd_config, add_timm_config

@@ -1,5 +1,7 @@
 """What each package needs, and what it must not need."""
 
+import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,3 +59,30 @@ def test_no_extra_names_detectron2_which_no_index_has_under_that_name(extra):
 
     assert any(f'extra == "{extra}"' in line for line in requires("decoupled-kd"))
     assert not any(line.startswith("detectron2") for line in requires("decoupled-kd"))
+
+
+# what is imported → the distribution that brings it, where their names differ
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "PyYAML", "sklearn": "scikit-learn", "skimage": "scikit-image"}
+# imported where it is installed only; detectron2 has an installer of its own
+OPTIONAL = {"wandb", "faster_coco_eval", "onnxruntime", "detectron2"}
+
+
+def imported(package: str) -> set[str]:
+    """The top-level names that a package's modules import."""
+    names: set[str] = set()
+    for path in (ROOT / package).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize(("package", "extra"), [("kd_core", None), ("kd_det", "DET"), ("kd_cls", "CLS")])
+def test_what_a_package_imports_stands_in_setup_py(package, extra):
+    required: dict[str, object] = {}
+    exec((ROOT / "setup.py").read_text().split("setup(")[0], required)
+    installed = {"torch", "fvcore", "numpy", *(re.split("[><=]", name)[0] for name in required.get(extra, []))}
+    others = imported(package) - set(sys.stdlib_module_names) - OPTIONAL - {"kd_core", package}
+    assert {DISTRIBUTIONS.get(name, name) for name in others} <= installed
