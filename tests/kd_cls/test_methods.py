@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.task import DistillationTeacher, TrainingTask
 from torch.nn import functional as F
 
 from kd_cls.build import build_trainer
@@ -44,6 +45,21 @@ def first_batch(trainer: Trainer) -> tuple[Any, ...]:
     """The batch of the first step as `step` takes it."""
     images, target = next(iter(trainer.loaders.train))
     return images, target, 0, trainer.loaders.train.sampler.batch_indices(0, 0)
+
+
+def test_a_plain_loop_over_timms_task_api_trains_the_task(tiny: Callable, process: Process) -> None:
+    trainer = build_trainer(tiny("KD.LOSS.NAME", "dkd"), process)
+    task, (images, target, *_) = trainer.task.train(), first_batch(trainer)
+    assert isinstance(task, TrainingTask) and isinstance(task.teacher, DistillationTeacher)
+    optimizer = torch.optim.SGD(task.trainable_module.parameters(), 0.02, momentum=0.9)
+    losses = []
+    for _ in range(8):
+        result = task(images, target)
+        optimizer.zero_grad()
+        result["loss"].backward()
+        optimizer.step()
+        losses.append(float(result["loss"].detach()))
+    assert result["output"].shape == (16, 10) and losses[-1] < 0.9 * losses[0]
 
 
 @pytest.mark.parametrize("method", METHODS)
