@@ -7,7 +7,7 @@ Importing it registers the meta-architecture `DistilledRCNN`, the backbone `buil
 import warnings
 
 try:
-    import detectron2  # noqa: F401
+    import detectron2
 except ModuleNotFoundError as error:
     if error.name != "detectron2":
         raise

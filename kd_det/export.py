@@ -18,7 +18,7 @@ from kd_core.files import write_text, write_whole
 
 from .checkpoint import WholeCheckpointer
 from .config import kd_defaults, merge_file
-from .hooks import student_config
+from .hooks import TIMM_NOTE, student_config
 
 CONFIGS = ("student.yaml", "config.yaml")  # what a training leaves beside its checkpoints
 TRACED_AT, CHECKED_AT = (3, 320, 256), (3, 224, 352)  # an image's (C, H, W): a trace must hold at other sizes too
@@ -108,7 +108,7 @@ def save_plain(student: Student, folder: Path) -> list[Path]:
     write_whole(weights, lambda file: torch.save(content, file))
     plain = student.config.clone()
     plain.MODEL.WEIGHTS = str(weights.resolve())
-    write_text(config, plain.dump())
+    write_text(config, (TIMM_NOTE if "TIMM" in plain.MODEL else "") + plain.dump())
     return [weights, config]
 
 

@@ -24,6 +24,7 @@ from kd_core.files import unreadable_because, write_text, write_whole
 
 from .config import add_timm_config
 from .convert import BASIC, BOTTLENECK, MOBILENET_V2_BLOCK, MOBILENET_V2_FIRST_BLOCK, PREFIX, mobilenet_names, some_of
+from .hooks import TIMM_NOTE
 from .imagenet_weights import WRAPPERS
 
 TEACHER = "teacher."
@@ -132,7 +133,7 @@ def save(found: Detector, path: str | os.PathLike) -> list[Path]:
         return [weights]
     config = found.config.clone()
     config.MODEL.WEIGHTS = str(weights.resolve())
-    write_text(weights.with_suffix(".yaml"), config.dump())
+    write_text(weights.with_suffix(".yaml"), (TIMM_NOTE if "TIMM" in config.MODEL else "") + config.dump())
     return [weights, weights.with_suffix(".yaml")]
 
 
