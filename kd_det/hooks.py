@@ -46,9 +46,7 @@ class SaveStudentConfig(HookBase):
 
     def before_train(self) -> None:
         if comm.is_main_process():
-            student = student_config(self.cfg)
-            text = (TIMM_NOTE if "TIMM" in student.MODEL else "") + student.dump()
-            write_text(Path(self.cfg.OUTPUT_DIR, "student.yaml"), text)
+            write_text(Path(self.cfg.OUTPUT_DIR, "student.yaml"), dump_student(student_config(self.cfg)))
 
 
 def student_config(cfg: CfgNode) -> CfgNode:
@@ -64,6 +62,11 @@ def student_config(cfg: CfgNode) -> CfgNode:
         plain.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
     plain.MODEL.WEIGHTS = str(Path(cfg.OUTPUT_DIR, "model_final.pth"))
     return plain
+
+
+def dump_student(plain: CfgNode) -> str:
+    """The yaml of a `student_config`; where plain detectron2 needs our backbone, it says so in its first line."""
+    return (TIMM_NOTE if "TIMM" in plain.MODEL else "") + plain.dump()
 
 
 def copy_shared(source: CfgNode, target: CfgNode) -> None:

@@ -25,6 +25,7 @@ from kd_det.backbones import TimmBackbone
 from kd_det.checks import check_before_training
 from kd_det.config import kd_defaults, merge_list
 from kd_det.convert import convert, save
+from kd_det.export import read_student, save_plain
 from kd_det.hooks import SaveStudentConfig
 from kd_det.imagenet_weights import Classifier
 from kd_det.teacher_config import teacher_config
@@ -302,6 +303,14 @@ def test_plain_detectron2_loads_the_student_once_it_knows_the_keys_of_its_backbo
     saved = predictor.model.state_dict()
     assert saved.keys() == model.state_dict().keys()
     assert all(torch.equal(value, saved[key]) for key, value in model.state_dict().items())
+
+
+def test_an_exported_student_says_what_its_backbone_needs(tiny_cfg, tmp_path):
+    cfg = student(tiny_cfg)
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "model_final.pth")
+    _, path = save_plain(read_student(tmp_path), tmp_path)
+    assert "kd_det.add_timm_config(cfg)" in path.read_text().splitlines()[0]
 
 
 def test_a_teachers_own_start_weights_are_not_fetched(tiny_cfg, tmp_path):
