@@ -7,7 +7,7 @@ from typing import Any
 import timm
 import torch
 from detectron2.config import CfgNode
-from torch import Tensor, nn
+from torch import nn
 
 from ..imagenet_weights import read_classifier
 
@@ -89,23 +89,24 @@ def create_from_file(node: CfgNode, options: dict[str, Any]) -> nn.Module:
         raise ValueError(f"MODEL.TIMM.WEIGHTS: {error}") from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        untouched = create(node, options, pretrained=False).state_dict()
+        untouched = create(node, options, pretrained=False)
         torch.manual_seed(SEED)
         overlay = {"state_dict": state_dict, "source": None}
         extractor = create(node, {**options, "pretrained_cfg_overlay": overlay}, pretrained=True)
     extractor.pretrained_cfg.pop("state_dict", None)
-    refuse_unloaded(node, extractor.state_dict(), untouched)
+    refuse_unloaded(node, extractor, untouched)
     return extractor
 
 
-def refuse_unloaded(node: CfgNode, loaded: dict[str, Tensor], untouched: dict[str, Tensor]) -> None:
+def refuse_unloaded(node: CfgNode, loaded: nn.Module, untouched: nn.Module) -> None:
     """Raise ValueError where a file left a weight as it was at random: timm loads what fits, and lets the rest be.
 
     A weight (of two dimensions or more: others start as constants) that equals the one of a build without the file, to
     the bit and from the same seed, has not been loaded.
     """
-    random = [name for name, value in untouched.items() if value.ndim > 1 and bool((value != value.min()).any())]
-    left = [name for name in random if torch.equal(loaded[name], untouched[name])]
+    parameters = dict(untouched.named_parameters())
+    random = [name for name, value in parameters.items() if value.ndim > 1 and bool((value != value.min()).any())]
+    left = [name for name in random if torch.equal(loaded.get_parameter(name), parameters[name])]
     if left:
         raise ValueError(
             f"MODEL.TIMM.WEIGHTS: {node.WEIGHTS} does not fit MODEL.TIMM.NAME {node.NAME}: {len(left)} of "

@@ -23,10 +23,12 @@ class TimmBackbone(Backbone):
 
     Args:
         extractor: from `timm.create_model(name, features_only=True)`.
+        in_channels: of its images.
     """
 
-    def __init__(self, extractor: nn.Module) -> None:
+    def __init__(self, extractor: nn.Module, in_channels: int = 3) -> None:
         super().__init__()
+        self.in_channels = in_channels
         # One set of layers under two roots, this one and the extractor whose forward pass runs them: as a child, the
         # extractor would put its own name before those of all parameters.
         self.__dict__["extractor"] = extractor
@@ -35,14 +37,14 @@ class TimmBackbone(Backbone):
         self._channels_last = str(getattr(extractor, "output_fmt", "NCHW")).endswith("NHWC")
         info = extractor.feature_info
         strides, channels = info.reduction(), info.channels()
-        # the deepest of several maps of one stride
+        # Of several maps of one stride the deepest, which comes last.
         self._index = {stage_name(stride): i for i, stride in enumerate(strides)}
         self._out_features = list(self._index)
         self._out_feature_strides = {name: strides[i] for name, i in self._index.items()}
         self._out_feature_channels = {name: channels[i] for name, i in self._index.items()}
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Feature maps by name, of normalised images (N, 3, H, W)."""
+        """Feature maps by name, of normalised images (N, in_channels, H, W)."""
         maps = self.extractor.forward(images)
         if self._channels_last:
             maps = [m.permute(0, 3, 1, 2).contiguous() for m in maps]
@@ -85,7 +87,7 @@ def run_probe(bottom_up: TimmBackbone) -> dict[str, Tensor]:
     was_training = bottom_up.training
     bottom_up.eval()
     try:
-        return bottom_up(torch.zeros(1, 3, *PROBE_SIZE, device=weight.device, dtype=weight.dtype))
+        return bottom_up(weight.new_zeros(1, bottom_up.in_channels, *PROBE_SIZE))
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"it takes no image of {PROBE_SIZE[0]}×{PROBE_SIZE[1]} px ({error}); detectors feed images of every size, "
@@ -114,7 +116,7 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     extractor = create_extractor(timm, input_shape.channels, load_weights=not cfg.MODEL.WEIGHTS)
     if cfg.MODEL.WEIGHTS or timm.PRETRAINED or timm.WEIGHTS:
         warn_of_other_pixels(cfg, extractor.pretrained_cfg)
-    bottom_up = TimmBackbone(extractor)
+    bottom_up = TimmBackbone(extractor, input_shape.channels)
     in_features = list(cfg.MODEL.FPN.IN_FEATURES) or IN_FEATURES
     check_stages(timm.NAME, bottom_up, in_features)
     try:

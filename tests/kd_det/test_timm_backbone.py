@@ -78,6 +78,11 @@ def test_every_weight_of_the_network_is_trained(name, kwargs):
     assert [key for key, p in fpn.named_parameters() if p.grad is None] == []
 
 
+def test_images_may_have_another_number_of_channels():
+    fpn = backbone("mobilenetv2_050", "MODEL.PIXEL_MEAN", [128.0], "MODEL.PIXEL_STD", [64.0])
+    assert fpn(torch.randn(1, 1, 64, 64))["p2"].shape == (1, 8, 16, 16)
+
+
 def test_what_convert_weights_writes_for_mobilenet_fits(tmp_path):
     source = mobilenet_v2()
     save(convert(Classifier(source.state_dict())), tmp_path / "mv2.pth")
