@@ -9,7 +9,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
-from kd_det.export import read_config, read_student
+from kd_det.export import adapter, check_equal, read_config, read_student
 
 FIRST = "backbone.fpn_lateral2.weight"
 PLAIN = """
@@ -120,6 +120,19 @@ def test_onnx_is_written_where_torch_can_and_refused_by_name_elsewhere(run, tmp_
         export_student.main([str(run), "--output", str(output), "--onnx"])
         onnx.checker.check_model(str(output / "student.onnx"))
         assert "student.onnx: image → pred_boxes, pred_classes, scores, image_size" in capsys.readouterr().out
+
+
+def test_an_export_that_detects_other_things_is_refused(run):
+    traceable = adapter(read_student(run))
+    check_equal("it", traceable, traceable)
+    for change in (
+        lambda boxes, classes, scores, size: (boxes, classes, scores + 0.01, size),
+        lambda boxes, classes, scores, size: (boxes[1:], classes[1:], scores[1:], size),
+        lambda boxes, classes, scores, size: (boxes, classes, scores, size + 1),
+        lambda boxes, classes, scores, size: (boxes.flip(0), classes, scores, size),
+    ):
+        with pytest.raises(RuntimeError, match="it detects other things than the student"):
+            check_equal("it", traceable, lambda image, change=change: change(*traceable(image)), share=0.9)
 
 
 def test_the_help_teaches(export_student, capsys):
