@@ -31,6 +31,7 @@ from .resume import (
     check_model,
     check_state,
     load_step,
+    note_teachers_file,
     other_checkpoints,
 )
 from .serialization import factors, load_factors
@@ -49,7 +50,8 @@ class DistillationTrainer(DefaultTrainer):
 
     It adds: the teacher is built, and its errors shown, before training; `--resume` continues to the bit (weights,
     optimizer, schedules, random draws, position in the data) when SEED ≥ 0; checkpoints are whole or absent;
-    `student.yaml` is written beside them; a loss that is not finite names the iteration and the terms.
+    `student.yaml` is written beside them; a loss that is not finite names the iteration and the terms; SOLVER.EMA's
+    average is evaluated and saved beside the student; several processes are seen to train the same network.
     SOLVER.OPTIMIZER, AMP and ACCUMULATE_STEPS choose the step (`stream_trainer`).
     """
 
@@ -134,6 +136,7 @@ class DistillationTrainer(DefaultTrainer):
         if resume:
             check_begun(path, self.resumed)
         elif path:
+            note_teachers_file(self.cfg)
             check_initial_weights(path, self.checkpointer.incompatible, self.checkpointer.model)
             check_frozen_weights(self.checkpointer.model, self.checkpointer.incompatible, path)
         self.loader.start = self.start_iter * self.cfg.SOLVER.ACCUMULATE_STEPS

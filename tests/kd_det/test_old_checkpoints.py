@@ -190,6 +190,13 @@ def test_a_teachers_file_given_as_the_students_is_refused_or_named(old, tiny_mod
     assert "Is it the teacher's file?" in caplog.text
 
 
+def test_a_student_that_starts_as_its_own_teacher_is_noted(old, tiny_model, tmp_path, caplog):
+    path = save(tmp_path, tiny_model().state_dict())
+    with caplog.at_level(logging.WARNING, logger="kd_det"):
+        start(old("KD.TEACHER.WEIGHTS", path), path)
+    assert "given.pth is the teacher's file, too: the student starts as it" in caplog.text
+
+
 def test_heads_of_another_number_of_classes_are_a_start(old, tiny_model, tmp_path):
     other = tiny_model("MODEL.ROI_HEADS.NUM_CLASSES", 3).state_dict()
     trainer = start(old(), save(tmp_path, other))
