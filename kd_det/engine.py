@@ -160,13 +160,17 @@ class DistillationTrainer(DefaultTrainer):
     @classmethod
     def evaluate_only(cls, cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
         """AP on DATASETS.TEST of MODEL.WEIGHTS, or with `resume` of OUTPUT_DIR's last checkpoint; needs no teacher."""
-        model = cls.build_model(cfg)
-        last = WholeCheckpointer(model, cfg.OUTPUT_DIR)
-        if resume and not last.has_checkpoint():
-            raise ValueError(f"--eval-only --resume: there is no checkpoint in OUTPUT_DIR {cfg.OUTPUT_DIR}")
-        if not resume and not cfg.MODEL.WEIGHTS:
+        if resume:
+            last = WholeCheckpointer(nn.Identity(), cfg.OUTPUT_DIR)
+            if not last.has_checkpoint():
+                raise ValueError(f"--eval-only --resume: there is no checkpoint in OUTPUT_DIR {cfg.OUTPUT_DIR}")
+            cfg = cfg.clone()
+            cfg.defrost()
+            cfg.MODEL.WEIGHTS = last.get_checkpoint_file()  # named before the model is built: it fetches no other
+        if not cfg.MODEL.WEIGHTS:
             raise ValueError("--eval-only: MODEL.WEIGHTS is empty, so there is nothing to evaluate; give a checkpoint")
-        load_all_weights(model, last.get_checkpoint_file() if resume else cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS")
+        model = cls.build_model(cfg)
+        load_all_weights(model, cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS")
         results = cls.test(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)

@@ -25,6 +25,7 @@ from kd_det.backbones import TimmBackbone
 from kd_det.checks import check_before_training
 from kd_det.config import kd_defaults, merge_list
 from kd_det.convert import convert, save
+from kd_det.engine import DistillationTrainer
 from kd_det.export import read_student, save_plain
 from kd_det.hooks import SaveStudentConfig
 from kd_det.imagenet_weights import Classifier
@@ -308,6 +309,17 @@ def test_plain_detectron2_loads_the_student_once_it_knows_the_keys_of_its_backbo
     saved = predictor.model.state_dict()
     assert saved.keys() == model.state_dict().keys()
     assert all(torch.equal(value, saved[key]) for key, value in model.state_dict().items())
+
+
+def test_evaluating_the_last_checkpoint_asks_for_no_start_weights(tiny_cfg, tmp_path):
+    cfg = student(tiny_cfg, "DATASETS.TEST", "()")
+    (tmp_path / "output").mkdir()
+    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "output/model_final.pth")
+    (tmp_path / "output/last_checkpoint").write_text("model_final.pth")
+    merge_list(cfg, ["MODEL.TIMM.WEIGHTS", str(tmp_path / "gone.pth")])
+    with pytest.raises(ValueError, match=r"gone\.pth"):
+        build_model(cfg)
+    assert DistillationTrainer.evaluate_only(cfg, resume=True) == {}
 
 
 def test_an_exported_student_says_what_its_backbone_needs(tiny_cfg, tmp_path):
