@@ -203,6 +203,11 @@ class StreamGradients:
         every = [g for gradient in self.of_set for g in gradient.values()] + [total for total, _ in self.shown.values()]
         return list({id(t): t for t in every}.values())
 
+    def of_parameter(self, p: Tensor) -> list[Tensor]:
+        """A parameter's gradient in every set that reaches it, and their sum, each once."""
+        every = [gradient[p] for gradient in self.of_set if p in gradient] + [p.grad]
+        return list({id(t): t for t in every}.values())
+
 
 def foreach_multiply_(tensors: Iterable[Tensor], factor: Tensor) -> None:
     """`t *= factor` for tensors on any devices; the factor is a scalar tensor, never read by the host."""

@@ -1,6 +1,7 @@
 """The optimizer that SOLVER.OPTIMIZER names, over detectron2's parameter groups."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -14,6 +15,8 @@ from kd_core.gsnr import AutoMomenta
 from kd_core.optim import StreamAdamW, StreamOptimizer, deepkd_sgd, dot_sgd
 
 OPTIMIZERS = ("sgd", "dot_sgd", "deepkd_sgd", "stream_adamw")
+# detectron2's: every element, every parameter's norm; and the norm of the whole model's gradient.
+CLIP_TYPES = ("value", "norm", "full_model")
 
 
 def check_solver(cfg: CfgNode, world_size: int = 1) -> None:
@@ -90,10 +93,15 @@ def check_streams(cfg: CfgNode) -> None:
             f"SOLVER.MOMENTA auto compares the gradient streams of a distillation loss, but SOLVER.OPTIMIZER is "
             f"{solver.OPTIMIZER} and KD.LOSS.NAME {loss}: leave it empty, or set e.g. SOLVER.OPTIMIZER deepkd_sgd"
         )
-    if solver.OPTIMIZER != "sgd" and solver.CLIP_GRADIENTS.ENABLED and solver.CLIP_GRADIENTS.CLIP_TYPE != "norm":
+    clip = solver.CLIP_GRADIENTS
+    if clip.CLIP_TYPE not in CLIP_TYPES:
         raise ValueError(
-            f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE {solver.CLIP_GRADIENTS.CLIP_TYPE!r} acts on single elements, "
-            f"which the streams of SOLVER.OPTIMIZER {solver.OPTIMIZER} cannot share out: set it to norm"
+            f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {clip.CLIP_TYPE!r}, expected one of {', '.join(CLIP_TYPES)}"
+        )
+    if solver.OPTIMIZER != "sgd" and clip.ENABLED and clip.CLIP_TYPE == "value":
+        raise ValueError(
+            f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE {clip.CLIP_TYPE!r} acts on single elements, "
+            f"which the streams of SOLVER.OPTIMIZER {solver.OPTIMIZER} cannot share out: set it to norm or full_model"
         )
 
 
@@ -109,7 +117,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     """
     check_solver(cfg)
     if cfg.SOLVER.OPTIMIZER == "sgd":
-        optimizer = build_detectron2_optimizer(cfg, model)
+        optimizer = build_detectron2_optimizer(without_whole_model_clipping(cfg), model)
     else:
         optimizer = build_stream_optimizer(cfg, parameter_groups(cfg, model))
     exempt_from_decay(optimizer, getattr(model, "no_decay", ()))
@@ -132,6 +140,35 @@ def build_stream_optimizer(cfg: CfgNode, groups: list[dict[str, Any]]) -> Stream
     except ValueError as error:
         keys = f"DOT.DELTA {solver.DOT.DELTA}" if solver.OPTIMIZER == "dot_sgd" else f"DEEPKD {deltas}"
         raise ValueError(f"SOLVER.OPTIMIZER {solver.OPTIMIZER}, MOMENTUM {solver.MOMENTUM}, {keys}: {error}") from error
+
+
+def without_whole_model_clipping(cfg: CfgNode) -> CfgNode:
+    """A config that detectron2's optimizer can be built from: it clips each parameter by itself, or does not clip."""
+    if cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE != "full_model":
+        return cfg
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False
+    return cfg
+
+
+def build_clip(cfg: CfgNode, optimizer: Optimizer) -> Callable[[], object] | None:
+    """What clips the gradients between backward and step (SOLVER.CLIP_GRADIENTS).
+
+        norm        the gradient of each parameter by itself, all its streams by one factor: detectron2's meaning
+        full_model  the gradient of the whole model, all streams by one factor
+
+    None where nothing is clipped, and where detectron2's own SGD clips in its step.
+    """
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    streams = isinstance(optimizer, StreamOptimizer)
+    if not clip.ENABLED or not (streams or clip.CLIP_TYPE == "full_model"):
+        return None
+    if streams:
+        clip_ = optimizer.clip_grad_norm_ if clip.CLIP_TYPE == "full_model" else optimizer.clip_each_grad_norm_
+        return partial(clip_, clip.CLIP_VALUE, clip.NORM_TYPE)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return partial(nn.utils.clip_grad_norm_, params, clip.CLIP_VALUE, clip.NORM_TYPE)
 
 
 def build_auto_momenta(cfg: CfgNode, optimizer: Optimizer, model: nn.Module) -> AutoMomenta | None:

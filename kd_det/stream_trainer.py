@@ -15,10 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from kd_core.gsnr import AutoMomenta
-from kd_core.optim import StreamOptimizer
 from kd_core.streams import backward_streams
 
-from .solver import build_auto_momenta
+from .solver import build_auto_momenta, build_clip
 
 KD_TERM = re.compile(r"loss_kd_(?P<term>.+?)(_stage\d+)?")
 
@@ -38,9 +37,7 @@ class StreamTrainer(SimpleTrainer):
         streams: stream of every term of the distillation loss (`loss.streams`); all other losses are the task's, `tog`.
         accumulate_steps: micro-batches of a step.
         dtype: of autocast; None for none. float16 has a loss scaler, whose infinities skip the step of all streams.
-        max_norm: cap of the norm of the summed gradient of the whole model, for stream optimizers. (detectron2's own
-            SGD clips the norm of every parameter by itself, in its step.)
-        norm_type: order of that norm.
+        clip: clips the optimizer's gradients, unscaled and complete; None where none are, or where its step does it.
         auto_momenta: sets the optimizer's momenta from the streams' measured GSNR.
     """
 
@@ -53,13 +50,12 @@ class StreamTrainer(SimpleTrainer):
         *,
         accumulate_steps: int = 1,
         dtype: torch.dtype | None = None,
-        max_norm: float | None = None,
-        norm_type: float = 2.0,
+        clip: Callable[[], object] | None = None,
         auto_momenta: AutoMomenta | None = None,
     ) -> None:
         super().__init__(model, data_loader, optimizer)
         self.streams, self.accumulate_steps, self.dtype = dict(streams), accumulate_steps, dtype
-        self.max_norm, self.norm_type, self.auto_momenta = max_norm, norm_type, auto_momenta
+        self.clip, self.auto_momenta = clip, auto_momenta
         self.device = next(model.parameters()).device
         self.before_data: Callable[[], None] = lambda: None  # for whoever times the step: what follows waits for images
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype is torch.float16)
@@ -100,8 +96,8 @@ class StreamTrainer(SimpleTrainer):
     def update(self) -> None:
         """Unscale, clip, step."""
         self.scaler.unscale_(self.optimizer)
-        if self.max_norm is not None:
-            self.optimizer.clip_grad_norm_(self.max_norm, self.norm_type)
+        if self.clip is not None:
+            self.clip()
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
@@ -145,12 +141,11 @@ def build_step(cfg: CfgNode, model: nn.Module, data_loader: Any, optimizer: Opti
     """detectron2's own step where it can do what `cfg.SOLVER` asks for, else the one over streams."""
     solver = cfg.SOLVER
     plain = model.module if isinstance(model, DistributedDataParallel) else model
-    if solver.OPTIMIZER == "sgd" and not solver.AMP.ENABLED and solver.ACCUMULATE_STEPS == 1:
+    clip = build_clip(cfg, optimizer)
+    if solver.OPTIMIZER == "sgd" and not solver.AMP.ENABLED and solver.ACCUMULATE_STEPS == 1 and clip is None:
         return SimpleTrainer(model, data_loader, optimizer)
     if solver.AMP.ENABLED:
         pool_in_float32(plain)
-    # detectron2's SGD clips in its own step
-    clips = solver.CLIP_GRADIENTS.ENABLED and isinstance(optimizer, StreamOptimizer)
     loss = getattr(plain, "loss", None)
     return StreamTrainer(
         model,
@@ -159,8 +154,7 @@ def build_step(cfg: CfgNode, model: nn.Module, data_loader: Any, optimizer: Opti
         loss.streams if loss is not None else {},
         accumulate_steps=solver.ACCUMULATE_STEPS,
         dtype=getattr(torch, solver.AMP.DTYPE) if solver.AMP.ENABLED else None,
-        max_norm=solver.CLIP_GRADIENTS.CLIP_VALUE if clips else None,
-        norm_type=solver.CLIP_GRADIENTS.NORM_TYPE,
+        clip=clip,
         auto_momenta=build_auto_momenta(cfg, optimizer, plain),
     )
 

@@ -117,6 +117,26 @@ class StreamOptimizer(torch.optim.Optimizer):
         self.gradients.accept()
         return norm
 
+    @torch.no_grad()
+    def clip_each_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> None:
+        """Clips every parameter by itself, as detectron2's `CLIP_TYPE norm` does.
+
+        All streams of a parameter are scaled by one factor, so that the norm of their sum is at most `max_norm`: with
+        equal momenta it is what the sum alone would be clipped to. The host does not wait for the norms. Under a
+        GradScaler as in `clip_grad_norm_`.
+        """
+        sets = self._checked_sets()
+        self._unscale_with_scaler()
+        reached = [p for p in self._params() if p.grad is not None]
+        if not reached:
+            return
+        norms = torch._foreach_norm([p.grad for p in reached], norm_type)
+        factors = [torch.clamp(max_norm / (norm + 1e-6), max=1.0) for norm in norms]
+        parts = [self.gradients.of_parameter(p) if len(sets) > 1 else [p.grad] for p in reached]
+        pairs = [(part, factor) for of_p, factor in zip(parts, factors, strict=True) for part in of_p]
+        torch._foreach_mul_(*(list(column) for column in zip(*pairs, strict=True)))
+        self.gradients.accept()
+
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
 

@@ -271,6 +271,30 @@ def test_clipping_scales_every_stream_by_one_factor(momenta: dict[str, float]) -
     assert largest_difference(model, reference) <= 1e-14
 
 
+@pytest.mark.parametrize("momenta", [DEEPKD, THREE, EQUAL])
+def test_clipping_each_parameter_scales_its_streams_by_one_factor(momenta: dict[str, float]) -> None:
+    model, reference = TwoHeads(), TwoHeads()
+    optimizer = StreamSGD(model.parameters(), 0.01, momenta)
+    backward_streams(model.streams(0), optimizer)
+    streams = [{p: g.clone() for p, g in gradient.items()} for gradient in optimizer.gradients.of_set]
+    sum(reference.streams(0).values()).backward()
+    pairs = [pair for pair in zip(model.parameters(), reference.parameters(), strict=True) if pair[1].grad is not None]
+    limit = sorted(q.grad.norm().item() for _, q in pairs)[len(pairs) // 2]
+    optimizer.clip_each_grad_norm_(limit)
+    clipped = 0
+    for p, q in pairs:
+        before = q.grad.norm()
+        nn.utils.clip_grad_norm_([q], limit)
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-15)
+        clipped += int(before > limit)
+        for gradient, start in zip(optimizer.gradients.of_set, streams, strict=True):
+            if len(streams) > 1 and p in gradient:
+                factor = (limit / (before + 1e-6)).clamp(max=1)
+                torch.testing.assert_close(gradient[p], start[p] * factor, rtol=1e-12, atol=1e-15)
+    assert 0 < clipped < len(pairs)
+    optimizer.step()
+
+
 def test_clipping_below_the_limit_changes_nothing() -> None:
     model = TwoHeads()
     optimizer = deepkd_sgd(model.parameters(), 0.01)

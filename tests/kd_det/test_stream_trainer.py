@@ -21,6 +21,7 @@ CLIP = (
     "SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "norm",
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE",
 )  # fmt: skip
+WHOLE = tuple("full_model" if word == "norm" else word for word in CLIP)
 EQUAL = tuple(word for name in ("TOG", "TCG", "NCG") for word in (f"SOLVER.DEEPKD.DELTA_{name}", 0.0))
 
 
@@ -43,12 +44,13 @@ def one_step(cfg, model, batches, make=build_step):
     return dict(model.named_parameters())
 
 
-def test_deepkd_with_equal_momenta_takes_the_step_of_plain_sgd(tiny_cfg, tiny_model, pinned, storage):
-    cfg = tiny_cfg(*DEEPKD, *EQUAL, "SOLVER.BASE_LR", 0.1)
+@pytest.mark.parametrize("clip", [(), (*CLIP, 0.05), (*WHOLE, 0.05)], ids=["free", "each parameter", "whole model"])
+def test_deepkd_with_equal_momenta_takes_the_step_of_plain_sgd(tiny_cfg, tiny_model, pinned, storage, clip):
+    cfg = tiny_cfg(*DEEPKD, *EQUAL, "SOLVER.BASE_LR", 0.1, *clip)
     model = tiny_model(*DKD).double()
     twin = copy.deepcopy(model)
     ours = one_step(cfg, model, [make_batch()])
-    plain = one_step(tiny_cfg(*DKD, "SOLVER.BASE_LR", 0.1), twin, [make_batch()])
+    plain = one_step(tiny_cfg(*DKD, "SOLVER.BASE_LR", 0.1, *clip), twin, [make_batch()])
     for name, p in plain.items():
         assert_close(ours[name], p, rtol=0, atol=1e-10)
 
@@ -65,7 +67,7 @@ def test_rpn_and_box_regressor_decay_under_deepkd_and_norms_do_not(tiny_cfg, tin
         assert_close(decayed[name] - free[name], -factor * before, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("clip", [(), (*CLIP, 0.5)], ids=["free", "clipped"])
+@pytest.mark.parametrize("clip", [(), (*CLIP, 0.05), (*WHOLE, 0.5)], ids=["free", "each parameter", "whole model"])
 @pytest.mark.parametrize("optimizer", ["deepkd_sgd", "sgd"])
 def test_two_micro_batches_of_four_are_one_batch_of_eight(tiny_cfg, tiny_model, pinned, storage, optimizer, clip):
     options = (*DKD, "MODEL.RESNETS.NORM", "FrozenBN", "SOLVER.OPTIMIZER", optimizer, *clip)  # BN sees its batch only
@@ -127,12 +129,20 @@ def test_mixed_precision_pools_and_distils_in_float32(tiny_cfg, tiny_model, stor
     assert storage.latest()["loss_kd_nckd"][0] >= 0
 
 
-def test_the_norm_of_the_whole_gradient_is_clipped(tiny_cfg, tiny_model, storage):
-    cfg = tiny_cfg(*DEEPKD, *CLIP, 0.01)
+@pytest.mark.parametrize("optimizer", [DEEPKD, DKD], ids=["deepkd_sgd", "sgd"])
+def test_the_norm_of_the_whole_gradient_is_clipped(tiny_cfg, tiny_model, storage, optimizer):
+    cfg = tiny_cfg(*optimizer, *WHOLE, 0.01)
     model = tiny_model(*DKD)
     one_step(cfg, model, [make_batch()])
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     assert norm.item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_norm_clips_every_parameter_by_itself_as_detectron2_does(tiny_cfg, tiny_model, storage):
+    model = tiny_model(*DKD)
+    one_step(tiny_cfg(*DEEPKD, *CLIP, 0.01), model, [make_batch()])
+    norms = [p.grad.norm().item() for p in model.parameters() if p.grad is not None]
+    assert max(norms) == pytest.approx(0.01, rel=1e-3) and sum(norm > 0.0099 for norm in norms) > 3
 
 
 def test_detection_losses_are_the_tasks_and_the_stages_of_a_cascade_share_the_terms_stream():
