@@ -95,9 +95,12 @@ def estimate(
     weights, buffers = tensors_bytes(model.state_dict()), tensors_bytes(trainer._trainer.optimizer.state_dict())
     images = solver.IMS_PER_BATCH / world_size
     gradients = tensors_bytes([p for p in model.parameters() if p.requires_grad])
-    fixed = weights + gradients + buffers + sum(tensors_bytes(teacher.state_dict()) for teacher in teachers)
+    if hasattr(trainer._trainer.optimizer, "gradients"):  # a copy for each set of streams, and their sum
+        gradients = max(gradients, tensors_bytes(trainer._trainer.optimizer.gradients.tensors()))
+    average = tensors_bytes(trainer.average.state_dict()) if trainer.average else 0
+    fixed = weights + average + gradients + buffers + sum(tensors_bytes(teacher.state_dict()) for teacher in teachers)
     image = max(peak - gradients - buffers, 0)  # the measured steps made these too
-    checkpoint = weights + buffers
+    checkpoint = weights + average + buffers
     return Estimate(
         losses,
         count(model),

@@ -15,6 +15,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from kd_core.files import write_text
+
 from .batch_norm import ShareBatchNorm, check_synchronised_norms
 from .checkpoint import UnreadableFile, WholeCheckpointer, load_all_weights
 from .checks import check_frozen_weights
@@ -30,6 +32,7 @@ from .resume import (
     check_initial_weights,
     check_model,
     check_state,
+    config_file,
     load_step,
     note_teachers_file,
     other_checkpoints,
@@ -142,6 +145,8 @@ class DistillationTrainer(DefaultTrainer):
         self.loader.start = self.start_iter * self.cfg.SOLVER.ACCUMULATE_STEPS
         if comm.is_main_process():
             cut_metrics(Path(self.cfg.OUTPUT_DIR, "metrics.json"), self.start_iter)
+            if resume:  # accepted: from here on it is this config's training
+                write_text(config_file(self.cfg.OUTPUT_DIR), self.cfg.dump())
 
     def train(self) -> dict[str, Any] | None:
         """Run the training; returns the last evaluation's results."""

@@ -20,13 +20,13 @@ from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessExitedException
 
 import kd_core
-from kd_core.files import sweep_unfinished
+from kd_core.files import sweep_unfinished, write_text
 from kd_core.tracking import import_wandb
 
 from .checks import check_before_training, check_data
 from .config import kd_defaults, merge_file, merge_list
 from .config_merge import all_keys, lookup
-from .resume import changed_keys
+from .resume import changed_keys, config_file, saved_config
 
 logger = logging.getLogger(__name__)
 
@@ -69,11 +69,14 @@ def setup(args: argparse.Namespace) -> CfgNode:
         check_before_training(cfg, resume=args.resume)
     if cfg.WANDB.ENABLED:
         import_wandb()
-    changed = changed_keys(cfg) if args.resume else []  # default_setup overwrites the config.yaml in OUTPUT_DIR
+    changed = changed_keys(cfg) if args.resume else []
+    saved = saved_config(cfg.OUTPUT_DIR) if args.resume or args.eval_only else None
     comm.synchronize()
     default_setup(cfg, args)
     if comm.is_main_process():
         sweep_unfinished(cfg.OUTPUT_DIR)
+        if saved is not None:  # that of the training, until a resume is accepted (`DistillationTrainer.resume_or_load`)
+            write_text(config_file(cfg.OUTPUT_DIR), saved)
     for name in ("kd_det", "kd_core"):  # default_setup opens the log for detectron2 and fvcore only
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name, abbrev_name=name)
     if changed:

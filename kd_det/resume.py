@@ -151,10 +151,13 @@ def changed_keys(cfg: CfgNode) -> list[str]:
 
     A key that the saved config lacks was added by a later version: it differs where it is not at its default.
     """
-    path = Path(cfg.OUTPUT_DIR, "config.yaml")
-    if not path.is_file():
+    text = saved_config(cfg.OUTPUT_DIR)
+    if text is None:
         return []
-    saved = flat(yaml.safe_load(path.read_text()))
+    try:
+        saved = flat(yaml.safe_load(text))
+    except (yaml.YAMLError, AttributeError):
+        return [f"{config_file(cfg.OUTPUT_DIR)} cannot be read (a kill may have cut it off), so nothing was compared"]
     ours, defaults = flat(yaml.safe_load(cfg.dump())), flat(yaml.safe_load(kd_defaults().dump()))
     lines = [f"{key} was {value}, and is no key any more" for key, value in saved.items() if key not in ours]
     for key, value in ours.items():
@@ -162,6 +165,17 @@ def changed_keys(cfg: CfgNode) -> list[str]:
         if value != before and not key.startswith(NO_MATTER):
             lines.append(f"{key} was {before}, is {value}")
     return lines
+
+
+def config_file(output_dir: str) -> Path:
+    """Where detectron2 writes a training's whole config."""
+    return Path(output_dir, "config.yaml")
+
+
+def saved_config(output_dir: str) -> str | None:
+    """The config of the training in `output_dir`, as it is written there; None without one."""
+    path = config_file(output_dir)
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

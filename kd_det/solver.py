@@ -31,6 +31,7 @@ def check_solver(cfg: CfgNode, world_size: int = 1) -> None:
         "STEP": (solver.STEP in ("paper", "matched"), "paper or matched"),
         "MOMENTA": (solver.MOMENTA in ("", "auto"), "empty or auto"),
         "ACCUMULATE_STEPS": (solver.ACCUMULATE_STEPS >= 1, "a whole number ≥ 1"),
+        "CHECKPOINT_PERIOD": (solver.CHECKPOINT_PERIOD >= 1, "a whole number ≥ 1"),
     }
     for key, (good, what) in expected.items():
         if not good:
@@ -64,6 +65,8 @@ def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
     scaled.defrost()
     scaled.KD.LOSS.WARMUP_ITERS = round(cfg.KD.LOSS.WARMUP_ITERS / factor)
     scaled.SOLVER.GSNR.PERIOD = max(round(solver.GSNR.PERIOD / factor), 1)
+    scaled.SOLVER.CHECKPOINT_PERIOD = max(scaled.SOLVER.CHECKPOINT_PERIOD, 1)
+    scaled.TEST.EVAL_PERIOD = max(scaled.TEST.EVAL_PERIOD, min(cfg.TEST.EVAL_PERIOD, 1))  # 0 stays 0: no evaluation
     scaled.SOLVER.GSNR.WINDOW = round(solver.GSNR.WINDOW / factor)
     scaled.SOLVER.EMA.DECAY = solver.EMA.DECAY**factor
     if frozen:

@@ -25,9 +25,17 @@ CONFIGS = ROOT / "configs" / "Digits"
 TITLES = {"baseline": "plain", "kd": "KD", "dkd": "DKD"}  # as the papers' tables call them
 
 
-def train(name: str, output_dir: Path, *options: str, environment: Mapping[str, str] | None = None) -> None:
+def train(
+    name: str,
+    output_dir: Path,
+    *options: str,
+    environment: Mapping[str, str] | None = None,
+    own_session: bool = True,
+) -> None:
     """Train `configs/Digits/<name>.yaml` into `output_dir`, from its last checkpoint if there is one, unless it is
     finished.
+
+    In a session of its own Ctrl-C reaches this process alone, which then ends the training: it may be at its imports.
     """
     finished, settings = output_dir / "finished", fingerprint(options)
     if finished.is_file():
@@ -47,10 +55,8 @@ def train(name: str, output_dir: Path, *options: str, environment: Mapping[str, 
         *options,
     ]
     quiet = {"PYTHONWARNINGS": "ignore"}  # progress, not deprecations
-    # In a session of its own Ctrl-C reaches this process alone, which then ends the training: it may be at its imports.
-    subprocess.run(
-        command, cwd=ROOT, check=True, env=os.environ | quiet | dict(environment or {}), start_new_session=True
-    )
+    variables = os.environ | quiet | dict(environment or {})
+    subprocess.run(command, cwd=ROOT, check=True, env=variables, start_new_session=own_session)
     finished.write_text(settings, encoding="utf-8")
 
 

@@ -46,19 +46,23 @@ def main(arguments: Sequence[str] | None = None) -> str:
     output = args.output.resolve()
     teacher = output / "teacher"
     threads = max((os.cpu_count() or 1) // args.jobs, 1)
-    environment = {"OMP_NUM_THREADS": str(threads)} if args.jobs > 1 else {}
+    # Ctrl-C reaches the trainings themselves: a thread that waits for one cannot be interrupted.
+    started = {"environment": {"OMP_NUM_THREADS": str(threads)} if args.jobs > 1 else {}, "own_session": False}
 
     train("teacher", teacher, "SEED", "0", *args.options)
     words = teacher_words(teacher)
-    with ThreadPoolExecutor(args.jobs) as pool:
+    pool = ThreadPoolExecutor(args.jobs)
+    try:
         waiting = [
-            pool.submit(train, METHODS[name][1], output / f"{name}_seed{seed}", *options, environment=environment)
+            pool.submit(train, METHODS[name][1], output / f"{name}_seed{seed}", *options, **started)
             for seed in args.seeds
             for name in args.methods
             for options in [("SEED", str(seed), *own_words(name, words), *args.options)]
         ]
         for training in waiting:
             training.result()
+    finally:  # after an interruption or a failure nothing new is begun
+        pool.shutdown(cancel_futures=True)
     text = report_table(args, output, iteration_times(args, words))
     (output / "table.md").write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}\n\nSeeds {args.seeds}. Also in {output / 'table.md'}")

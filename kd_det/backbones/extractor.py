@@ -88,9 +88,9 @@ def create_from_file(node: CfgNode, options: dict[str, Any]) -> nn.Module:
     except ValueError as error:
         raise ValueError(f"MODEL.TIMM.WEIGHTS: {error}") from error
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
+        torch.default_generator.manual_seed(SEED)  # torch.manual_seed would seed the GPUs', too
         untouched = create(node, options, pretrained=False)
-        torch.manual_seed(SEED)
+        torch.default_generator.manual_seed(SEED)
         overlay = {"state_dict": state_dict, "source": None}
         extractor = create(node, {**options, "pretrained_cfg_overlay": overlay}, pretrained=True)
     extractor.pretrained_cfg.pop("state_dict", None)

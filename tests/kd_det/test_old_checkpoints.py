@@ -11,6 +11,7 @@ from detectron2.utils.env import seed_all_rng
 
 from kd_det.config import kd_defaults, merge_file
 from kd_det.engine import DistillationTrainer
+from kd_det.launch import argument_parser, setup
 from kd_det.resume import changed_keys
 
 TRAINING = (
@@ -211,3 +212,25 @@ def test_a_truncated_start_is_named_with_its_key(old, tmp_path):
         ValueError, match=r"MODEL.WEIGHTS: .*given.pth is no checkpoint that can be read: it is truncated"
     ):
         start(old(), path)
+
+
+def test_an_evaluation_and_a_refused_resume_leave_the_trainings_config_alone(tiny_cfg, tmp_path):
+    output = tmp_path / "output"
+    cfg = tiny_cfg("DATASETS.TRAIN", "('digits_train',)", "DATASETS.TEST", "('digits_val',)", "SOLVER.MAX_ITER", 4)
+    (tmp_path / "mine.yaml").write_text(cfg.dump())
+    words = ["--config-file", str(tmp_path / "mine.yaml"), "--num-gpus", "0"]
+    parser = argument_parser("")
+    setup(parser.parse_args(words))
+    written = (output / "config.yaml").read_text()
+    assert "MAX_ITER: 4" in written
+    for more in (["--eval-only", "SOLVER.MAX_ITER", "9"], ["--resume", "SOLVER.MAX_ITER", "9"]):
+        setup(parser.parse_args([*words, *more]))
+        assert (output / "config.yaml").read_text() == written
+
+
+def test_a_config_that_a_kill_has_cut_off_is_said_and_no_hindrance(tiny_cfg, tmp_path):
+    (tmp_path / "output").mkdir()
+    for content in ("", "MODEL: [", "just words"):
+        (tmp_path / "output" / "config.yaml").write_text(content)
+        (line,) = changed_keys(tiny_cfg())
+        assert "config.yaml cannot be read" in line

@@ -52,6 +52,8 @@ def test_the_matched_step_reaches_the_optimizer(tiny_cfg, tiny_model):
         (("KD.LOSS.NAME", "none"), "SOLVER.OPTIMIZER deepkd_sgd gives distillation a momentum of its own, but"),
         (("SOLVER.OPTIMIZER", "sgd", "SOLVER.MOMENTA", "auto"), "SOLVER.MOMENTA auto compares the gradient streams"),
         (("SOLVER.CLIP_GRADIENTS.ENABLED", True), "CLIP_TYPE 'value' acts on single elements"),
+        (("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "global"), "CLIP_TYPE is 'global', expected one of value, norm"),
+        (("SOLVER.CHECKPOINT_PERIOD", 0), "SOLVER.CHECKPOINT_PERIOD is 0, expected a whole number ≥ 1"),
     ],
 )  # fmt: skip
 def test_what_no_run_could_mean_is_refused_with_its_key(tiny_cfg, overrides, message):
