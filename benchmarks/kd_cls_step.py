@@ -10,7 +10,6 @@ turns in one process on the same batch; the figures are medians over the rounds.
 Exit code 1 where a bound does not hold.
 """
 
-import argparse
 import importlib.util
 import statistics
 import sys
@@ -23,8 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from tabulate import tabulate
-from timing import by_turns, timed, write_figures
+from timing import by_turns, report_steps, step_options, timed
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -177,10 +175,8 @@ def ratio(ours: float, other: float) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", type=Path, help="a checkout of DeepKD's released code")
-    parser.add_argument("--rounds", type=int, default=15, help="steps of every side that count")
-    parser.add_argument("--json", type=Path, default=ROOT / "output" / "bench" / "kd_cls_step.json")
+    parser = step_options(__doc__, peer="DeepKD's released code")
+    parser.set_defaults(json=ROOT / "output" / "bench" / "kd_cls_step.json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as output:
         kd, deepkd = (step_of(method, output) for method in ("kd", "deepkd_kd"))
@@ -195,9 +191,7 @@ def main() -> int:
             sides |= papers_steps(options.peer, kd)
         seconds = by_turns(sides, options.rounds)
     rows = table_rows(seconds)
-    print(tabulate(rows, ["", "ms", "floor or other side, ms", "ratio", "bound"], tablefmt="github", floatfmt=".2f"))
-    write_figures(options.json, milliseconds={name: 1e3 * statistics.median(times) for name, times in seconds.items()})
-    return int(any(bound is not None and found > bound for *_, found, bound in rows))
+    return report_steps(seconds, rows, options.json)
 
 
 if __name__ == "__main__":

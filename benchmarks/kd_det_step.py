@@ -8,7 +8,6 @@ one process on the same batches:
     DKD               beside the papers' own detection step (--peer: a checkout of mdistiller, read and never kept)
 """
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -21,8 +20,7 @@ from typing import Any
 import torch
 from detectron2.engine import SimpleTrainer
 from detectron2.utils.events import EventStorage
-from tabulate import tabulate
-from timing import by_turns, timed, write_figures
+from timing import by_turns, report_steps, step_options, timed
 from torch import nn
 
 from kd_core.streams import backward_streams
@@ -44,18 +42,15 @@ STUDENT = {
 TEACHER_YAML = "_BASE_: {base}\nMODEL:\n  RESNETS:\n    DEPTH: 50\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", type=Path, help="a checkout of mdistiller")
-    parser.add_argument("--rounds", type=int, default=15, help="steps of every side that count")
-    parser.add_argument("--json", type=Path, default=ROOT / "output" / "bench" / "kd_det_step.json")
+def main() -> int:
+    parser = step_options(__doc__, peer="mdistiller")
+    parser.set_defaults(json=ROOT / "output" / "bench" / "kd_det_step.json")
     args = parser.parse_args()
     torch.manual_seed(0)
     sides = build_sides(args.peer)
     seconds = by_turns(sides, args.rounds)
     rows = table_rows(seconds, peer=args.peer is not None)
-    print(tabulate(rows, ["", "ms", "floor or other side, ms", "ratio", "bound"], tablefmt="github", floatfmt=".2f"))
-    write_figures(args.json, milliseconds={name: 1e3 * statistics.median(times) for name, times in seconds.items()})
+    return report_steps(seconds, rows, args.json)
 
 
 def build_sides(peer: Path | None) -> dict[str, Callable[[], object]]:
@@ -199,4 +194,4 @@ def table_rows(seconds: dict[str, list[float]], peer: bool) -> list[list[Any]]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

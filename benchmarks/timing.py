@@ -1,5 +1,6 @@
 """Times and peak memory of two ways to do the same thing, measured by turns."""
 
+import argparse
 import json
 import os
 import statistics
@@ -123,3 +124,20 @@ def write_figures(path: Path, **figures: Any) -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps({"torch": torch.__version__, "device": device, **figures}, indent=1))
+
+
+def step_options(usage: str, peer: str) -> argparse.ArgumentParser:
+    """The command line of a benchmark of training steps; `peer` says whose checkout `--peer` names."""
+    parser = argparse.ArgumentParser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", type=Path, help=f"a checkout of {peer}, read and never kept")
+    parser.add_argument("--rounds", type=int, default=15, help="steps of every side that count")
+    parser.add_argument("--json", type=Path, help="where the figures go")
+    return parser
+
+
+def report_steps(seconds: dict[str, list[float]], rows: list[list[Any]], path: Path) -> int:
+    """Print the ratios and write the sides' milliseconds; 1 where a ratio is above its bound, else 0."""
+    headers = ["", "ms", "floor or other side, ms", "ratio", "bound"]
+    print(tabulate(rows, headers, tablefmt="github", floatfmt=".2f"))
+    write_figures(path, milliseconds={name: 1e3 * statistics.median(times) for name, times in seconds.items()})
+    return int(any(bound is not None and found > bound for *_, found, bound in rows))

@@ -7,8 +7,8 @@ from fvcore.common.config import CfgNode
 from timm.optim import list_optimizers
 
 from kd_cls.config_merge import lookup
+from kd_core.optim.config import STREAM_OPTIMIZERS
 
-STREAM_OPTIMIZERS = ("dot_sgd", "deepkd_sgd", "stream_adamw")
 SCHEDULES = ("multistep", "cosine", "step", "poly", "tanh", "wsd", "rsqrt", "constant")
 
 

@@ -9,8 +9,9 @@ from timm.scheduler.scheduler import Scheduler
 from torch.optim import Optimizer
 
 from kd_cls.student import Student
-from kd_core import optim as streams
 from kd_core.gsnr import AutoMomenta
+from kd_core.optim import config, deepkd_sgd
+from kd_core.optim.config import STREAM_OPTIMIZERS, build_stream_optimizer
 
 
 def build_optimizer(cfg: CfgNode, student: Student) -> Optimizer:
@@ -19,28 +20,17 @@ def build_optimizer(cfg: CfgNode, student: Student) -> Optimizer:
     Raises:
         ValueError: a hyperparameter that the optimizer refuses, such as a momentum of 1 or more.
     """
+    solver, groups = cfg.SOLVER, parameter_groups(cfg, student)
+    if solver.OPTIMIZER in STREAM_OPTIMIZERS:
+        return build_stream_optimizer(solver, groups)
+    common: dict[str, Any] = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY, "momentum": solver.MOMENTUM}
     try:
-        return create_optimizer(cfg, student)
+        if solver.OPTIMIZER != "sgd":
+            return create_optimizer_v2(groups, opt=solver.OPTIMIZER, **common)
+        equal = {"delta_tog": 0.0, "delta_tcg": 0.0, "delta_ncg": 0.0}  # torch.optim.SGD, one backward pass
+        return deepkd_sgd(groups, **common, **equal, nesterov=solver.NESTEROV, step=solver.STEP)
     except ValueError as error:
-        raise ValueError(f"SOLVER.OPTIMIZER {cfg.SOLVER.OPTIMIZER}: {error}") from error
-
-
-def create_optimizer(cfg: CfgNode, student: Student) -> Optimizer:
-    """As `build_optimizer`, with the optimizer's own errors."""
-    solver = cfg.SOLVER
-    groups = parameter_groups(cfg, student)
-    common: dict[str, Any] = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
-    sgd = {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV, "step": solver.STEP}
-    deltas = {stream: solver.DEEPKD[f"DELTA_{stream.upper()}"] for stream in ("tog", "tcg", "ncg")}
-    if solver.OPTIMIZER == "sgd":  # equal momenta: torch.optim.SGD, one backward pass
-        return streams.deepkd_sgd(groups, **common, **sgd, delta_tog=0.0, delta_tcg=0.0, delta_ncg=0.0)
-    if solver.OPTIMIZER == "deepkd_sgd":
-        return streams.deepkd_sgd(groups, **common, **sgd, **{f"delta_{name}": delta for name, delta in deltas.items()})
-    if solver.OPTIMIZER == "dot_sgd":
-        return streams.dot_sgd(groups, **common, **sgd, delta=solver.DOT.DELTA)
-    if solver.OPTIMIZER == "stream_adamw":
-        return streams.StreamAdamW(groups, **common, momenta={name: solver.MOMENTUM + d for name, d in deltas.items()})
-    return create_optimizer_v2(groups, opt=solver.OPTIMIZER, **common, momentum=solver.MOMENTUM)
+        raise ValueError(f"SOLVER.OPTIMIZER {solver.OPTIMIZER}: {error}") from error
 
 
 def build_auto_momenta(cfg: CfgNode, optimizer: Optimizer, student: Student) -> AutoMomenta | None:
@@ -49,20 +39,13 @@ def build_auto_momenta(cfg: CfgNode, optimizer: Optimizer, student: Student) -> 
     Raises:
         ValueError: an optimizer without streams, a window with fewer than two samples, or momenta outside [0, 1).
     """
-    if cfg.SOLVER.MOMENTA != "auto":
-        return None
-    if not hasattr(optimizer, "set_momenta") or cfg.KD.LOSS.NAME == "none":
+    streams = hasattr(optimizer, "set_momenta") and cfg.KD.LOSS.NAME != "none"
+    if cfg.SOLVER.MOMENTA == "auto" and not streams:
         raise ValueError(
             f"SOLVER.MOMENTA auto compares the gradient streams of a distillation loss; with SOLVER.OPTIMIZER "
             f"{cfg.SOLVER.OPTIMIZER!r} and KD.LOSS.NAME {cfg.KD.LOSS.NAME!r} there are none: leave it empty"
         )
-    gsnr = cfg.SOLVER.GSNR
-    try:
-        return AutoMomenta(
-            optimizer, student.named_parameters(), gsnr.WINDOW, gsnr.PERIOD, gsnr.SAMPLE, cfg.SOLVER.MOMENTUM, gsnr.SPAN
-        )
-    except ValueError as error:
-        raise ValueError(f"SOLVER.GSNR: {error}") from error
+    return config.build_auto_momenta(cfg.SOLVER, optimizer, student.named_parameters())
 
 
 def parameter_groups(cfg: CfgNode, student: Student) -> list[dict[str, Any]]:

@@ -52,6 +52,8 @@ def train(cfg: CfgNode, process: Process, resume: bool = False) -> dict[str, flo
     last = output / LAST
     if agree(resume and last.is_file()):
         trainer.resume(read_checkpoint(last, "--resume"))
+        if trainer.iteration >= trainer.max_iter:
+            logger.info("%s is complete (%d iterations): there is nothing left to train", last, trainer.iteration)
     elif last.is_file():
         logger.warning("%s is from an earlier run and will be replaced; --resume would have gone on with it", last)
     if process.is_main:

@@ -11,10 +11,10 @@ from detectron2.solver.build import get_default_optimizer_params
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kd_core.gsnr import AutoMomenta
-from kd_core.optim import StreamAdamW, StreamOptimizer, deepkd_sgd, dot_sgd
+from kd_core.optim import StreamOptimizer
+from kd_core.optim.config import STREAM_OPTIMIZERS, build_stream_optimizer
 
-OPTIMIZERS = ("sgd", "dot_sgd", "deepkd_sgd", "stream_adamw")
+OPTIMIZERS = ("sgd", *STREAM_OPTIMIZERS)
 # detectron2's: every element, every parameter's norm; and the norm of the whole model's gradient.
 CLIP_TYPES = ("value", "norm", "full_model")
 
@@ -122,27 +122,9 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     if cfg.SOLVER.OPTIMIZER == "sgd":
         optimizer = build_detectron2_optimizer(without_whole_model_clipping(cfg), model)
     else:
-        optimizer = build_stream_optimizer(cfg, parameter_groups(cfg, model))
+        optimizer = build_stream_optimizer(cfg.SOLVER, parameter_groups(cfg, model))
     exempt_from_decay(optimizer, getattr(model, "no_decay", ()))
     return optimizer
-
-
-def build_stream_optimizer(cfg: CfgNode, groups: list[dict[str, Any]]) -> StreamOptimizer:
-    """`dot_sgd`, `deepkd_sgd` or `stream_adamw` of kd_core, from the keys of SOLVER."""
-    solver = cfg.SOLVER
-    deltas = {"tog": solver.DEEPKD.DELTA_TOG, "tcg": solver.DEEPKD.DELTA_TCG, "ncg": solver.DEEPKD.DELTA_NCG}
-    sgd = {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV, "step": solver.STEP}
-    common = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
-    try:
-        if solver.OPTIMIZER == "dot_sgd":
-            return dot_sgd(groups, **common, **sgd, delta=solver.DOT.DELTA)
-        if solver.OPTIMIZER == "deepkd_sgd":
-            return deepkd_sgd(groups, **common, **sgd, **{f"delta_{name}": delta for name, delta in deltas.items()})
-        momenta = {name: solver.MOMENTUM + delta for name, delta in deltas.items()}
-        return StreamAdamW(groups, **common, momenta=momenta)
-    except ValueError as error:
-        keys = f"DOT.DELTA {solver.DOT.DELTA}" if solver.OPTIMIZER == "dot_sgd" else f"DEEPKD {deltas}"
-        raise ValueError(f"SOLVER.OPTIMIZER {solver.OPTIMIZER}, MOMENTUM {solver.MOMENTUM}, {keys}: {error}") from error
 
 
 def without_whole_model_clipping(cfg: CfgNode) -> CfgNode:
@@ -172,19 +154,6 @@ def build_clip(cfg: CfgNode, optimizer: Optimizer) -> Callable[[], object] | Non
         return partial(clip_, clip.CLIP_VALUE, clip.NORM_TYPE)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     return partial(nn.utils.clip_grad_norm_, params, clip.CLIP_VALUE, clip.NORM_TYPE)
-
-
-def build_auto_momenta(cfg: CfgNode, optimizer: Optimizer, model: nn.Module) -> AutoMomenta | None:
-    """What SOLVER.MOMENTA auto asks for, None otherwise."""
-    if cfg.SOLVER.MOMENTA != "auto":
-        return None
-    gsnr = cfg.SOLVER.GSNR
-    try:
-        return AutoMomenta(
-            optimizer, model.named_parameters(), gsnr.WINDOW, gsnr.PERIOD, gsnr.SAMPLE, cfg.SOLVER.MOMENTUM, gsnr.SPAN
-        )
-    except ValueError as error:
-        raise ValueError(f"SOLVER.GSNR: {error}") from error
 
 
 def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:

@@ -15,9 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from kd_core.gsnr import AutoMomenta
+from kd_core.optim.config import build_auto_momenta
 from kd_core.streams import backward_streams
 
-from .solver import build_auto_momenta, build_clip
+from .solver import build_clip
 
 KD_TERM = re.compile(r"loss_kd_(?P<term>.+?)(_stage\d+)?")
 
@@ -155,7 +156,7 @@ def build_step(cfg: CfgNode, model: nn.Module, data_loader: Any, optimizer: Opti
         accumulate_steps=solver.ACCUMULATE_STEPS,
         dtype=getattr(torch, solver.AMP.DTYPE) if solver.AMP.ENABLED else None,
         clip=clip,
-        auto_momenta=build_auto_momenta(cfg, optimizer, plain),
+        auto_momenta=build_auto_momenta(solver, optimizer, plain.named_parameters()),
     )
 
 

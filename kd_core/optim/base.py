@@ -127,7 +127,7 @@ class StreamOptimizer(torch.optim.Optimizer):
         """
         sets = self._checked_sets()
         self._unscale_with_scaler()
-        reached = [p for p in self._params() if p.grad is not None]
+        reached = [p for p in self._params() if p.grad is not None and p.numel()]
         if not reached:
             return
         norms = torch._foreach_norm([p.grad for p in reached], norm_type)

@@ -234,7 +234,7 @@ def test_the_keys_are_listed_with_their_values(tiny_yaml: Path, capsys: pytest.C
         (["KD.LOSS.NAME", "kd", "KD.LOSS.WARMUP", 0.1, "KD.LOSS.WARMUP_EPOCHS", 1], r"set one of them"),
         (
             ["KD.LOSS.NAME", "kd", "SOLVER.OPTIMIZER", "deepkd_sgd", "SOLVER.DEEPKD.DELTA_TOG", 0.2],
-            r"OPTIMIZER deepkd_sgd: .*tog",
+            r"SOLVER.OPTIMIZER deepkd_sgd, MOMENTUM .*DEEPKD .*: .*tog",
         ),
         (["DATA.TIMM_OPTIONS", "{re_prob: 0.25}"], r"DATA.TIMM_OPTIONS has re_prob"),
         (["DATA.NAME", "imagenet", "DATA.ROOT", "/nowhere"], r"/nowhere.*DATA.ROOT"),

@@ -16,9 +16,10 @@ from torch import nn
 
 import kd_core.losses.config as loss_config
 import kd_det.config as det_config
+from kd_core.optim.config import build_stream_optimizer
 from kd_det.checks import check_backbone, check_frozen_stem, check_meta_architecture
 from kd_det.config import build_box_loss, kd_defaults, merge_file
-from kd_det.solver import build_stream_optimizer, check_solver
+from kd_det.solver import check_solver
 
 from . import config_walk
 
@@ -49,7 +50,7 @@ def test_a_config_names_a_loss_and_an_optimizer_that_can_be_built(path):
         assert path.stem.split("_")[0] in (cfg.KD.LOSS.NAME, "dot", "deepkd")
     if cfg.SOLVER.OPTIMIZER != "sgd":
         assert "Learning rate: " in path.read_text(), "say whose learning rate it is"
-        build_stream_optimizer(cfg, [{"params": [nn.Parameter(torch.zeros(1))]}])
+        build_stream_optimizer(cfg.SOLVER, [{"params": [nn.Parameter(torch.zeros(1))]}])
     assert f"--config-file {path.relative_to(ROOT)}" in path.read_text(), "say how it is run"
     assert Path(cfg.OUTPUT_DIR) == Path("output", path.parent.name.lower(), path.stem)
 
