@@ -17,11 +17,15 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "Digits"
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # each ends the demo as Ctrl-C does
 TITLES = {"baseline": "plain", "kd": "KD", "dkd": "DKD"}  # as the papers' tables call them
 
 
@@ -56,8 +60,45 @@ def train(
     ]
     quiet = {"PYTHONWARNINGS": "ignore"}  # progress, not deprecations
     variables = os.environ | quiet | dict(environment or {})
-    subprocess.run(command, cwd=ROOT, check=True, env=variables, start_new_session=own_session)
+    if own_session:
+        run_in_own_session(command, variables)
+    else:
+        subprocess.run(command, cwd=ROOT, check=True, env=variables)
     finished.write_text(settings, encoding="utf-8")
+
+
+def run_in_own_session(command: list[str], variables: Mapping[str, str]) -> None:
+    """`subprocess.run(check=True)`, but an interruption ends the process also when it comes while that is started."""
+    process = None
+    try:
+        with postponed_signals():  # in Popen one would lose the process that is just begun
+            process = subprocess.Popen(command, cwd=ROOT, env=variables, start_new_session=True)
+        if code := process.wait():
+            raise subprocess.CalledProcessError(code, command)
+    finally:
+        if process is not None and process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def postponed_signals() -> Iterator[None]:
+    """What would interrupt the block is raised at its end, as a KeyboardInterrupt."""
+    came: list[int] = []
+    handlers = listen(lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
+
+
+def listen(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+    """Call `handler` at every signal of `SIGNALS`, but one that is ignored (nohup); returns the handlers until now."""
+    heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in heard}
 
 
 def fingerprint(options: tuple[str, ...]) -> str:
@@ -106,8 +147,7 @@ def interrupt(*_: object) -> None:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
+    listen(interrupt)
     try:
         main()
     except KeyboardInterrupt:

@@ -25,6 +25,27 @@ def lives(process: int) -> bool:
         return False
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_comes_while_a_training_is_started_ends_it_as_soon_as_it_is(monkeypatch, number):
+    monkeypatch.syspath_prepend(str(DEMO.parent))
+    import demo
+
+    processes = []
+
+    class SignalledWithin(subprocess.Popen):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            processes.append(self)
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(subprocess, "Popen", SignalledWithin)
+    handlers = [signal.getsignal(number) for number in demo.SIGNALS]
+    with pytest.raises(KeyboardInterrupt):
+        demo.run_in_own_session([sys.executable, "-c", "import time; time.sleep(60)"], os.environ)
+    assert processes[0].returncode == -signal.SIGKILL
+    assert [signal.getsignal(number) for number in demo.SIGNALS] == handlers
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "kill"])
 def test_an_interrupted_demo_ends_its_training_and_says_what_to_run_to_go_on(tmp_path, number):
     command = [sys.executable, str(DEMO), "--output", str(tmp_path / "demo")]
