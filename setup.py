@@ -17,6 +17,8 @@ DET = [
     "scikit-image",  # the photographs of the built-in data set
 ]
 CLS = [*COMMON, "safetensors", "tqdm"]
+# Needed by an option each: WANDB.ENABLED, and tools/export_student.py --onnx.
+EXTRA = {"wandb": ["wandb"], "onnx": ["onnx"]}
 DEV = ["pytest>=8", "hypothesis", "ruff", "matplotlib"]
 
 setup(
@@ -29,5 +31,5 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["kd_core*", "kd_det*", "kd_cls*"]),
     install_requires=["torch>=2.1", "fvcore", "numpy"],
-    extras_require={"det": DET, "cls": CLS, "dev": DET + CLS + DEV},
+    extras_require={"det": DET, "cls": CLS, "dev": DET + CLS + DEV, **EXTRA},
 )

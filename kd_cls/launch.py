@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -83,13 +84,14 @@ def option_parser(description: str) -> argparse.ArgumentParser:
 
 def run_command(main: Callable[[], object]) -> None:
     """Run a command; bad input, and a file that cannot be had, end it with one sentence in place of a traceback."""
+    program = Path(sys.argv[0]).name
     try:
         main()
     except (ValueError, FloatingPointError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        sys.exit(f"{program}: {error}")
     except OSError as error:
         if error.filename is None:  # none of the user's files
             raise
-        sys.exit(f"{type(error).__name__}: {error.filename}: {error.strerror}")
+        sys.exit(f"{program}: {error.filename}: {error.strerror}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; training goes on from OUTPUT_DIR/last.pth with --resume")
+        sys.exit(f"\n{program}: interrupted; training goes on from OUTPUT_DIR/last.pth with --resume")

@@ -101,6 +101,7 @@ def estimate(
     fixed = weights + average + gradients + buffers + sum(tensors_bytes(teacher.state_dict()) for teacher in teachers)
     image = max(peak - gradients - buffers, 0)  # the measured steps made these too
     checkpoint = weights + average + buffers
+    best = weights + average  # a file each
     return Estimate(
         losses,
         count(model),
@@ -112,7 +113,7 @@ def estimate(
         checkpoint,
         total_seconds=solver.MAX_ITER * images * seconds,
         process_bytes=round(fixed + image * images / solver.ACCUMULATE_STEPS),
-        disk_bytes=checkpoint * (solver.MAX_ITER // solver.CHECKPOINT_PERIOD + 1),
+        disk_bytes=checkpoint * (solver.MAX_ITER // solver.CHECKPOINT_PERIOD + 1) + best,
         epochs=None if stands_in else solver.MAX_ITER * solver.IMS_PER_BATCH / len(trainer.loader.dataset),
     )
 
