@@ -108,7 +108,8 @@ class Trainer:
             self.record(result, target_part)
             losses = self.task.stream_losses(result, len(images_part) / len(images))
             if self.auto_momenta is not None and number == 1:
-                self.auto_momenta.observe(losses, self.iteration, self.scaler.get_scale())
+                scale = self.scaler.scale(torch.ones((), device=self.process.device))  # get_scale() would wait for it
+                self.auto_momenta.observe(losses, self.iteration, scale)
             backward_streams(losses, self.optimizer, self.scaler, sync=number == len(parts))
         self.update()
 

@@ -57,9 +57,15 @@ class GradientSNR:
         # A prime stride is in step with no dimension of a weight: it meets every tap of every kernel.
         offsets = random.Random(seed)
         self._offsets = [offsets.randrange(min(self.stride, p.numel())) for p in self.params.values()]
-        self.count = dict.fromkeys(streams, 0)
-        self._mean = {stream: self._zeros() for stream in self.count}
-        self._squares = {stream: self._zeros() for stream in self.count}  # Σ (g − ḡ)²
+        device = next(iter(self.params.values())).device
+        self._counts = {stream: torch.zeros((), dtype=torch.int64, device=device) for stream in streams}
+        self._mean = {stream: self._zeros() for stream in self._counts}
+        self._squares = {stream: self._zeros() for stream in self._counts}  # Σ (g − ḡ)²
+
+    @property
+    def count(self) -> dict[str, int]:
+        """The samples of each stream. Reading them waits for the device, which taking them does not."""
+        return {stream: int(count) for stream, count in self._counts.items()}
 
     def observe(self, losses: Mapping[str, Tensor | None], iteration: int, scale: Tensor | float = 1.0) -> bool:
         """A sample, if it is time for one: call it before `backward_streams`, with the same losses. Returns whether."""
@@ -78,8 +84,8 @@ class GradientSNR:
             ValueError: an unknown stream.
         """
         for stream, loss in losses.items():
-            if stream not in self.count:
-                raise ValueError(f"unknown stream {stream!r}: the streams are {', '.join(self.count)}")
+            if stream not in self._counts:
+                raise ValueError(f"unknown stream {stream!r}: the streams are {', '.join(self._counts)}")
             if loss is not None and loss.requires_grad:
                 gradients = torch.autograd.grad(
                     loss * scale, self.params.values(), retain_graph=True, allow_unused=True
@@ -88,13 +94,14 @@ class GradientSNR:
 
     @torch.no_grad()
     def _add(self, stream: str, gradients: list[Tensor]) -> None:
-        if not all(g.isfinite().all() for g in gradients):
-            return
-        self.count[stream] += 1
-        mean, squares = self._mean[stream], self._squares[stream]
-        deltas = torch._foreach_sub(gradients, mean)
-        torch._foreach_add_(mean, deltas, alpha=1 / self.count[stream])
-        torch._foreach_addcmul_(squares, deltas, torch._foreach_sub(gradients, mean))
+        count, mean, squares = self._counts[stream], self._mean[stream], self._squares[stream]
+        finite = torch.stack([g.isfinite().all().to(count.device) for g in gradients]).all()
+        count += finite  # the host need not know
+        for g, running, square in zip(gradients, mean, squares, strict=True):
+            g = torch.where(finite.to(g.device), g, running)  # an infinite sample moves nothing
+            delta = g - running
+            running += delta / count.clamp(min=1).to(g.device)
+            square.addcmul_(delta, g - running)
 
     def _sampled(self, gradients: Iterable[Tensor | None], scale: Tensor | float) -> list[Tensor]:
         sampled = []
@@ -117,30 +124,31 @@ class GradientSNR:
             for mean, squares in zip(self._mean[stream], self._squares[stream], strict=True):
                 noise = squares.double().sum() / (n - 1) if n > 1 else torch.tensor(math.nan, dtype=torch.float64)
                 rows.append(torch.stack([mean.double().square().sum() - noise / max(n, 1), noise]).cpu())
-        return torch.stack(rows).reshape(len(self.count), len(self.params), 2)
+        return torch.stack(rows).reshape(len(self._counts), len(self.params), 2)
 
     def overall(self) -> dict[str, float]:
         """The GSNR of each stream over all parameters; NaN below two samples."""
         sums = self.signal_and_noise().sum(1)
-        return {stream: ratio(*row) for stream, row in zip(self.count, sums.tolist(), strict=True)}
+        return {stream: ratio(*row) for stream, row in zip(self._counts, sums.tolist(), strict=True)}
 
     def per_layer(self) -> dict[str, dict[str, float]]:
         """{stream: {name of the parameter: GSNR}}; 0 where a stream does not reach it."""
         sums = self.signal_and_noise().tolist()
         return {
             stream: {name: ratio(*row) for name, row in zip(self.params, rows, strict=True)}
-            for stream, rows in zip(self.count, sums, strict=True)
+            for stream, rows in zip(self._counts, sums, strict=True)
         }
 
     def state_dict(self) -> dict[str, Any]:
-        return {"count": dict(self.count), "mean": self._mean, "squares": self._squares}
+        return {"count": self.count, "mean": self._mean, "squares": self._squares}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises ValueError where the state has other streams or other sampled elements."""
         sizes = {stream: [t.shape for t in tensors] for stream, tensors in self._mean.items()}
         if sizes != {stream: [t.shape for t in tensors] for stream, tensors in state["mean"].items()}:
             raise ValueError("this GSNR state has other streams, parameters or another sample= than was asked for")
-        self.count = dict(state["count"])
+        for stream, count in state["count"].items():
+            self._counts[stream].fill_(count)
         for mine, saved in ((self._mean, state["mean"]), (self._squares, state["squares"])):
             for stream, tensors in mine.items():
                 torch._foreach_copy_(tensors, saved[stream])

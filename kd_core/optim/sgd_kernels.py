@@ -29,13 +29,13 @@ def sgd_(
         if fused:
             fused_sgd_(*lists, lr, momentum, weight_decay, nesterov, skip)
         elif skip is None or skip.item() == 0:
-            foreach_sgd_(*lists, float(lr), momentum, weight_decay, nesterov)
+            foreach_sgd_(*lists, lr, momentum, weight_decay, nesterov)
 
 
 def _by_kernel(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor] | None) -> dict[tuple[Any, ...], Lists]:
     """The lists, split by (whether the fused kernel is right, device, dtype)."""
     # The fused CPU kernel ignores strides: where layouts differ it would pair the wrong elements, silently.
-    alike = [p.stride() == g.stride() == v.stride() for p, g, v in zip(params, grads, buffers or grads, strict=True)]
+    alike = [same_layout(p, g) and same_layout(p, v) for p, g, v in zip(params, grads, buffers or grads, strict=True)]
     kinds = [(p.device, p.dtype) for p in params]
     if all(alike) and len(set(kinds)) == 1:
         return {(has_fused_kernel(params[0]), *kinds[0]): (params, grads, buffers)}
@@ -47,6 +47,13 @@ def _by_kernel(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor] 
             if whole is not None:
                 part.append(whole[i])
     return split
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether the elements of two tensors of one shape lie in the same order; sides of 1 do not matter."""
+    if a.stride() == b.stride():
+        return True
+    return all(s == t or n == 1 for s, t, n in zip(a.stride(), b.stride(), a.shape, strict=True))
 
 
 def has_fused_kernel(p: Tensor) -> bool:
@@ -83,7 +90,7 @@ def foreach_sgd_(
     params: list[Tensor],
     grads: list[Tensor],
     buffers: list[Tensor] | None,
-    lr: float,
+    lr: float | Tensor,
     momentum: float,
     weight_decay: float,
     nesterov: bool,
@@ -95,4 +102,7 @@ def foreach_sgd_(
         torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, grads)
         grads = torch._foreach_add(grads, buffers, alpha=momentum) if nesterov else buffers
-    torch._foreach_add_(params, grads, alpha=-lr)
+    if isinstance(lr, Tensor):  # which the host does not read
+        torch._foreach_sub_(params, torch._foreach_mul(grads, lr))
+    else:
+        torch._foreach_add_(params, grads, alpha=-lr)
