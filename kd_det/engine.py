@@ -2,6 +2,7 @@
 
 import logging
 import weakref
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,10 @@ from .teacher_config import each_teacher, teacher_config
 from .writers import build_wandb_writers
 
 logger = logging.getLogger(__name__)
+
+# Every rank keeps BatchNorm statistics of its own, until `ShareBatchNorm`; newer versions of torch have another word.
+WORDS = signature(DistributedDataParallel).parameters
+KEEP_BUFFERS = {"forward_sync_buffers" if "forward_sync_buffers" in WORDS else "broadcast_buffers": False}
 
 
 class DistillationTrainer(DefaultTrainer):
@@ -253,4 +258,4 @@ def distribute(model: nn.Module) -> nn.Module:
     if comm.get_world_size() == 1:
         return model
     devices = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+    return DistributedDataParallel(model, device_ids=devices, **KEEP_BUFFERS)

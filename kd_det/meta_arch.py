@@ -1,7 +1,8 @@
 """`DistilledRCNN`: detectron2's `GeneralizedRCNN` whose box head also learns from a teacher."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from operator import methodcaller
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from .capture import capture_box_stages, capture_head_inputs
 from .config import build_box_loss
+from .overlap import ViewAhead
 from .rows import ROWS, BoxStage, join_stages, select_rows
 from .serialization import build_serialization, keep_out_of_state_dict, serialized_outputs
 from .sigmoid import binary_form, check_same_classifier, uses_sigmoid
@@ -105,11 +107,18 @@ class DistilledRCNN(GeneralizedRCNN):
         """As GeneralizedRCNN's: in training a dict of scalar losses, in eval mode the detections."""
         if not self.training or self.loss is None:
             return super().forward(batched_inputs)
+        self.load_teacher()
+        views = self.teacher_views(batched_inputs)
         more = capture_head_inputs(self.roi_heads) if self.proposals == "student+teacher" else nullcontext()
         with capture_box_stages(self.roi_heads, self.serialization) as stages, more as head_inputs:
             losses = super().forward(batched_inputs)
-        losses.update(self.distillation_losses(batched_inputs, stages, head_inputs))
+        losses.update(self.distillation_losses(views, stages, head_inputs))
         return losses
+
+    def teacher_views(self, batched_inputs: list[dict[str, Any]]) -> Iterator[TeacherView]:
+        """What each teacher sees of the batch, made when it is asked for; on CUDA the first is on its way already."""
+        first, *others = (partial(teacher.view, batched_inputs, self.input_format) for teacher in self.teachers)
+        return (make() for make in [ViewAhead(self.device, first).take, *others])
 
     def inference(self, *args: Any, **kwargs: Any) -> Any:
         """As GeneralizedRCNN's, by the logits that classify."""
@@ -124,12 +133,12 @@ class DistilledRCNN(GeneralizedRCNN):
         return [] if self.serialization is None else list(self.serialization.parameters())
 
     def distillation_losses(
-        self, batched_inputs: list[dict[str, Any]], stages: list[BoxStage], head_inputs: list[Any] | None = None
+        self, views: Iterable[TeacherView], stages: list[BoxStage], head_inputs: list[Any] | None = None
     ) -> dict[str, Tensor]:
         """The weighted terms of the distillation loss on every stage of the box head.
 
         Args:
-            batched_inputs: what the student was given.
+            views: what each teacher sees of the batch.
             stages: what its box head said of its own proposals.
             head_inputs: feature maps and ground truth that its ROI heads were called with, for proposals of teachers.
         """
@@ -138,8 +147,6 @@ class DistilledRCNN(GeneralizedRCNN):
                 f"{type(self.roi_heads).__name__} made no call of box_predictor.losses(predictions, proposals), where "
                 "distillation reads the student's logits: use a Standard, Cascade or Res5 head, or KD.LOSS.NAME none"
             )
-        self.load_teacher()
-        views: Iterable[TeacherView] = (teacher.view(batched_inputs, self.input_format) for teacher in self.teachers)
         if head_inputs:
             views = list(views)
             more = stages_on_teacher_proposals(self.roi_heads, *head_inputs[0], views)
