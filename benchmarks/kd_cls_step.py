@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from figures import report_steps, step_options
 from PIL import Image
-from timing import by_turns, report_steps, step_options, timed
+from timing import by_turns, timed
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -175,8 +176,7 @@ def ratio(ours: float, other: float) -> float:
 
 
 def main() -> int:
-    parser = step_options(__doc__, peer="DeepKD's released code")
-    parser.set_defaults(json=ROOT / "output" / "bench" / "kd_cls_step.json")
+    parser = step_options(__doc__, "kd_cls_step", peer="DeepKD's released code")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as output:
         kd, deepkd = (step_of(method, output) for method in ("kd", "deepkd_kd"))

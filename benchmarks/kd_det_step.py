@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from detectron2.engine import SimpleTrainer
 from detectron2.utils.events import EventStorage
-from timing import by_turns, report_steps, step_options, timed
+from figures import report_steps, step_options
+from timing import by_turns, timed
 from torch import nn
 
 from kd_core.streams import backward_streams
@@ -43,8 +44,7 @@ TEACHER_YAML = "_BASE_: {base}\nMODEL:\n  RESNETS:\n    DEPTH: 50\n"
 
 
 def main() -> int:
-    parser = step_options(__doc__, peer="mdistiller")
-    parser.set_defaults(json=ROOT / "output" / "bench" / "kd_det_step.json")
+    parser = step_options(__doc__, "kd_det_step", peer="mdistiller")
     args = parser.parse_args()
     torch.manual_seed(0)
     sides = build_sides(args.peer)

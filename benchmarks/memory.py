@@ -6,7 +6,6 @@ do not count; the teacher's are named below the table. Exit code 1 where the dis
 keeps more than logits come to.
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
+from figures import Bound, Table, options, write_figures
 from live_tensors import LiveTensors
-from tabulate import tabulate
 from torch import nn
 
 from kd_det.config import kd_defaults, merge_file, merge_list
@@ -29,7 +28,7 @@ TOLERATED = 0.1  # of the teacher's peak: it keeps .006 of it at the defaults
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, "memory")
     parser.add_argument("--config-file", default=str(ROOT / "configs/COCO/dkd_r18_r101.yaml"))
     parser.add_argument("--size", type=int, default=320, help="pixels of a side of every image")
     parser.add_argument("--images", type=int, default=2)
@@ -45,12 +44,13 @@ def main() -> int:
         "teacher's part": measure_teacher(distilled, batch),
         "distilled student": measure_step(distilled, batch),
     }
-    cells = [[name, *(round(value / MIB, 1) for value in row)] for name, row in rows.items()]
-    print(tabulate(cells, ["MiB", "alive when the backward pass begins", "peak"], tablefmt="github"))
+    cells = [[name, *(f"{value / MIB:.1f}" for value in row)] for name, row in rows.items()]
+    table = Table(["MiB", "alive when the backward pass begins", "peak"], cells)
     kept = rows["distilled student"][0] - rows["plain student"][0]
     weights = sum(p.nbytes for teacher in distilled.teachers for p in teacher.model.state_dict().values())
-    print(f"\nDistillation keeps {kept / MIB:.2f} MiB; the teacher's weights are {weights / MIB:.1f} MiB.")
-    return int(cfg.KD.PROPOSALS == "student" and kept > TOLERATED * rows["teacher's part"][1])
+    print(f"{table}\n\nDistillation keeps {kept / MIB:.2f} MiB; the teacher's weights are {weights / MIB:.1f} MiB.")
+    bound = Bound("what distillation keeps / the teacher's peak", kept / rows["teacher's part"][1], TOLERATED)
+    return write_figures(args.json, {"memory": table}, [bound] if cfg.KD.PROPOSALS == "student" else [])
 
 
 def build(cfg: CfgNode, loss: str) -> nn.Module:

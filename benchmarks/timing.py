@@ -1,20 +1,14 @@
 """Times and peak memory of two ways to do the same thing, measured by turns."""
 
-import argparse
-import json
 import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from tabulate import tabulate
+from figures import Bound, Table, judged
 from torch.profiler import ProfilerActivity, profile
-
-from kd_core.files import write_text
 
 Step = Callable[[], object]
 
@@ -33,9 +27,11 @@ class Comparison:
     memory_bound: float | None = None
 
     @property
-    def holds(self) -> bool:
-        pairs = ((self.time_ratio, self.time_bound), (self.memory_ratio, self.memory_bound))
-        return all(ratio is None or bound is None or ratio <= bound for ratio, bound in pairs)
+    def bounds(self) -> list[Bound]:
+        """What of it is judged."""
+        name = f"{self.name}, {self.size}"
+        pairs = ((name, self.time_ratio, self.time_bound), (f"{name}, memory", self.memory_ratio, self.memory_bound))
+        return [Bound(name, ratio, bound) for name, ratio, bound in pairs if ratio is not None and bound is not None]
 
 
 def alternate(ours: Step, theirs: Step, seconds: float = 1.0, least: int = 7) -> tuple[float, float, float]:
@@ -98,46 +94,10 @@ def peak_bytes(step: Step) -> int:
     return peak
 
 
-def table(comparisons: Sequence[Comparison]) -> str:
-    """The comparisons as a table in Markdown; a figure above its bound is marked."""
+def comparison_table(comparisons: Sequence[Comparison]) -> Table:
+    """The comparisons as a table; a figure above its bound is marked."""
     rows = []
     for c in comparisons:
         ratios = judged(c.time_ratio, c.time_bound), judged(c.memory_ratio, c.memory_bound)
         rows.append([c.name, c.size, c.ours_ms, c.theirs_ms, *ratios])
-    headers = ["", "size", "ours, ms", "theirs, ms", "time ratio (bound)", "peak memory ratio (bound)"]
-    return tabulate(rows, headers, tablefmt="github", floatfmt=".2f")
-
-
-def judged(ratio: float | None, bound: float | None) -> str:
-    if ratio is None or bound is None:
-        return "" if ratio is None else f"{ratio:.2f}"
-    return f"{ratio:.2f} (≤ {bound})" + ("" if ratio <= bound else " **above**")
-
-
-def write_json(path: Path, comparisons: Sequence[Comparison]) -> None:
-    """The comparisons with the machine they were measured on."""
-    write_figures(path, comparisons=[asdict(c) for c in comparisons])
-
-
-def write_figures(path: Path, **figures: Any) -> None:
-    """Figures with the machine they were measured on, written whole or not at all."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps({"torch": torch.__version__, "device": device, **figures}, indent=1))
-
-
-def step_options(usage: str, peer: str) -> argparse.ArgumentParser:
-    """The command line of a benchmark of training steps; `peer` says whose checkout `--peer` names."""
-    parser = argparse.ArgumentParser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", type=Path, help=f"a checkout of {peer}, read and never kept")
-    parser.add_argument("--rounds", type=int, default=15, help="steps of every side that count")
-    parser.add_argument("--json", type=Path, help="where the figures go")
-    return parser
-
-
-def report_steps(seconds: dict[str, list[float]], rows: list[list[Any]], path: Path) -> int:
-    """Print the ratios and write the sides' milliseconds; 1 where a ratio is above its bound, else 0."""
-    headers = ["", "ms", "floor or other side, ms", "ratio", "bound"]
-    print(tabulate(rows, headers, tablefmt="github", floatfmt=".2f"))
-    write_figures(path, milliseconds={name: 1e3 * statistics.median(times) for name, times in seconds.items()})
-    return int(any(bound is not None and found > bound for *_, found, bound in rows))
+    return Table(["", "size", "ours, ms", "theirs, ms", "time ratio (bound)", "peak memory ratio (bound)"], rows)

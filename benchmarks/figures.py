@@ -1,0 +1,167 @@
+"""What a benchmark leaves: a JSON file with its tables, its bounds, and the machine, commit and command they are of."""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+from kd_core.files import write_text
+
+ROOT = Path(__file__).resolve().parents[1]
+OUTPUT = ROOT / "output" / "bench"
+PACKAGES = ("torch", "torchvision", "timm", "detectron2")
+
+
+@dataclass
+class Table:
+    """Rows of text and numbers; `str` gives Markdown."""
+
+    headers: list[str]
+    rows: list[list[Any]]
+
+    def __str__(self) -> str:
+        cells = [[cell(value) for value in row] for row in self.rows]
+        align = ["left"] + ["right"] * (len(self.headers) - 1) if cells else None
+        return tabulate(cells, self.headers, tablefmt="github", disable_numparse=True, colalign=align)
+
+
+@dataclass
+class Bound:
+    """A figure and the most that it may be."""
+
+    name: str
+    found: float
+    bound: float
+
+    @property
+    def holds(self) -> bool:
+        return self.found <= self.bound  # and a NaN holds no bound
+
+    def __str__(self) -> str:
+        return f"{self.name}: {judged(self.found, self.bound)}"
+
+
+def cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def judged(found: float | None, bound: float | None, digits: int = 2) -> str:
+    """A figure with its bound; above it, it is marked. Without a bound it is reported and not judged."""
+    if found is None or bound is None:
+        return "" if found is None else f"{found:.{digits}f}"
+    return f"{found:.{digits}f} (≤ {bound:g})" + ("" if found <= bound else " **above**")
+
+
+def write_figures(path: Path, tables: Mapping[str, Table], bounds: Sequence[Bound] = (), **figures: Any) -> int:
+    """Write a benchmark's file, whole or not at all.
+
+    Args:
+        path: `<name of the benchmark>.json`.
+        tables: by the names that docs/performance.md gives them (report.py).
+        bounds: what was judged.
+        figures: whatever else is worth keeping.
+    Returns:
+        The exit code: 1 where a bound does not hold, else 0.
+    """
+    content = {
+        "machine": machine(),
+        "commit": commit(),
+        "command": command(sys.argv),
+        "tables": {name: asdict(table) for name, table in tables.items()},
+        "bounds": [asdict(bound) for bound in bounds],
+        **figures,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(content, indent=1))
+    return int(not all(bound.holds for bound in bounds))
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what the figures are measured."""
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: installed(name) for name in PACKAGES},
+    }
+
+
+def processor() -> str:
+    """The processor's name, where the system tells it, and its widest vector instructions that torch uses."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def commit() -> str:
+    """The checkout's commit; `-dirty` where tracked files differ from it. Empty outside a git checkout."""
+    words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def command(words: Sequence[str]) -> str:
+    """The command line as another would type it: of paths outside of the checkout, their last part."""
+    shown = []
+    for word in words:
+        path = Path(word)
+        if path.is_absolute():
+            word = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else f"…/{path.name}"
+        shown.append(word if word.startswith("…") else shlex.quote(word))
+    return " ".join(["python", *shown])
+
+
+def options(usage: str, name: str) -> argparse.ArgumentParser:
+    """The command line that every benchmark has."""
+    parser = argparse.ArgumentParser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, default=OUTPUT / f"{name}.json", help="where the figures go")
+    return parser
+
+
+def step_options(usage: str, name: str, peer: str) -> argparse.ArgumentParser:
+    """That of a benchmark of training steps; `peer` says whose checkout `--peer` names."""
+    parser = options(usage, name)
+    parser.add_argument("--peer", type=Path, help=f"a checkout of {peer}, read and never kept")
+    parser.add_argument("--rounds", type=int, default=15, help="steps of every side that count")
+    return parser
+
+
+def report_steps(seconds: dict[str, list[float]], rows: list[list[Any]], path: Path) -> int:
+    """Print and write the sides' milliseconds and [name, ms, ms of the other side, ratio, bound]; the exit code."""
+    milliseconds = {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
+    ratios = [[name, ours, other, judged(found, bound)] for name, ours, other, found, bound in rows]
+    tables = {
+        "ratios": Table(["", "ms", "floor or other side, ms", "ratio (bound)"], ratios),
+        "sides": Table(["", "ms"], [list(side) for side in milliseconds.items()]),
+    }
+    print(tables["ratios"])
+    bounds = [Bound(name, found, bound) for name, *_, found, bound in rows if bound is not None]
+    return write_figures(path, tables, bounds, milliseconds=milliseconds)
