@@ -2,11 +2,9 @@
 
 import difflib
 import logging
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import timm
-import torch
 import yaml
 from fvcore.common.config import CfgNode
 from torch import nn
@@ -14,6 +12,7 @@ from torch import nn
 import kd_cls.models  # noqa: F401  (registers the papers' networks with timm)
 from kd_cls.checkpoint import load_weights
 from kd_cls.data import dataset_statistics
+from kd_core.compiling import CompiledOrPlain
 
 logger = logging.getLogger("kd_cls")
 
@@ -105,20 +104,6 @@ def check_stats(mean: Any, std: Any, key: str) -> None:
         raise ValueError(f"{key}.STD is {list(std)}, expected numbers above 0")
 
 
-def compile_or_plain(model: nn.Module, name: str, **options: Any) -> Callable[..., torch.Tensor]:
+def compile_or_plain(model: nn.Module, name: str, **options: Any) -> CompiledOrPlain:
     """`torch.compile(model, **options)`; or, with a message, `model` itself once a call fails to compile."""
-    compiled = torch.compile(model, **options)
-
-    def forward(images: torch.Tensor) -> torch.Tensor:
-        nonlocal compiled
-        if compiled is model:
-            return model(images)
-        try:
-            return compiled(images)
-        except Exception as error:  # dynamo, inductor and the C++ compiler each raise their own
-            reason = " ".join(str(error).split())[:200]
-            logger.warning("torch.compile of the %s failed (%s); going on without it", name, reason)
-            compiled = model
-            return model(images)
-
-    return forward
+    return CompiledOrPlain(model, name, log=logger, **options)

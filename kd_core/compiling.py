@@ -1,0 +1,49 @@
+"""torch.compile with a way back."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+
+class CompiledOrPlain:
+    """`function` as torch.compile makes it; or, with one message, `function` itself once a call fails to compile.
+
+    Compilation happens in the first calls, and with it its failures: no C++ compiler, an operation that the backend
+    does not know, an input of another kind. An error that is not the compiler's comes again from `function` itself.
+
+    Args:
+        function: what is compiled: a module, or a function.
+        name: of it, for the message.
+        log: where the message goes.
+        options: torch.compile's: `backend`, `mode`, `dynamic`, …
+    """
+
+    def __init__(self, function: Callable[..., Any], name: str, log: logging.Logger = logger, **options: Any) -> None:
+        self.function, self.name, self.log = function, name, log
+        self.compiled = torch.compile(function, **options)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.compiled is self.function:
+            return self.function(*args, **kwargs)
+        try:
+            return self.compiled(*args, **kwargs)
+        except Exception as error:  # dynamo, inductor and the C++ compiler each raise their own
+            reason = " ".join(str(error).split())[:200]
+            self.log.warning("torch.compile of the %s failed (%s); going on without it", self.name, reason)
+            self.compiled = self.function
+            return self.function(*args, **kwargs)
+
+
+def compile_in_place(module: nn.Module, name: str, **options: Any) -> None:
+    """`module.compile(**options)` with a way back.
+
+    The module stays what it is: its parameters keep their names, and a copy or a pickle of it is not compiled. Hooks of
+    the module and of what is in it run, compiled too.
+    """
+    # Where torch's own nn.Module.compile puts what it compiles, and copies and pickles leave it out.
+    module._compiled_call_impl = CompiledOrPlain(module._call_impl, name, **options)
