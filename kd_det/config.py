@@ -31,6 +31,7 @@ def add_kd_config(cfg: CfgNode) -> None:
     # Size of the view that the teacher sees, as a factor of the student's: 2.0 trains a student at 400 px by a teacher
     # at 800 px of the same crop and flip. Every teacher's; needs the memory of a second image in the data loader.
     cfg.KD.TEACHER.IMAGE_SCALE = 1.0
+    add_speed_config(cfg.KD)
     add_distillation_config(cfg.KD)
 
     # COCO-format data sets of one's own: a list of [name, json file, image folder].
@@ -62,6 +63,21 @@ def add_timm_config(cfg: CfgNode) -> None:
     cfg.MODEL.TIMM.NORM = "BN"
     # More arguments of timm.create_model: a list of [argument, value], such as [[drop_path_rate, 0.1]].
     cfg.MODEL.TIMM.KWARGS = []
+
+
+def add_speed_config(node: CfgNode) -> None:
+    """The keys of KD that change what a step costs, and its numbers by rounding only (docs/detection.md)."""
+    # torch.compile the student's backbone and box head; eager, with a message, where that fails.
+    node.COMPILE = False
+    # The same of every teacher.
+    node.TEACHER.COMPILE = False
+    # Make the frozen batch norms of every teacher part of its convolutions.
+    node.TEACHER.FOLD_BN = True
+    # Channels last in the memory of every teacher's backbone and box head.
+    node.TEACHER.CHANNELS_LAST = False
+    # Type in which every teacher's backbone and box head compute: "student", the student's under SOLVER.AMP;
+    # "float32"; "bfloat16"; "float16". ROI pooling and, but for "student", the classifier are in float32.
+    node.TEACHER.DTYPE = "student"
 
 
 def add_distillation_config(node: CfgNode) -> None:

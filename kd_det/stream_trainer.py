@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from kd_core.compiling import compile_in_place
 from kd_core.gsnr import AutoMomenta
 from kd_core.optim.config import build_auto_momenta
 from kd_core.streams import backward_streams
 
+from .fast_teacher import distilled_parts
 from .solver import build_clip
 
 KD_TERM = re.compile(r"loss_kd_(?P<term>.+?)(_stage\d+)?")
@@ -143,6 +145,9 @@ def build_step(cfg: CfgNode, model: nn.Module, data_loader: Any, optimizer: Opti
     solver = cfg.SOLVER
     plain = model.module if isinstance(model, DistributedDataParallel) else model
     clip = build_clip(cfg, optimizer)
+    if cfg.KD.COMPILE:
+        for name, part in distilled_parts(plain).items():
+            compile_in_place(part, f"student's {name}")
     if solver.OPTIMIZER == "sgd" and not solver.AMP.ENABLED and solver.ACCUMULATE_STEPS == 1 and clip is None:
         return SimpleTrainer(model, data_loader, optimizer)
     if solver.AMP.ENABLED:

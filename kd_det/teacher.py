@@ -9,6 +9,7 @@ from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.roi_heads import Res5ROIHeads, StandardROIHeads
 from torch import Tensor
 
+from .fast_teacher import TeacherSpeed, quicken
 from .sigmoid import as_wide
 from .teacher_config import teacher_builders
 from .teacher_view import TEACHER_IMAGE, TeacherView
@@ -24,18 +25,25 @@ class Teacher:
         model: the detector, or a function that builds it. The function is called when the teacher is first needed, so
             that inference with a student neither builds a teacher nor looks for its weights.
         own_images: refuse inputs without a `teacher_image`: a config that asks for another size must get one.
+        speed: how a detector that the function builds is made faster; one that is given is its owner's, and stays as it
+            is but for being frozen.
     """
 
-    def __init__(self, model: GeneralizedRCNN | Callable[[], GeneralizedRCNN], own_images: bool = False) -> None:
+    def __init__(
+        self,
+        model: GeneralizedRCNN | Callable[[], GeneralizedRCNN],
+        own_images: bool = False,
+        speed: TeacherSpeed | None = None,
+    ) -> None:
         self._build = None if isinstance(model, GeneralizedRCNN) else model
         self._model = freeze(model) if isinstance(model, GeneralizedRCNN) else None
-        self.own_images = own_images
+        self.own_images, self.speed = own_images, speed or TeacherSpeed()
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> "list[Teacher]":
         """The teachers that a student's config names: that of `KD.TEACHER`, or those of `KD.TEACHERS`."""
-        own_images = cfg.KD.TEACHER.IMAGE_SCALE != 1
-        return [cls(build, own_images) for build in teacher_builders(cfg)]
+        own_images, speed = cfg.KD.TEACHER.IMAGE_SCALE != 1, TeacherSpeed.from_config(cfg)
+        return [cls(build, own_images, speed) for build in teacher_builders(cfg)]
 
     @property
     def model(self) -> GeneralizedRCNN:
@@ -43,12 +51,15 @@ class Teacher:
         return self.load()
 
     def load(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> GeneralizedRCNN:
-        """Build the detector and load its weights, once; on the device and in the dtype of the student."""
+        """Build the detector, load its weights and make it fast, once; on the student's device, in the student's dtype
+        unless it has its own.
+        """
         if self._model is None:
             # A generator of its own for the initial weights: the student draws the same numbers with or without a
             # teacher.
             with torch.random.fork_rng(devices=[]):
-                self._model = freeze(self._build()).to(device=device, dtype=dtype)
+                model = freeze(self._build())
+            self._model = quicken(model.to(device=device, dtype=None if self.speed.dtype else dtype), self.speed)
         return self._model
 
     def view(self, batched_inputs: Sequence[dict[str, Any]], input_format: str | None) -> TeacherView:
@@ -61,9 +72,13 @@ class Teacher:
         return TeacherView(self.model, batched_inputs, input_format)
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Carry a `.to()`, `.double()`, … of the student over; nothing to do while there is no model."""
+        """Carry a `.to()`, `.double()`, … of the student over, but for its dtype where the teacher has its own.
+
+        Nothing to do while there is no model. Norms that were folded in float32 stay rounded to it, to 1e-7.
+        """
         if self._model is not None:
-            self._model._apply(function)
+            keep_own = self.speed.dtype is not None and self._build is not None
+            self._model._apply((lambda tensor: function(tensor).to(tensor.dtype)) if keep_own else function)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Teacher":
         return self

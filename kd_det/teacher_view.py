@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from detectron2.modeling import GeneralizedRCNN
-from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, ROIHeads
+from detectron2.modeling.roi_heads import CascadeROIHeads, FastRCNNOutputLayers, Res5ROIHeads, ROIHeads
 from detectron2.structures import Boxes, ImageList, Instances
-from torch import Tensor
+from torch import Tensor, nn
 
 # Of one image, the teacher's rendition of it: (C, H', W'), the same view in another size.
 TEACHER_IMAGE = "teacher_image"
@@ -102,9 +102,16 @@ def stage_logits(heads: ROIHeads, features: dict[str, Tensor], boxes: list[Boxes
     ]
     if isinstance(heads, Res5ROIHeads):
         pooled = heads._shared_roi_transform(maps, boxes)
-        return heads.box_predictor(pooled.mean(dim=[2, 3]))[0]
+        return class_logits(heads.box_predictor, pooled.mean(dim=[2, 3]))
     pooled = heads.box_pooler(maps, boxes)
     if isinstance(heads, CascadeROIHeads):
         stage = min(stage, heads.num_cascade_stages - 1)
-        return heads.box_predictor[stage](heads.box_head[stage](pooled))[0]
-    return heads.box_predictor(heads.box_head(pooled))[0]
+        return class_logits(heads.box_predictor[stage], heads.box_head[stage](pooled))
+    return class_logits(heads.box_predictor, heads.box_head(pooled))
+
+
+def class_logits(predictor: nn.Module, x: Tensor) -> Tensor:
+    """The class logits (N, C) of a box predictor; of detectron2's own, without the box deltas that nobody reads."""
+    if type(predictor).forward is FastRCNNOutputLayers.forward:
+        return predictor.cls_score(x.flatten(1))
+    return predictor(x)[0]
