@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.engine import SimpleTrainer
 from detectron2.utils.events import EventStorage
 from figures import report_steps, step_options
@@ -25,6 +26,7 @@ from timing import by_turns, timed
 from torch import nn
 
 from kd_core.streams import backward_streams
+from kd_det.config import merge_list
 from kd_det.iteration import Iteration, build_iteration
 from kd_det.launch import choose_device, read_config
 from kd_det.stream_trainer import stream_losses
@@ -55,14 +57,7 @@ def main() -> int:
 
 def build_sides(peer: Path | None) -> dict[str, Callable[[], object]]:
     """Every side, one step a call."""
-    with tempfile.TemporaryDirectory() as folder:
-        teacher = Path(folder, "teacher.yaml")
-        teacher.write_text(TEACHER_YAML.format(base=DIGITS / "Base-Digits.yaml"))
-        words = ["KD.TEACHER.CONFIG_FILE", str(teacher), "KD.TEACHER.WEIGHTS", "", "KD.TEACHER.ALLOW_RANDOM", "True"]
-        plain, kd, dkd, deepkd = (
-            iteration_of(name, [*chain(*STUDENT.items()), *(words if name != "baseline" else ())])
-            for name in ("baseline", "kd", "dkd", "deepkd")
-        )
+    plain, kd, dkd, deepkd = (iteration_of(name) for name in ("baseline", "kd", "dkd", "deepkd"))
     sides = {
         "plain": plain,
         "KD": kd,
@@ -78,10 +73,23 @@ def build_sides(peer: Path | None) -> dict[str, Callable[[], object]]:
     return sides
 
 
-def iteration_of(name: str, words: list[str]) -> Iteration:
-    cfg = read_config(str(DIGITS / f"{name}.yaml"), words)
-    choose_device(cfg, num_gpus=1)
-    return build_iteration(cfg)
+def iteration_of(name: str) -> Iteration:
+    """The iteration of a config of configs/Digits, with the student and the teacher of this benchmark."""
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = step_cfg(DIGITS / f"{name}.yaml", Path(folder))
+        choose_device(cfg, num_gpus=1)
+        return build_iteration(cfg)
+
+
+def step_cfg(path: Path, folder: Path) -> CfgNode:
+    """The config in `path` with that student and, where there is a loss, that teacher, whose yaml goes to `folder`."""
+    cfg = read_config(str(path), list(chain(*STUDENT.items())))
+    if cfg.KD.LOSS.NAME != "none":
+        teacher = folder / "teacher.yaml"
+        teacher.write_text(TEACHER_YAML.format(base=DIGITS / "Base-Digits.yaml"))
+        words = ["KD.TEACHER.CONFIG_FILE", str(teacher), "KD.TEACHER.WEIGHTS", "", "KD.TEACHER.ALLOW_RANDOM", "True"]
+        merge_list(cfg, words)
+    return cfg
 
 
 def teacher_alone(iteration: Iteration) -> Callable[[], object]:
