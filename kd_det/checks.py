@@ -7,6 +7,7 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from .data import check_datasets, register_datasets
+from .fast_teacher import TeacherSpeed
 
 
 def check_data(cfg: CfgNode, training: bool) -> None:
@@ -29,6 +30,7 @@ def check_before_training(cfg: CfgNode, resume: bool) -> None:
     check_meta_architecture(cfg)
     check_backbone(cfg)
     check_max_iter(cfg)
+    TeacherSpeed.from_config(cfg)
     if not (resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))):
         check_frozen_stem(cfg)
         check_weights(cfg)
