@@ -83,14 +83,14 @@ def fold_batch_norms(
 class _Tracer(fx.Tracer):
     """Records which module is called on what; convolutions and norms are never looked into, whosever they are.
 
-    Where the forward asks a question about its input (`if x.shape[2] == 64`), the answers are `answers`, then False.
+    Where the forward asks a question about its input (`if x.shape[2] == 64`), the answers are `planned`, then False.
     """
 
     proxy_buffer_attributes = True  # a forward that reads a norm's buffer itself shows in the graph
 
-    def __init__(self, leaves: Sequence[type[nn.Module]], answers: tuple[bool, ...] = ()) -> None:
+    def __init__(self, leaves: Sequence[type[nn.Module]], planned: tuple[bool, ...] = ()) -> None:
         super().__init__()
-        self.leaves, self.planned, self.answers = (_ConvNd, *leaves), answers, ()
+        self.leaves, self.planned, self.answers = (_ConvNd, *leaves), planned, ()
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return super().is_leaf_module(module, name) or isinstance(module, self.leaves) or _is_norm(module)
