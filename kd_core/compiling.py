@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._functorch import config as functorch_config
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,8 @@ class CompiledOrPlain:
 
     def __init__(self, function: Callable[..., Any], name: str, log: logging.Logger = logger, **options: Any) -> None:
         self.function, self.name, self.log = function, name, log
+        # Streams of different momenta go back through one graph, a pass each: nothing saved there may be overwritten.
+        functorch_config.donated_buffer = False
         self.compiled = torch.compile(function, **options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

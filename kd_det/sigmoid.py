@@ -43,9 +43,7 @@ class BinaryDKDLoss(DistillationLoss):
     def coefficients(self) -> dict[str, float]:
         return {"tckd": self.alpha, "nckd": self.beta}
 
-    def row_terms(
-        self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor, progress: float | None
-    ) -> dict[str, Tensor]:
+    def row_terms(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor, k: int) -> dict[str, Tensor]:
         kl = binary_kl(*(as_wide(z[:, :-1]) / self.temperature for z in (student_logits, teacher_logits)))
         is_target = target[:, None] == torch.arange(kl.shape[1], device=target.device)
         return {"tckd": kl.where(is_target, 0.0).sum(1), "nckd": kl.where(~is_target, 0.0).sum(1)}
@@ -78,9 +76,12 @@ def binary_form(loss: nn.Module) -> BinaryDKDLoss:
             "STANDARDIZE"
         )
     weights = loss.coefficients
-    return BinaryDKDLoss(
+    binary = BinaryDKDLoss(
         weights["tckd"], weights["nckd"], temperature=loss.temperature, weight=loss.weight, warmup=loss.warmup
     )
+    if loss.compiled_terms is not None:
+        binary.compile()
+    return binary
 
 
 def check_same_classifier(student: ROIHeads, teacher: ROIHeads) -> None:

@@ -64,9 +64,7 @@ class AEKTLoss(TargetPartitionLoss):
         log_ratio = parts.log_mass_teacher[0] - parts.log_mass_student[0].detach()
         return log_ratio.clamp(max=math.log(self.max_ratio)).exp() * parts.mass
 
-    def row_terms(
-        self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor, progress: float | None
-    ) -> dict[str, Tensor]:
-        parts = self.decompose(student_logits, teacher_logits, target, progress)
+    def row_terms(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor, k: int) -> dict[str, Tensor]:
+        parts = self.decompose(student_logits, teacher_logits, target, k)
         explicit = self.explicit or self.weighted_tckd
         return {"explicit": explicit(parts), "implicit": parts.within[1]}

@@ -1,14 +1,17 @@
 """The contract of every distillation loss."""
 
 import logging
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kd_core.compiling import CompiledOrPlain
 from kd_core.losses.checks import as_number, check_inputs
 from kd_core.losses.standardize import standardize_logits
-from kd_core.schedules import warmup as warmup_weight
+from kd_core.schedules import warmup
 from kd_core.topk import TopKSchedule
 
 logger = logging.getLogger(__name__)
@@ -51,6 +54,7 @@ class DistillationLoss(nn.Module):
         self.temperature = as_number(temperature, "temperature")
         self.weight, self.warmup = as_number(weight, "weight"), as_number(warmup, "warmup")
         self.standardize, self.topk = standardize, topk
+        self.compiled_terms: Callable[..., dict[str, Tensor]] | None = None
         if self.temperature <= 0:
             raise ValueError(f"temperature must be above 0, not {temperature}")
         if not 0 <= self.warmup <= 1:
@@ -73,10 +77,25 @@ class DistillationLoss(nn.Module):
         if num_classes < 2:
             raise ValueError(f"a distribution needs at least 2 classes, not {num_classes}")
 
+    def topk_size(self, progress: float | None, num_classes: int) -> int:
+        """K: how many of the C − 1 non-target classes count in this step; all of them without a mask."""
+        return num_classes - 1 if self.topk is None else self.topk.k(progress, num_classes)
+
+    def compile(self, **options: Any) -> None:
+        """torch.compile all that is done with tensors, with a way back; `options` are torch.compile's.
+
+        The numbers that move with progress come from outside, so that a new one compiles nothing: K as a size of its
+        own, the warm-up weight in a tensor.
+        """
+        self.compiled_terms = CompiledOrPlain(self.weighted_terms, type(self).__name__, logger, **options)
+
     def row_terms(
-        self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None, progress: float | None
+        self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None, k: int
     ) -> dict[str, Tensor]:
-        """Every term row by row, (N,), without coefficient, T² and weight; the inputs are checked and standardized."""
+        """Every term row by row, (N,), without coefficient, T² and weight; the inputs are checked and standardized.
+
+        `k` is the `topk_size` of the step.
+        """
         raise NotImplementedError
 
     def forward(
@@ -87,6 +106,7 @@ class DistillationLoss(nn.Module):
         progress: float | None = None,
         *,
         row_weights: Tensor | None = None,
+        warmup_weight: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The weighted scalar terms.
 
@@ -96,25 +116,48 @@ class DistillationLoss(nn.Module):
             target: (N,) class indices; losses that do not read the label (`needs_target` False) accept None.
             progress: iteration / max_iter; None means "at the end": full weight, all classes.
             row_weights: (N,) weights w of the rows, for Σ w·x / N in place of the mean.
+            warmup_weight: warmup(progress) as a scalar tensor, for whoever records the step and runs it again later.
 
         Raises:
             ValueError: shapes that do not fit, or a target out of [0, C). On CUDA a look at the range would wait for
                 the device, so there the indexing kernel asserts it.
         """
         check_inputs(student_logits, teacher_logits, target, row_weights, self.needs_target)
-        self.check_num_classes(student_logits.shape[1])
-        weight = self.weight * warmup_weight(progress, self.warmup)
-        scale = weight * self.temperature**2 / max(len(student_logits), 1)
+        num_classes = student_logits.shape[1]
+        self.check_num_classes(num_classes)
+        now = warmup(progress, self.warmup) if warmup_weight is None else warmup_weight
+        if self.compiled_terms is not None and self.warmup > 0 and warmup_weight is None:
+            now = torch.full((), now, dtype=torch.float64, device=student_logits.device)
+        target = target.long() if self.needs_target else None
+        inputs = (
+            student_logits,
+            teacher_logits.detach(),
+            target,
+            self.topk_size(progress, num_classes),
+            now,
+            row_weights,
+        )
         with torch.autocast(student_logits.device.type, enabled=False):
-            teacher_logits = teacher_logits.detach()
-            if self.standardize:
-                student_logits, teacher_logits = standardize_logits(student_logits, teacher_logits)
-            target = target.long() if self.needs_target else None
-            rows = self.row_terms(student_logits, teacher_logits, target, progress)
-            if row_weights is not None:
-                rows = {name: row * row_weights.to(row.dtype) for name, row in rows.items()}
-            factors = {name: scale * coefficient for name, coefficient in self.coefficients.items()}
-            return {name: (row * factors[name]).sum() for name, row in rows.items()}
+            return (self.compiled_terms or self.weighted_terms)(*inputs)
+
+    def weighted_terms(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        target: Tensor | None,
+        k: int,
+        warmup_weight: float | Tensor,
+        row_weights: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """`forward` from tensors to tensors: nothing here depends on progress but `k` and `warmup_weight`."""
+        if self.standardize:
+            student_logits, teacher_logits = standardize_logits(student_logits, teacher_logits)
+        rows = self.row_terms(student_logits, teacher_logits, target, k)
+        if row_weights is not None:
+            rows = {name: row * row_weights.to(row.dtype) for name, row in rows.items()}
+        scale = self.weight * warmup_weight * self.temperature**2 / max(len(student_logits), 1)
+        factors = {name: scale * coefficient for name, coefficient in self.coefficients.items()}
+        return {name: (row * factors[name]).sum() for name, row in rows.items()}
 
 
 @cache

@@ -6,6 +6,7 @@ from fvcore.common.registry import Registry
 from torch import nn
 
 from kd_core.losses.aekt import AEKTLoss
+from kd_core.losses.base import DistillationLoss
 from kd_core.losses.dkd import DKDLoss
 from kd_core.losses.foreground_background import ForegroundBackground
 from kd_core.losses.gdkd import GDKD3Loss, GDKDLoss
@@ -33,6 +34,9 @@ def add_loss_config(node: Any) -> None:
     node.WARMUP = 0.0
     # Z-score both logit vectors first (logit standardization; T 2 and WEIGHT 9 there).
     node.STANDARDIZE = False
+    # torch.compile the loss; falls back to the plain one with a message where that fails. On one CPU thread DKD then
+    # takes 0.57 (512 rows of 81 classes) and 0.74 (64 rows of 1000) of its time; compiling takes 10 s, with TOPK 60 s.
+    node.COMPILE = False
 
     node.DKD = new()
     # Weight of the target-class term, TCKD.
@@ -113,6 +117,8 @@ def build_loss(cfg: Any, num_classes: int | None = None) -> nn.Module | None:
             loss.check_num_classes(num_classes)
     except ValueError as error:
         raise ValueError(f"LOSS {cfg.NAME}: {error}") from error
+    if cfg.COMPILE and isinstance(loss, DistillationLoss):  # the parts of gdkds have come through here
+        loss.compile()
     return loss
 
 

@@ -50,9 +50,9 @@ class DKDLoss(TargetPartitionLoss):
         return {"tckd": self.alpha, "nckd": self.beta}
 
     def row_terms(
-        self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None, progress: float | None
+        self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None, k: int
     ) -> dict[str, Tensor]:
         if self.partition == "teacher_top1":
             target = teacher_logits.argmax(1)
-        parts = self.decompose(student_logits, teacher_logits, target, progress)
+        parts = self.decompose(student_logits, teacher_logits, target, k)
         return {"tckd": parts.mass, "nckd": parts.within[1]}

@@ -42,7 +42,7 @@ class TopPartitionLoss(DistillationLoss):
         raise NotImplementedError
 
     def row_terms(
-        self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None, progress: float | None
+        self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None, k: int
     ) -> dict[str, Tensor]:
         parts = self.partition(student_logits, teacher_logits)
         return {"mass": parts.mass, "within_top": parts.within[-2], "within_rest": parts.within[-1]}

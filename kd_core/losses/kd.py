@@ -27,8 +27,6 @@ class KDLoss(TargetPartitionLoss):
     def __init__(self, temperature: float = 4.0, weight: float = 1.0, **options: Any) -> None:
         super().__init__(temperature, weight, **options)
 
-    def row_terms(
-        self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor, progress: float | None
-    ) -> dict[str, Tensor]:
-        parts = self.decompose(student_logits, teacher_logits, target, progress)
+    def row_terms(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor, k: int) -> dict[str, Tensor]:
+        parts = self.decompose(student_logits, teacher_logits, target, k)
         return {"tckd": parts.mass, "nckd": parts.log_mass_teacher[1].exp() * parts.within[1]}

@@ -12,18 +12,15 @@ class TargetPartitionLoss(DistillationLoss):
 
     takes_topk = True
 
-    def decompose(
-        self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor, progress: float | None
-    ) -> Decomposition:
+    def decompose(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor, k: int) -> Decomposition:
         """TCKD as `mass` and NCKD as `within[1]`, (N,) each, without T²; log masses of the target (0) and the rest (1).
 
-        With a top-k mask NCKD compares the kept classes alone; TCKD and the masses still see all of them.
+        Where K is below C − 1 NCKD compares the K kept classes alone; TCKD and the masses still see all of them.
         """
         num_classes = student_logits.shape[1]
         if num_classes == 2:
             note_void(type(self).__name__)
         parts = decompose(student_logits, teacher_logits, [Group(target[:, None])], self.temperature)
-        k = num_classes - 1 if self.topk is None else self.topk.k(progress, num_classes)
         if k == num_classes - 1:
             return parts
         nckd = masked_nckd(student_logits, teacher_logits, target, k, self.temperature)
