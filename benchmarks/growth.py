@@ -7,8 +7,12 @@
 Time is a median, memory what torch's allocator gives out at once. Judged is the slope of the last decade, in
 logarithms: 1 is linear. Small sizes are not judged: there a call costs more than what it computes. Exit code 1 where
 growth is faster than its bound.
+
+On the CPU the C library is told to keep freed memory, as torch's CUDA allocator does: otherwise glibc may return blocks
+of tens of MiB to the system one by one, and fresh pages then cost more than the loss that is computed in them.
 """
 
+import ctypes
 import itertools
 import math
 import statistics
@@ -34,6 +38,7 @@ CLASSES = (10, 30, 100, 300, 1000, 2184, 6900, 21841)
 ROWS = (1, 4, 16, 64, 256, 1024, 2048, 6554, 16384, 65536)
 PARAMETERS = tuple(round(n * 1e6) for n in (1, 3, 10, 30, 100, 300))
 FIXED_ROWS, FIXED_CLASSES = 256, 81  # a batch; COCO's classes and the background
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
 BYTES_PER_PARAMETER = 24  # float32: itself, two gradients and their sum, two buffers
 LOSSES = {
     "KD": KDLoss(),
@@ -66,6 +71,15 @@ def last_slope(sizes: list[int], values: list[float]) -> float:
     if len(points) < 2:
         raise ValueError(f"sizes {sizes} have fewer than two within a decade of the largest: there is no slope")
     return statistics.linear_regression(*zip(*points, strict=True)).slope
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed; other C libraries stay as they are."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def loss_curves(axis: str, sizes: tuple[int, ...], rounds: int, device: str) -> Iterator[Curve]:
@@ -133,6 +147,14 @@ def free_bytes(device: str) -> int:
         return 2**63
 
 
+def measure(sizes: dict[str, tuple[int, ...]], parameters: tuple[int, ...], rounds: int, device: str) -> list[Curve]:
+    """The losses' curves over every axis of `sizes`, and the optimizer's over `parameters`."""
+    if device == "cpu":
+        keep_freed_memory()
+    curves = [curve for axis, of_axis in sizes.items() for curve in loss_curves(axis, of_axis, rounds, device)]
+    return [*curves, optimizer_curve(parameters, rounds, device)]
+
+
 def table(curves: list[Curve]) -> Table:
     """Cost of the largest size, and the slopes there."""
     rows = [
@@ -196,8 +218,7 @@ def main() -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rounds = 1 if args.quick else args.rounds
     classes, rows, parameters = (sizes[:4] if args.quick else sizes for sizes in (CLASSES, ROWS, PARAMETERS))
-    curves = [*loss_curves("classes", classes, rounds, device), *loss_curves("rows", rows, rounds, device)]
-    curves.append(optimizer_curve(parameters[:2] if args.quick else parameters, rounds, device))
+    curves = measure({"classes": classes, "rows": rows}, parameters[:2] if args.quick else parameters, rounds, device)
     result = table(curves)
     kept = [asdict(curve) for curve in curves]
     print(result)
