@@ -198,7 +198,7 @@ def plot(curves: list[dict[str, Any]], path: Path) -> None:
             for curve in shown:
                 panel.loglog(curve["sizes"], [unit * value for value in curve[key]], marker=".", label=curve["name"])
             if shown:
-                sizes, end = shown[0]["sizes"], 3 * unit * max(curve[key][-1] for curve in shown)
+                sizes, end = shown[0]["sizes"][-4:], 3 * unit * max(curve[key][-1] for curve in shown)
                 panel.loglog(sizes, [end * n / sizes[-1] for n in sizes], "k:", linewidth=1, label="slope 1")
             panel.grid(alpha=0.3)
         column[1].set_xlabel(label)

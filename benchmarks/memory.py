@@ -60,11 +60,18 @@ def build(cfg: CfgNode, loss: str) -> nn.Module:
     torch.manual_seed(0)
     model = build_model(cfg).train()
     model.load_teacher()
+    silence_random_blocks(model)
+    return model
+
+
+def silence_random_blocks(model: DistilledRCNN) -> None:
+    """Let the last norm of every block give 0: random blocks, one after the other, overflow, and the RPN has nothing
+    to propose.
+    """
     for detector in (model, *(teacher.model for teacher in model.teachers)):
         for name, tensor in detector.state_dict().items():
             if name.endswith("conv3.norm.weight"):
-                tensor.zero_()  # or random blocks, one after the other, overflow, and the RPN has nothing to propose
-    return model
+                tensor.zero_()
 
 
 def random_batch(images: int, size: int, num_classes: int) -> list[dict[str, Any]]:
