@@ -133,7 +133,7 @@ def build_cache(cfg: CfgNode, data: DataSets, teacher: Teacher) -> LogitCache:
         "resident": cfg.DATA.RESIDENT and name != "none",  # draws crops and flips in another way
         "epochs": epochs,
         "seed": None if name == "none" else cfg.SEED,
-        "precision": str(autocast_dtype(cfg)),
+        "precision": str(teacher.speed.dtype if teacher.speed.casts else autocast_dtype(cfg)),
     }
     folder = Path(cfg.KD.TEACHER.CACHE_DIR or Path(cfg.OUTPUT_DIR, "teacher_cache"))
     return LogitCache(
@@ -165,9 +165,16 @@ def prepare_networks(cfg: CfgNode, task: DistillationTask) -> None:
 
 
 def report_teacher(teacher: Teacher, loaders: Loaders, process: Process) -> None:
-    """Log the teacher's accuracy on the validation images, through the preprocessing that training uses."""
-    metrics = evaluate(teacher, loaders.val, process)
-    logger.info("teacher: top-1 %.2f  top-5 %.2f on %d images", metrics["top1"], metrics["top5"], metrics["images"])
+    """Log the teacher's accuracy on the validation images, through the preprocessing that training uses.
+
+    As it was loaded, and in KD.TEACHER.DTYPE where that is another type.
+    """
+    forms = {"teacher": teacher.plain}
+    if teacher.speed.casts:
+        forms[f"teacher in {teacher.speed.dtype_name}"] = teacher
+    for name, predict in forms.items():
+        found = evaluate(predict, loaders.val, process)
+        logger.info("%s: top-1 %.2f  top-5 %.2f on %d images", name, found["top1"], found["top5"], found["images"])
 
 
 def describe(

@@ -40,6 +40,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "KD.TASK_WEIGHT": at_least(0),
     "KD.LOSS.WARMUP_EPOCHS": at_least(0),
     "KD.TEACHER.CACHE": one_of("none", "full", "topk"),
+    "KD.TEACHER.DTYPE": one_of("float32", "bfloat16", "float16"),
     "SOLVER.OPTIMIZER": OPTIMIZER,
     "SOLVER.BASE_LR": at_least(0),
     "SOLVER.STEP": one_of("paper", "matched"),
@@ -69,6 +70,8 @@ def check_config(cfg: CfgNode, world_size: int) -> None:
         if not good(lookup(cfg, key)):
             raise ValueError(f"{key} is {lookup(cfg, key)!r}, expected {expected}")
     check_batch(cfg, world_size)
+    if cfg.SOLVER.CUDA_GRAPH:
+        check_graph(cfg, world_size)
     if cfg.SOLVER.OPTIMIZER in ("dot_sgd", "deepkd_sgd") and cfg.KD.LOSS.NAME == "none":
         raise ValueError(
             f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}, which gives distillation a momentum of its own, but "
@@ -91,6 +94,28 @@ def check_batch(cfg: CfgNode, world_size: int) -> None:
             f"SOLVER.MIXUP mixes pairs of images, but SOLVER.IMS_PER_BATCH leaves {share} to each process: use an even "
             "share"
         )
+
+
+def check_graph(cfg: CfgNode, world_size: int) -> None:
+    """Refuse what a CUDA graph of the whole step cannot hold: work of the host between its kernels."""
+    solver, optimizers = cfg.SOLVER, ("sgd", "dot_sgd", "deepkd_sgd")
+    cached = cfg.KD.LOSS.NAME != "none" and cfg.KD.TEACHER.CACHE != "none"
+    fp16 = solver.AMP.ENABLED and solver.AMP.DTYPE == "float16"
+    refused = {
+        f"{world_size} processes, which exchange gradients": (world_size > 1, "start one"),
+        f"SOLVER.OPTIMIZER {solver.OPTIMIZER}, which counts its steps on the host": (
+            solver.OPTIMIZER not in optimizers,
+            f"use {', '.join(optimizers)}",
+        ),
+        f"SOLVER.ACCUMULATE_STEPS {solver.ACCUMULATE_STEPS}": (solver.ACCUMULATE_STEPS > 1, "set it to 1"),
+        "SOLVER.MIXUP, drawn on the host": (mixes(cfg), "set ALPHA and CUTMIX_ALPHA to 0"),
+        "SOLVER.MOMENTA auto, which looks at some steps only": (solver.MOMENTA == "auto", "leave it empty"),
+        "SOLVER.AMP.DTYPE float16, whose loss scaler may skip a step": (fp16, "use bfloat16"),
+        f"KD.TEACHER.CACHE {cfg.KD.TEACHER.CACHE}, read from disk": (cached, "set it to none"),
+    }
+    for what, (found, fix) in refused.items():
+        if found:
+            raise ValueError(f"SOLVER.CUDA_GRAPH True does not go with {what}: {fix}, or set SOLVER.CUDA_GRAPH False")
 
 
 def mixes(cfg: CfgNode) -> bool:

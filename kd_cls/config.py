@@ -119,6 +119,13 @@ def add_distillation_config(cfg: CfgNode) -> None:
     cfg.KD.TEACHER.EVALUATE = False
     # torch.compile the teacher; falls back to the plain one with a message where that fails.
     cfg.KD.TEACHER.COMPILE = False
+    # Make its batch norms part of the convolutions before them: the same logits, to rounding.
+    cfg.KD.TEACHER.FOLD_BN = True
+    # Channels last in its memory, whatever MODEL.CHANNELS_LAST.
+    cfg.KD.TEACHER.CHANNELS_LAST = True
+    # Type of its weights and images: "float32" (computed as SOLVER.AMP says), "bfloat16" or "float16". The log says how
+    # far the logits of the first batch move.
+    cfg.KD.TEACHER.DTYPE = "float32"
     # Keep the teacher's logits on disk: "none", "full" (float32, exact) or "topk" (float16, the rest spread evenly).
     cfg.KD.TEACHER.CACHE = "none"
     # Folder of the cache. Empty: teacher_cache in OUTPUT_DIR.
@@ -174,6 +181,9 @@ def add_solver_config(cfg: CfgNode) -> None:
     cfg.SOLVER.AMP = CfgNode({"ENABLED": False, "DTYPE": "float16"})
     # Moving average of the weights (timm's ModelEmaV3), evaluated beside the student and saved as model_ema.
     cfg.SOLVER.EMA = CfgNode({"ENABLED": False, "DECAY": 0.9998, "WARMUP": False})
+    # Replay the whole step as one CUDA graph: a small network's kernels are shorter than their launches. One process on
+    # a GPU, sgd, dot_sgd or deepkd_sgd, float32 or bfloat16. Not been run on a GPU yet; see kd_cls/cuda_graph.py.
+    cfg.SOLVER.CUDA_GRAPH = False
     cfg.SOLVER.LABEL_SMOOTHING = 0.0
     # timm's Mixup: ALPHA of mixup, CUTMIX_ALPHA of cutmix, PROB of mixing a batch.
     cfg.SOLVER.MIXUP = CfgNode({"ALPHA": 0.0, "CUTMIX_ALPHA": 0.0, "PROB": 1.0})

@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from torch.nn import functional as F
 from kd_cls.cache import LogitCache
 from kd_cls.checkpoint import LAST, load_weights, read_metadata
 from kd_cls.config import load_cfg
-from kd_cls.network import InputStats, check_stats, compile_or_plain, create_network
+from kd_cls.fast_teacher import FastTeacher, TeacherSpeed
+from kd_cls.network import InputStats, check_stats, create_network
 
 logger = logging.getLogger("kd_cls")
 
@@ -32,15 +32,24 @@ class Teacher(DistillationTeacher):
         stats: its input statistics.
         student_stats: those that the images have been normalised with.
         cache: where its logits are kept, or None.
+        speed: how it computes them. `model` stays as it was loaded: what is faster is a copy of it, made at the first
+            forward and again after `.to()` or `load_state_dict()`.
     """
 
     def __init__(
-        self, model: nn.Module, stats: InputStats, student_stats: InputStats, cache: LogitCache | None = None
+        self,
+        model: nn.Module,
+        stats: InputStats,
+        student_stats: InputStats,
+        cache: LogitCache | None = None,
+        speed: TeacherSpeed = TeacherSpeed(),  # noqa: B008  (immutable)
     ) -> None:
         super().__init__(model.eval().requires_grad_(False))
         self.stats, self.student_stats, self.cache = stats, student_stats, cache
         self.same_statistics = stats[:2] == student_stats[:2]
-        self.compiled_model: Callable[[Tensor], Tensor] | None = None
+        self.speed, self.compile_options = speed, None
+        self.fast: FastTeacher | None = None
+        self.is_measured = not speed.casts
         for name, values in (
             ("mean_kd", stats.mean),
             ("std_kd", stats.std),
@@ -55,17 +64,40 @@ class Teacher(DistillationTeacher):
 
     def compile(self, **options: Any) -> "Teacher":
         """torch.compile the network, with a way back; `options` are torch.compile's."""
-        self.compiled_model = compile_or_plain(self.model, "teacher", **options)
+        self.compile_options, self.fast = options, None
         return self
 
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, C) for images (N, 3, H, W) normalised for the student."""
+    def prepare(self, images: Tensor) -> Tensor:
+        """Images normalised for the student → as this network wants them."""
         if not self.same_statistics:  # timm's normalize_input compares the statistics on the device, in every step
             images = (images * self.student_std + self.student_mean - self.mean_kd) / self.std_kd
         if images.shape[-1] != self.stats.size:
             images = F.interpolate(images, size=(self.stats.size,) * 2, mode="bilinear", antialias=True)
-        return (self.compiled_model or self.model)(images)
+        return images
+
+    @torch.no_grad()
+    def plain(self, images: Tensor) -> Tensor:
+        """As `forward`, by the network as it was loaded."""
+        return self.model(self.prepare(images))
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, C) for images (N, 3, H, W) normalised for the student."""
+        images = self.prepare(images)
+        if self.fast is None:
+            self.fast = FastTeacher(self.model, self.speed, self.compile_options)
+        if not self.is_measured:
+            self.is_measured = True
+            return self.fast.first(images, self.model)
+        return self.fast(images)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "Teacher":
+        self.fast = None
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.fast = None
+        super()._load_from_state_dict(*args, **kwargs)
 
     def cached(self, images: Tensor, epoch: int, indices: Tensor) -> Tensor:
         """As `forward`, read from the cache where all rows are in it; `indices` (N,) are places in the data set."""
@@ -139,7 +171,8 @@ def build_teacher(
             "KD.TEACHER.WEIGHTS is empty: name the teacher's weights, or set KD.TEACHER.PRETRAINED True for timm's "
             "(KD.TEACHER.ALLOW_RANDOM True for tests)"
         )
-    return Teacher(model, teacher_stats(node, model, own, metadata, student_stats), student_stats, cache)
+    stats = teacher_stats(node, model, own, metadata, student_stats)
+    return Teacher(model, stats, student_stats, cache, TeacherSpeed.from_config(cfg))
 
 
 def check_pretrained_classes(name: str, num_classes: int) -> None:

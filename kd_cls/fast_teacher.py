@@ -1,0 +1,120 @@
+"""A frozen teacher made faster: batch norms folded, channels last, less precision, torch.compile."""
+
+import copy
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fvcore.common.config import CfgNode
+from timm.layers import Conv2dSame, get_notrace_modules
+from torch import Tensor, nn
+from torch.nn.utils import convert_conv2d_weight_memory_format
+
+from kd_cls.network import compile_or_plain
+from kd_core.folding import CONVOLUTIONS, fold_batch_norms
+
+logger = logging.getLogger("kd_cls")
+
+
+@dataclass(frozen=True)
+class TeacherSpeed:
+    """How a teacher computes its logits; what its network is and how it is saved stays the same.
+
+    Args:
+        fold_bn: batch norms become part of the convolutions before them: the same function, rounded otherwise.
+        channels_last: weights and images lie in memory with the channels last.
+        dtype: of weights and images, in place of the task's autocast; float32 leaves both, and the autocast, as they
+            are. The logits are float32 again.
+    """
+
+    fold_bn: bool = False
+    channels_last: bool = False
+    dtype: torch.dtype = torch.float32
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> "TeacherSpeed":
+        """What KD.TEACHER asks for."""
+        node = cfg.KD.TEACHER
+        return cls(node.FOLD_BN, node.CHANNELS_LAST, getattr(torch, node.DTYPE))
+
+    @property
+    def casts(self) -> bool:
+        """Whether the teacher computes in a type of its own."""
+        return self.dtype != torch.float32
+
+    @property
+    def dtype_name(self) -> str:
+        """The type's name in KD.TEACHER.DTYPE."""
+        return str(self.dtype).removeprefix("torch.")
+
+
+class FastTeacher:
+    """Logits (N, C) of a network for images (N, 3, H, W), from a copy of it that `speed` has changed.
+
+    No nn.Module, so that no state dict, optimizer or `.to()` sees the copy: whoever moves the network makes another.
+
+    Args:
+        network: in eval mode and frozen; it stays as it is. The copy has its device and, but for `speed`, its dtype.
+        speed: what changes.
+        compile_options: of torch.compile; None leaves it off.
+    """
+
+    def __init__(self, network: nn.Module, speed: TeacherSpeed, compile_options: dict[str, Any] | None = None) -> None:
+        self.speed = speed
+        self.forward: Callable[[Tensor], Tensor] = quicken(network, speed)
+        if compile_options is not None:
+            self.forward = compile_or_plain(self.forward, "teacher", **compile_options)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if self.speed.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        if not self.speed.casts:
+            return self.forward(images)
+        with torch.autocast(images.device.type, enabled=False):
+            return self.forward(images.to(self.speed.dtype)).float()
+
+    def first(self, images: Tensor, network: nn.Module) -> Tensor:
+        """As a call, on the first batch; the log says how far `dtype` moves the logits from those of `network` itself.
+
+        Raises:
+            ValueError: the network does not run in this type, or its logits overflow in it.
+        """
+        with torch.autocast(images.device.type, enabled=False):
+            exact = network(images)
+        name = self.speed.dtype_name
+        try:
+            logits = self(images)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"KD.TEACHER.DTYPE is {name!r}, in which the teacher does not run ({reason}): use float32, with "
+                "SOLVER.AMP for mixed precision"
+            ) from error
+        if exact.isfinite().all() and not logits.isfinite().all():
+            raise ValueError(f"KD.TEACHER.DTYPE is {name!r}, in which the teacher's logits overflow: use bfloat16")
+        logger.info(
+            "teacher in %s: on the first batch max |Δ logits| is %.2g × their std, and %d of %d rows have another "
+            "arg max",
+            name,
+            (logits - exact).abs().max() / exact.std(),
+            (logits.argmax(1) != exact.argmax(1)).sum(),
+            len(exact),
+        )
+        return logits
+
+
+def quicken(network: nn.Module, speed: TeacherSpeed) -> nn.Module:
+    """A copy of a frozen network, changed as `speed` says; the network itself where nothing changes."""
+    if speed == TeacherSpeed():
+        return network
+    fast = copy.deepcopy(network)
+    if speed.fold_bn:
+        folded = fold_batch_norms(fast, (*CONVOLUTIONS, Conv2dSame), get_notrace_modules())
+        logger.info("teacher: %d batch norms folded into the convolutions before them", folded)
+    if speed.casts:
+        fast.to(speed.dtype)
+    if speed.channels_last:
+        convert_conv2d_weight_memory_format(fast, torch.channels_last)  # `.to` refuses networks with other convolutions
+    return fast
