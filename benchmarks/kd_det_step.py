@@ -11,7 +11,7 @@ one process on the same batches:
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,10 +73,11 @@ def build_sides(peer: Path | None) -> dict[str, Callable[[], object]]:
     return sides
 
 
-def iteration_of(name: str) -> Iteration:
+def iteration_of(name: str, words: Sequence[str] = ()) -> Iteration:
     """The iteration of a config of configs/Digits, with the student and the teacher of this benchmark."""
     with tempfile.TemporaryDirectory() as folder:
         cfg = step_cfg(DIGITS / f"{name}.yaml", Path(folder))
+        merge_list(cfg, list(words))
         choose_device(cfg, num_gpus=1)
         return build_iteration(cfg)
 
