@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from kd_cls.checkpoint import BEST, LAST, save_checkpoint
 from kd_cls.checks import mixes
+from kd_cls.cuda_graph import GraphedStep
 from kd_cls.data import Loaders, set_epoch
 from kd_cls.evaluate import evaluate
 from kd_cls.launch import Process, seed_step
@@ -70,6 +71,7 @@ class Trainer:
         self.mixup = build_mixup(cfg, task.trainable_module.model.num_classes)
         self.memory_format = torch.channels_last if cfg.MODEL.CHANNELS_LAST else torch.contiguous_format
         self.output = Path(cfg.OUTPUT_DIR)
+        self.graph = GraphedStep(self) if cfg.SOLVER.CUDA_GRAPH else None
 
     def run(self) -> dict[str, float]:
         """Train to the end; returns the last evaluation's metrics, the best top-1 and the seconds of all of it."""
@@ -98,35 +100,57 @@ class Trainer:
         """One optimizer step on a batch, in SOLVER.ACCUMULATE_STEPS parts."""
         seed_step(self.cfg.SEED, self.process.rank, self.iteration)
         images = images.contiguous(memory_format=self.memory_format)
+        if self.graph is not None and self.graph.takes(images):
+            self.graph.step(images, target)
+        else:
+            self.step_in_parts(images, target, epoch, indices)
+        self.advance()
+
+    def step_in_parts(self, images: Tensor, target: Tensor, epoch: int, indices: Tensor) -> None:
+        """The micro-batches of a step, and the move of the weights."""
         if self.mixup is not None:
             images, target = self.mixup(images, target)
         size = -(-len(images) // self.cfg.SOLVER.ACCUMULATE_STEPS)
         parts = list(zip(images.split(size), target.split(size), indices.split(size), strict=True))
         for number, (images_part, target_part, indices_part) in enumerate(parts, 1):
             teacher_logits = self.task.teacher_logits(images_part, epoch, indices_part)
-            result = self.task(images_part, target_part, self.iteration / self.max_iter, teacher_logits)
-            self.record(result, target_part)
-            losses = self.task.stream_losses(result, len(images_part) / len(images))
+            losses = self.losses(images_part, target_part, teacher_logits, len(images_part) / len(images))
             if self.auto_momenta is not None and number == 1:
                 scale = self.scaler.scale(torch.ones((), device=self.process.device))  # get_scale() would wait for it
                 self.auto_momenta.observe(losses, self.iteration, scale)
             backward_streams(losses, self.optimizer, self.scaler, sync=number == len(parts))
-        self.update()
+        self.move_weights()
 
-    def record(self, result: dict[str, Tensor], target: Tensor) -> None:
-        """Keep a part's terms; on the CPU, where looking costs nothing, stop before a NaN does harm."""
+    def losses(
+        self,
+        images: Tensor,
+        target: Tensor,
+        teacher_logits: Tensor | None = None,
+        share: float = 1.0,
+        iteration: Tensor | None = None,
+        warmup_weight: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The streams' losses of a part, its `share` of the step; on the way its terms are kept.
+
+        `iteration` (the number of this step) and `warmup_weight` are tensors where the step is recorded.
+        """
+        result = self.task(images, target, self.progress, teacher_logits, warmup_weight)
         labels = target.argmax(1) if target.ndim == 2 else target
-        self.meters.update(result, result["output"], labels, self.iteration + 1)
-        if self.process.device.type == "cpu":
+        self.meters.update(result, result["output"], labels, self.iteration + 1 if iteration is None else iteration)
+        if self.process.device.type == "cpu":  # where looking costs nothing, stop before a NaN does harm
             self.meters.check(self.learning_rate)
+        return self.task.stream_losses(result, share)
 
-    def update(self) -> None:
-        """Move the weights, the learning rate and the moving average."""
+    def move_weights(self) -> None:
+        """Clip and step."""
         if self.cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
             clip_gradients(self.optimizer, self.scaler, self.cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
+
+    def advance(self) -> None:
+        """Count the step; move the learning rate and the moving average."""
         self.iteration += 1
         self.scheduler.step_update(self.iteration)
         self.task.update_ema(self.iteration)
@@ -145,6 +169,11 @@ class Trainer:
             self.save(LAST, resumable=True)
 
     @property
+    def progress(self) -> float:
+        """iteration / max_iter."""
+        return self.iteration / self.max_iter
+
+    @property
     def learning_rate(self) -> float:
         """That of the first parameter group."""
         return self.optimizer.param_groups[0]["lr"]
@@ -154,7 +183,7 @@ class Trainer:
         self.meters.check(self.learning_rate)
         metrics = self.meters.read(self.process.world_size)
         metrics |= {"lr": self.learning_rate, "epoch": self.iteration / self.steps_per_epoch}
-        self.writers.log_progress(metrics | self.task.schedule(self.iteration / self.max_iter), self.iteration)
+        self.writers.log_progress(metrics | self.task.schedule(self.progress), self.iteration)
 
     def evaluate(self) -> None:
         """Evaluate the student, and its moving average beside it; keep the best."""
@@ -228,6 +257,8 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
+        if self.graph is not None:
+            self.graph.forget()
         if self.auto_momenta is not None:
             self.auto_momenta.load_state_dict(state["auto_momenta"])
 

@@ -29,10 +29,11 @@ class StepMeters:
         self.started = time.perf_counter()
 
     @torch.no_grad()
-    def update(self, terms: dict[str, Tensor], output: Tensor, target: Tensor, iteration: int) -> None:
+    def update(self, terms: dict[str, Tensor], output: Tensor, target: Tensor, iteration: int | Tensor) -> None:
         """Add the terms of one (micro-)batch, each a mean over its rows, and its share of right answers."""
         values = torch.stack([terms[name].detach().double() for name in self.names])
-        self.first_bad = torch.where(values.isfinite(), self.first_bad, self.first_bad.clamp(max=iteration))
+        # In place, as the sums are: a CUDA graph goes on with the same memory.
+        self.first_bad.copy_(torch.where(values.isfinite(), self.first_bad, self.first_bad.clamp(max=iteration)))
         right = (output.detach().argmax(1) == target).sum()
         self.sums += torch.cat([values * len(target), right.double()[None]])
         self.images += len(target)

@@ -55,7 +55,12 @@ class DistillationTask(TrainingTask):
         return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
 
     def forward(
-        self, input: Tensor, target: Tensor, progress: float | None = None, teacher_logits: Tensor | None = None
+        self,
+        input: Tensor,
+        target: Tensor,
+        progress: float | None = None,
+        teacher_logits: Tensor | None = None,
+        warmup_weight: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Loss, output and terms of a batch.
 
@@ -64,6 +69,7 @@ class DistillationTask(TrainingTask):
             target: class indices (N,), or soft targets (N, C).
             progress: iteration / max_iter, for warm-up and top-k schedules; None: the end.
             teacher_logits: (N, C), where they are known already.
+            warmup_weight: the loss's warm-up at `progress` as a tensor, for a step that is recorded.
         Returns:
             `loss`, `output` (the task logits), and each weighted term: `task` and those of the distillation loss.
         """
@@ -75,7 +81,8 @@ class DistillationTask(TrainingTask):
         terms = {"task": self.task_weight * self.criterion(task_logits.float(), target)}
         if self.distillation is not None:
             labels = target.argmax(1) if target.ndim == 2 else target
-            terms |= self.distillation(logits, teacher_logits, labels, progress)
+            recorded = {} if warmup_weight is None else {"warmup_weight": warmup_weight}
+            terms |= self.distillation(logits, teacher_logits, labels, progress, **recorded)
         return {"loss": sum(terms.values()), "output": task_logits, **terms}
 
     def stream_losses(self, result: dict[str, Tensor], share: float = 1.0) -> dict[str, Tensor]:

@@ -47,6 +47,9 @@ SETTINGS = {"float32": [], "float16": FP16, "bfloat16 and all around": [*BF16, *
 MASKED = "deepkd over dkd, masked"
 OTHER_STATISTICS = ["KD.TEACHER.MEAN", "(0.1, 0.2, 0.3)"]
 
+# The fast form of a teacher is a copy that is made once, with values.
+PLAIN_TEACHER = ["KD.TEACHER.FOLD_BN", False, "KD.TEACHER.CHANNELS_LAST", False]
+
 
 def pairs(methods: Iterable[str], start: int) -> list[tuple[str, str]]:
     """Every method with one of the settings by turns, and the masked DeepKD with all of them."""
@@ -110,7 +113,7 @@ def fill_gradients(loss: Tensor, retain_graph: bool = False) -> None:
 def test_a_step_runs_on_a_device_that_has_no_values_to_read(
     method: str, settings: str, tiny: Callable, process: Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cfg = tiny(*METHODS[method], *SETTINGS[settings], *OTHER_STATISTICS)
+    cfg = tiny(*METHODS[method], *SETTINGS[settings], *OTHER_STATISTICS, *PLAIN_TEACHER)
     trainer = build_trainer(cfg, process)
     with data_free_cuda(monkeypatch):
         trainer = trainer_without_data(cfg, trainer)
