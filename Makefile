@@ -25,8 +25,9 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 
+# PEER_DEEPKD, PEER_MDISTILLER, IMAGES_JSON, IMAGES_DIR: benchmarks/run.py says what they are.
 bench: setup
-	$(BIN)/python benchmarks/core.py
+	$(BIN)/python benchmarks/run.py
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -129,9 +129,11 @@ def commit() -> str:
 
 
 def command(words: Sequence[str]) -> str:
-    """The command line as another would type it: of paths outside of the checkout, their last part."""
+    """The command line as another would type it: of paths outside of the checkout, their last part; no --json."""
     shown = []
-    for word in words:
+    for before, word in zip(["", *words], words, strict=False):
+        if "--json" in (before, word):
+            continue
         path = Path(word)
         if path.is_absolute():
             word = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else f"…/{path.name}"

@@ -1,0 +1,77 @@
+"""Fill docs/performance.md with what was measured:  python benchmarks/report.py [--page FILE] [--figures DIR]
+
+Between the lines `<!-- bench: NAME.TABLE -->` and `<!-- /bench -->` of the page comes that table of NAME.json, with the
+command, the commit and the machine it is of, and for `growth.plot` the picture. What no figures are there for says how
+to get them. No figure on the page is typed.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import growth
+from figures import OUTPUT, ROOT, Table
+
+from kd_core.files import write_text
+
+PAGE = ROOT / "docs" / "performance.md"
+BLOCK = re.compile(r"(<!-- bench: (?P<name>\w+)\.(?P<table>\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+MISSING = "*Not measured yet: run `make bench`, then `python benchmarks/report.py`.*"
+
+
+def fill(text: str, figures: Path, pictures: Path) -> str:
+    """The page with every block's content made anew.
+
+    Args:
+        text: the page.
+        figures: the folder of the JSON files.
+        pictures: the folder beside the page where the plot goes.
+    Raises:
+        ValueError: a block names a table that its file has not; the page has an opening line without its closing one.
+    """
+    blocks = list(BLOCK.finditer(text))
+    if len(blocks) != text.count("<!-- bench: ") or any(block[0].count("<!-- bench: ") > 1 for block in blocks):
+        raise ValueError("a line <!-- bench: NAME.TABLE --> has no <!-- /bench --> after it")
+    return BLOCK.sub(lambda block: block[1] + content(block, figures, pictures) + "\n" + block[4], text)
+
+
+def content(block: re.Match[str], figures: Path, pictures: Path) -> str:
+    """What stands between the lines of a block."""
+    path = figures / f"{block['name']}.json"
+    if not path.exists():
+        return MISSING
+    measured = json.loads(path.read_text())
+    if (block["name"], block["table"]) == ("growth", "plot"):
+        growth.plot(measured["curves"], pictures / "growth.png")
+        return f"![Time and memory over classes, rows and parameters]({pictures.name}/growth.png)"
+    if block["table"] not in measured["tables"]:
+        raise ValueError(f"{path} has no table {block['table']!r}: it has {', '.join(measured['tables'])}")
+    return f"{Table(**measured['tables'][block['table']])}\n\n{origin(measured)}"
+
+
+def origin(measured: dict[str, Any]) -> str:
+    """Command, commit, machine and versions."""
+    machine = measured["machine"]
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "torchvision", "timm", "detectron2"))
+    where = f"{machine['device']}: {machine['processor']}" if machine["device"] == "CPU" else machine["device"]
+    return (
+        f"`{measured['command']}` · commit {measured['commit'] or 'unknown'} · {where}, {machine['cores']} cores, "
+        f"{machine['threads']} threads · Python {machine['python']}, {versions}"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--figures", type=Path, default=OUTPUT, help="the folder of the JSON files")
+    args = parser.parse_args(arguments)
+    filled = fill(args.page.read_text(encoding="utf-8"), args.figures, args.page.parent / "figures")
+    write_text(args.page, filled)
+    print(f"{args.page}: {filled.count(MISSING)} of {len(BLOCK.findall(filled))} blocks have no figures yet")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
