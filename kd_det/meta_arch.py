@@ -108,6 +108,8 @@ class DistilledRCNN(GeneralizedRCNN):
         if not self.training or self.loss is None:
             return super().forward(batched_inputs)
         self.load_teacher()
+        # Once, for the student and its teachers; the CPU's stay where they are.
+        batched_inputs = [{**item, "image": item["image"].to(self.device)} for item in batched_inputs]
         views = self.teacher_views(batched_inputs)
         more = capture_head_inputs(self.roi_heads) if self.proposals == "student+teacher" else nullcontext()
         with capture_box_stages(self.roi_heads, self.serialization) as stages, more as head_inputs:

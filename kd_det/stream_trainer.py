@@ -20,6 +20,7 @@ from kd_core.optim.config import build_auto_momenta
 from kd_core.streams import backward_streams
 
 from .fast_teacher import distilled_parts
+from .host_copy import HostCopy, total
 from .solver import build_clip
 
 KD_TERM = re.compile(r"loss_kd_(?P<term>.+?)(_stage\d+)?")
@@ -68,27 +69,28 @@ class StreamTrainer(SimpleTrainer):
         if not self.model.training:
             raise RuntimeError("the model is in eval mode: call model.train() before a training step")
         self.optimizer.zero_grad()
-        metrics: dict[str, Tensor] = {}
+        losses: list[HostCopy] = []
         data_time = 0.0
         for micro_step in range(self.accumulate_steps):
             self.before_data()
             start = time.perf_counter()
             batch = next(self._data_loader_iter)
             data_time += time.perf_counter() - start
-            for name, loss in self.micro_step(batch, micro_step).items():
-                metrics[name] = metrics.get(name, 0.0) + loss
-        self._write_metrics(metrics, data_time)  # raises where a loss is not finite, before any weight is changed
+            losses.append(self.micro_step(batch, micro_step))
+        self._write_metrics(total(losses), data_time)  # raises where a loss is not finite, before any weight is changed
         self.update()
 
-    def micro_step(self, batch: list[dict[str, Any]], index: int) -> dict[str, Tensor]:
-        """Forward and backward of micro-batch `index`; returns its detached share of every loss."""
+    def micro_step(self, batch: list[dict[str, Any]], index: int) -> HostCopy:
+        """Forward and backward of micro-batch `index`; returns its share of every loss."""
         losses = self.forward(batch)
         if index == 0 and self.auto_momenta is not None:
-            self.auto_momenta.observe(stream_losses(losses, self.streams), self.iter, self.scaler.get_scale())
+            scale = self.scaler.scale(torch.ones((), device=self.device))  # get_scale() would wait for it
+            self.auto_momenta.observe(stream_losses(losses, self.streams), self.iter, scale)
         losses = {name: loss / self.accumulate_steps for name, loss in losses.items()}
+        shares = HostCopy(losses)  # before the backward pass, which nobody has to wait for then
         last = index == self.accumulate_steps - 1
         backward_streams(stream_losses(losses, self.streams), self.optimizer, self.scaler, sync=last)
-        return {name: loss.detach() for name, loss in losses.items()}
+        return shares
 
     def forward(self, batch: list[dict[str, Any]]) -> dict[str, Tensor]:
         """The losses of a micro-batch, in the autocast dtype, with nothing reduced over processes."""

@@ -18,7 +18,10 @@ from .conftest import make_batch
 
 DKD = ("KD.LOSS.NAME", "dkd", "KD.LOSS.TEMPERATURE", 1.0)
 CASCADE = ("MODEL.ROI_HEADS.NAME", "CascadeROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True)
-SMALL = ("MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", "MODEL.TIMM.NAME", "resnet10t")  # few layers to trace
+SMALL = (  # few and narrow layers
+    "MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", "MODEL.TIMM.NAME", "resnet10t",
+    "MODEL.TIMM.KWARGS", "[['channels', [8, 8, 16, 16]], ['stem_width', 8]]",
+)  # fmt: skip
 
 
 @pytest.fixture
