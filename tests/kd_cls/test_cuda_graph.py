@@ -136,7 +136,7 @@ def test_a_tape_with_numbers_baked_in_goes_wrong(tiny: Callable, process: Proces
     graphed, eager = graphed_and_eager(tiny, tmp_path, process, METHODS["plain"])
     graphed.graph.rates = [group["lr"] for group in graphed.optimizer.param_groups]
     graphed.graph.fill_numbers = lambda: None
-    found, expected = take_steps(graphed), take_steps(eager)
+    found, expected = take_steps(graphed, 10), take_steps(eager, 10)
     assert not torch.allclose(found["model.conv1.weight"], expected["model.conv1.weight"], rtol=1e-2, atol=1e-3)
 
 
@@ -145,7 +145,7 @@ def test_a_new_k_is_a_new_graph_and_a_new_learning_rate_is_not(
 ) -> None:
     options = [*DEEPKD, "KD.LOSS.TOPK.ENABLED", True, "KD.LOSS.TOPK.PHASES", "[0.0, 0.5, 0.0]", "KD.LOSS.WARMUP", 0.5]
     graphed, _ = graphed_and_eager(tiny, tmp_path, process, [*options, *BF16])
-    take_steps(graphed, 18)
+    take_steps(graphed, 16)
     assert graphed.graph.signature[0] == 9  # all classes, after the middle of the training
     assert graphed.graph.captures == 2 and graphed.graph.recorder.warm_ups == 2 * WARM_UP
 

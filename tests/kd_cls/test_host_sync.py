@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kd_cls.build import build_trainer
+from kd_cls.cuda_graph import WARM_UP, GraphedStep
 from kd_cls.engine import Trainer
 from kd_cls.launch import Process
 from kd_cls.solver import build_optimizer, build_scheduler
@@ -63,7 +64,8 @@ class DataFreeDevice(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if "_fused_sgd_" in str(func):  # torch has no fake version of it; it works in place and returns nothing
-            assert all(tensor.is_cuda for tensors in args[:3] for tensor in tensors)
+            rates = [kwargs["lr"]] if isinstance(kwargs["lr"], Tensor) else []
+            assert all(tensor.is_cuda for tensors in (*args[:3], rates) for tensor in tensors)
             return None
         if func is torch.ops.aten._to_copy.default and kwargs.get("device", args[0].device).type != args[0].device.type:
             raise AssertionError(f"a copy from {args[0].device} to {kwargs['device']}")
@@ -124,6 +126,35 @@ def test_a_step_runs_on_a_device_that_has_no_values_to_read(
             trainer.step(images, target, 0, torch.arange(16))
         assert trainer.meters.sums.is_cuda and trainer.iteration == 2
         assert trainer.task.trainable_module.model.conv1.weight.is_cuda
+
+
+class Listener:
+    """Runs a step where a CUDA graph of it would be captured."""
+
+    def warm_up(self, run: Callable[[], None]) -> None:
+        run()
+
+    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+        run()
+        return lambda: None
+
+
+@pytest.mark.parametrize("method", ["plain", "dkd, standardized, warmed up", "gdkd, auto k", MASKED])
+def test_what_a_cuda_graph_captures_reads_nothing_and_takes_nothing_from_the_host(
+    method: str, tiny: Callable, process: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = tiny(*METHODS[method], *BF16, *CLIPPED, *OTHER_STATISTICS, *PLAIN_TEACHER)
+    trainer = build_trainer(cfg, process)
+    with data_free_cuda(monkeypatch):
+        trainer = trainer_without_data(cfg, trainer)
+        trainer.graph = GraphedStep(trainer, Listener())
+        fill_gradients.params = list(trainer.task.trainable_module.parameters())
+        monkeypatch.setattr(Tensor, "backward", fill_gradients)
+        images, target = torch.empty(16, 3, 16, 16, device="cuda"), torch.empty(16, dtype=torch.int64, device="cuda")
+        trainer.max_iter = 1000  # K stays what it is
+        for _ in range(WARM_UP + 2):
+            trainer.step(images, target, 0, torch.arange(16))
+        assert trainer.graph.captures == 1 and trainer.graph.rates[0].is_cuda
 
 
 @pytest.mark.parametrize(
@@ -199,7 +230,11 @@ AUTO = ["SOLVER.MOMENTA", "auto", "SOLVER.GSNR.PERIOD", 1, "SOLVER.GSNR.WINDOW",
 ALSO = {"momenta auto": ["KD.LOSS.NAME", "dkd", *AUTO], "mixup": ["SOLVER.MIXUP.ALPHA", 0.5]}
 
 
-@pytest.mark.parametrize(("method", "settings"), pairs([*METHODS, *ALSO], 1))
+# The others take the same backward passes.
+BACKWARD = ["kd", "dkd, standardized, warmed up", "gdkd, auto k", "aekt", MASKED, *ALSO]
+
+
+@pytest.mark.parametrize(("method", "settings"), pairs(BACKWARD, 1))
 def test_backward_passes_and_all_else_read_nothing_that_cuda_would_wait_for(
     method: str, settings: str, tiny: Callable, process: Process
 ) -> None:
