@@ -156,14 +156,31 @@ def step_options(usage: str, name: str, peer: str) -> argparse.ArgumentParser:
     return parser
 
 
-def report_steps(seconds: dict[str, list[float]], rows: list[list[Any]], path: Path) -> int:
-    """Print and write the sides' milliseconds and [name, ms, ms of the other side, ratio, bound]; the exit code."""
+def parts_of_step(whole: Sequence[float], parts: Mapping[str, Sequence[float]]) -> Table:
+    """What a step is made of: medians of its measured parts over the rounds, their share, and what none of them has."""
+    total = statistics.median(whole)
+    medians = {name: statistics.median(seconds) for name, seconds in parts.items()}
+    medians |= {"the rest": total - sum(medians.values()), "the whole step": total}
+    rows = [[name, 1e3 * seconds, f"{seconds / total:.1%}"] for name, seconds in medians.items()]
+    return Table(["DeepKD's step", "ms", "share"], rows)
+
+
+def report_steps(seconds: dict[str, list[float]], rows: list[list[Any]], path: Path, parts: Table) -> int:
+    """Print and write a benchmark of steps; the exit code.
+
+    Args:
+        seconds: of every side in every round.
+        rows: [name, ms, ms of the other side, ratio, bound or None].
+        path: of the JSON file.
+        parts: what a step is made of.
+    """
     milliseconds = {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
     ratios = [[name, ours, other, judged(found, bound)] for name, ours, other, found, bound in rows]
     tables = {
         "ratios": Table(["", "ms", "floor or other side, ms", "ratio (bound)"], ratios),
         "sides": Table(["", "ms"], [list(side) for side in milliseconds.items()]),
+        "parts": parts,
     }
-    print(tables["ratios"])
+    print(tables["ratios"], parts, sep="\n\n")
     bounds = [Bound(name, found, bound) for name, *_, found, bound in rows if bound is not None]
     return write_figures(path, tables, bounds, milliseconds=milliseconds)

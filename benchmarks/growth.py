@@ -202,7 +202,8 @@ def plot(curves: list[dict[str, Any]], path: Path) -> None:
                 panel.loglog(sizes, [end * n / sizes[-1] for n in sizes], "k:", linewidth=1, label="slope 1")
             panel.grid(alpha=0.3)
         column[1].set_xlabel(label)
-        column[0].legend(fontsize=8)
+        if shown:
+            column[0].legend(fontsize=8)
     panels[0, 0].set_ylabel("milliseconds"), panels[1, 0].set_ylabel("MiB")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110))

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from figures import report_steps, step_options
+from figures import parts_of_step, report_steps, step_options
 from PIL import Image
 from timing import by_turns, timed
 from torch import nn
@@ -191,7 +191,9 @@ def main() -> int:
             sides |= papers_steps(options.peer, kd)
         seconds = by_turns(sides, options.rounds)
     rows = table_rows(seconds)
-    return report_steps(seconds, rows, options.json)
+    parts = {name: seconds[name] for name in ("teacher forward", "student forward", "student backward")}
+    parts["second backward"] = seconds["student backward"]  # from the same logits through the same network
+    return report_steps(seconds, rows, options.json, parts_of_step(seconds["DeepKD"], parts))
 
 
 if __name__ == "__main__":
