@@ -178,6 +178,20 @@ def order_and_bytes() -> tuple[list[str], int, int]:
     return events, optimizer.gradients.bytes_sent, sum(p.nbytes for p in model.parameters())
 
 
+def bytes_sent(accumulate: int = 1) -> dict[str, tuple[int, int]]:
+    """(bytes sent in one step, bytes of the trainable parameters) by the number of sets, with a frozen backbone."""
+    counted = {}
+    for name in ("one set", "two sets", "three sets"):
+        model = Net()
+        model.backbone.requires_grad_(False)
+        optimizer = BUILDS[name](model.parameters())
+        for part in range(accumulate):
+            backward_streams(streams(model, 0, slice(0, 4)), optimizer, sync=part == accumulate - 1)
+        trainable = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        counted[name] = (optimizer.gradients.bytes_sent, trainable)
+    return counted
+
+
 def state(model: nn.Module) -> list[Tensor]:
     return [p.detach().clone() for p in model.parameters()]
 
@@ -197,7 +211,9 @@ def main(rank: int, world: int, store: str, output: str) -> None:
     results["infinity"], results["scales"], results["moved"] = state(model), scales, moved
     results["auto momenta"] = auto_momenta(rank, world)
     results["events"], results["bytes sent"], results["parameter bytes"] = order_and_bytes()
+    results["bytes of sets"], results["bytes of micro-batches"] = bytes_sent(), bytes_sent(accumulate=3)
     kd_core.distributed.BUCKET_BYTES = 200  # many buckets, and parameters that are larger than one
+    results["bytes in small buckets"] = bytes_sent()
     results["small buckets"] = state(train(BUILDS["two sets"], rank, world))
     torch.save(results, f"{output}/rank{rank}.pt")
     dist.destroy_process_group()

@@ -128,6 +128,16 @@ def test_a_set_travels_while_the_next_ones_backward_pass_runs(results: list[dict
         assert result["bytes sent"] == 2 * result["parameter bytes"]  # sets × parameters
 
 
+@pytest.mark.parametrize("case", ["bytes of sets", "bytes of micro-batches", "bytes in small buckets"])
+def test_a_step_sends_the_trainable_parameters_once_a_set(results: list[dict[str, Any]], case: str) -> None:
+    """Those that no loss reaches too, frozen ones not; micro-batches and bucket sizes make no difference."""
+    net = ranks.Net()
+    trainable = sum(p.nbytes for p in net.parameters()) - sum(p.nbytes for p in net.backbone.parameters())
+    expected = {"one set": trainable, "two sets": 2 * trainable, "three sets": 3 * trainable}
+    for result in results:
+        assert result[case] == {name: (sent, trainable) for name, sent in expected.items()}
+
+
 def test_a_bucket_holds_one_dtype_and_at_most_its_bytes() -> None:
     sizes = [(3, torch.float64), (4, torch.float64), (40, torch.float64), (1, torch.float32), (2, torch.float32)]
     params = [nn.Parameter(torch.zeros(n, dtype=dtype)) for n, dtype in sizes]
