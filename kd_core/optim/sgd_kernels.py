@@ -35,7 +35,10 @@ def sgd_(
 def _by_kernel(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor] | None) -> dict[tuple[Any, ...], Lists]:
     """The lists, split by (whether the fused kernel is right, device, dtype)."""
     # The fused CPU kernel ignores strides: where layouts differ it would pair the wrong elements, silently.
-    alike = [same_layout(p, g) and same_layout(p, v) for p, g, v in zip(params, grads, buffers or grads, strict=True)]
+    alike = [
+        p.stride() == g.stride() == v.stride() or (same_layout(p, g) and same_layout(p, v))
+        for p, g, v in zip(params, grads, buffers or grads, strict=True)
+    ]
     kinds = [(p.device, p.dtype) for p in params]
     if all(alike) and len(set(kinds)) == 1:
         return {(has_fused_kernel(params[0]), *kinds[0]): (params, grads, buffers)}
