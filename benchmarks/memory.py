@@ -65,12 +65,12 @@ def build(cfg: CfgNode, loss: str) -> nn.Module:
 
 
 def silence_random_blocks(model: DistilledRCNN) -> None:
-    """Let the last norm of every block give 0: random blocks, one after the other, overflow, and the RPN has nothing
-    to propose.
+    """Let the last convolution of every block give 0: random blocks, one after the other, overflow, and the RPN has
+    nothing to propose.
     """
     for detector in (model, *(teacher.model for teacher in model.teachers)):
         for name, tensor in detector.state_dict().items():
-            if name.endswith("conv3.norm.weight"):
+            if name.endswith(("conv3.weight", "conv3.bias")):  # a bias is that of a folded norm
                 tensor.zero_()
 
 
