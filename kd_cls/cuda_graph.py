@@ -45,12 +45,12 @@ class Recorder(Protocol):
 class CudaRecorder:
     """Capture by `torch.cuda.graph`."""
 
-    def __init__(self) -> None:
-        self.stream = torch.cuda.Stream()
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.stream = device, torch.cuda.Stream(device)
 
     def warm_up(self, run: Callable[[], None]) -> None:
         """On a stream of its own: what autograd and cuBLAS keep for a stream must not be the default one's."""
-        current = torch.cuda.current_stream()
+        current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
             run()
@@ -88,12 +88,12 @@ class GraphedStep:
     """
 
     def __init__(self, trainer: "Trainer", recorder: Recorder | None = None) -> None:
-        if recorder is None:
-            check_device(trainer.process.device)
-        check_loss(trainer.task.distillation)
-        self.trainer, self.recorder = trainer, recorder or CudaRecorder()
-        self.batch_size = trainer.loaders.train.sampler.batch_size
         device, groups = trainer.process.device, trainer.optimizer.param_groups
+        if recorder is None:
+            check_device(device)
+        check_loss(trainer.task.distillation)
+        self.trainer, self.recorder = trainer, recorder or CudaRecorder(device)
+        self.batch_size = trainer.loaders.train.sampler.batch_size
         self.rates = [torch.zeros((), device=device) for _ in groups]  # float32: the fused kernel's type
         self.iteration = torch.zeros((), dtype=torch.float64, device=device)
         self.warmup_weight = torch.zeros((), dtype=torch.float64, device=device)

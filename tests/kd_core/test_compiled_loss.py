@@ -66,13 +66,13 @@ def test_twenty_values_of_progress_compile_once_and_a_masked_loss_thrice(
     assert is_compiled(fast) and backend.count == compilations
 
 
-def test_another_number_of_rows_costs_one_more_compilation_at_most() -> None:
+def test_other_numbers_of_rows_cost_one_more_compilation_and_no_rows_another() -> None:
     backend = Compilations()
     loss = DKDLoss()
     fast = compiled(loss, backend)
-    for rows in (8, 7, 6, 8, 5):
+    for rows in (8, 7, 6, 0, 5):
         torch.testing.assert_close(values_and_gradient(fast, 0.5, rows), values_and_gradient(loss, 0.5, rows))
-    assert backend.count <= 2
+    assert is_compiled(fast) and backend.count <= 3
 
 
 def test_terms_that_autograd_has_compiled_too_go_back_one_by_one() -> None:
