@@ -22,6 +22,7 @@ from kd_cls.checkpoint import LAST, read_checkpoint, read_metadata
 from kd_cls.checks import check_config
 from kd_cls.config import load_cfg
 from kd_cls.config_merge import all_keys, lookup
+from kd_cls.cuda_graph import check_device
 from kd_cls.launch import Process, agree, option_parser, run_command, start_process
 from kd_cls.teacher import teacher_description
 from kd_cls.writers import setup_logging
@@ -42,6 +43,8 @@ def train(cfg: CfgNode, process: Process, resume: bool = False) -> dict[str, flo
         ValueError: bad input, before training starts; FloatingPointError: a loss that is no number.
     """
     check_config(cfg, process.world_size)
+    if cfg.SOLVER.CUDA_GRAPH:
+        check_device(process.device)
     if cfg.WANDB.ENABLED:
         import_wandb()
     cfg = settle_seed(cfg, resume)
