@@ -126,7 +126,7 @@ def test_twenty_recorded_steps_are_twenty_steps(method: str, tiny: Callable, pro
 @pytest.mark.parametrize("method", METHODS)
 def test_twenty_steps_of_cuda_graphs_are_twenty_steps(method: str, tiny: Callable, tmp_path: Path) -> None:
     graphed, eager = graphed_and_eager(tiny, tmp_path, Process(torch.device("cuda")), METHODS[method])
-    with torch.backends.cudnn.flags(benchmark=False, deterministic=True, allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         found, expected = take_steps(graphed), take_steps(eager)
     assert_same(found, expected, 1e-2 if "bfloat16" in METHODS[method] else 1e-3)
     assert graphed.graph.captures >= 1
