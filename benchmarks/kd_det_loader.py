@@ -25,6 +25,7 @@ from detectron2.data import detection_utils
 from figures import ROOT, Bound, Table, judged, options, write_figures
 from kd_det_step import DIGITS, step_cfg
 from memory import silence_random_blocks
+from timing import timed
 
 from kd_det.config import merge_list
 from kd_det.data import register_datasets
@@ -78,9 +79,7 @@ def waiting(iteration: Iteration, rounds: int) -> tuple[float, float]:
     """Seconds of an iteration, and how many of them it waits for images: means, after two that do not count."""
     seconds, waits = [], []
     for _ in range(rounds + 2):
-        start = time.perf_counter()
-        iteration()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(timed(iteration))
         waits.append(iteration.storage.history("data_time").latest())
     return statistics.fmean(seconds[2:]), statistics.fmean(waits[2:])
 

@@ -1,8 +1,8 @@
 """Fill docs/performance.md with what was measured:  python benchmarks/report.py [--page FILE] [--figures DIR]
 
-Between the lines `<!-- bench: NAME.TABLE -->` and `<!-- /bench -->` of the page comes that table of NAME.json, with the
-command, the commit and the machine it is of, and for `growth.plot` the picture. What no figures are there for says how
-to get them. No figure on the page is typed.
+Between the lines `<!-- bench: NAME.TABLE -->` and `<!-- /bench -->` of the page comes that table of NAME.json, and for
+`growth.plot` the picture; below the first of a benchmark, the command, the commit and the machine they are of. A block
+without figures says how to get them. No figure on the page is typed.
 """
 
 import argparse
@@ -34,10 +34,17 @@ def fill(text: str, figures: Path, pictures: Path) -> str:
     blocks = list(BLOCK.finditer(text))
     if len(blocks) != text.count("<!-- bench: ") or any(block[0].count("<!-- bench: ") > 1 for block in blocks):
         raise ValueError("a line <!-- bench: NAME.TABLE --> has no <!-- /bench --> after it")
-    return BLOCK.sub(lambda block: block[1] + content(block, figures, pictures) + "\n" + block[4], text)
+    told: set[str] = set()  # benchmarks whose command and machine the page has already
+
+    def renewed(block: re.Match[str]) -> str:
+        first = block["name"] not in told
+        told.add(block["name"])
+        return f"{block[1]}{content(block, figures, pictures, with_origin=first)}\n{block[4]}"
+
+    return BLOCK.sub(renewed, text)
 
 
-def content(block: re.Match[str], figures: Path, pictures: Path) -> str:
+def content(block: re.Match[str], figures: Path, pictures: Path, with_origin: bool) -> str:
     """What stands between the lines of a block."""
     path = figures / f"{block['name']}.json"
     if not path.exists():
@@ -45,10 +52,12 @@ def content(block: re.Match[str], figures: Path, pictures: Path) -> str:
     measured = json.loads(path.read_text())
     if (block["name"], block["table"]) == ("growth", "plot"):
         growth.plot(measured["curves"], pictures / "growth.png")
-        return f"![Time and memory over classes, rows and parameters]({pictures.name}/growth.png)"
-    if block["table"] not in measured["tables"]:
+        shown = f"![Time and memory over classes, rows and parameters]({pictures.name}/growth.png)"
+    elif block["table"] in measured["tables"]:
+        shown = str(Table(**measured["tables"][block["table"]]))
+    else:
         raise ValueError(f"{path} has no table {block['table']!r}: it has {', '.join(measured['tables'])}")
-    return f"{Table(**measured['tables'][block['table']])}\n\n{origin(measured)}"
+    return f"{shown}\n\n{origin(measured)}" if with_origin else shown
 
 
 def origin(measured: dict[str, Any]) -> str:

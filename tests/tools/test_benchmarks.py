@@ -231,6 +231,8 @@ def test_a_block_is_filled_with_its_table_and_where_that_was_measured(load: Load
     assert page.startswith("before\n<!-- bench: core.losses -->\n|") and page.endswith("\n<!-- /bench -->\nafter")
     assert "| kd | 1.25 |" in page and "old" not in page and f"torch {torch.__version__.split('+')[0]}" in page
     assert fill(page, measured, measured / "figures") == page
+    twice = fill(f"{BLOCK}\n{BLOCK}", measured, measured / "figures")
+    assert twice.count("| kd | 1.25 |") == 2 and twice.count("commit") == 1  # of one run, told once
 
 
 def test_a_block_without_figures_says_how_to_get_them(load: Load, tmp_path: Path) -> None:
