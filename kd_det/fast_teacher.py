@@ -64,7 +64,8 @@ def quicken(model: GeneralizedRCNN, speed: TeacherSpeed) -> GeneralizedRCNN:
             compile_in_place(part, f"teacher's {name}")
     if speed.dtype is not None:
         for predictor in each(model.roi_heads.box_predictor):
-            predictor.cls_score.forward = ForwardIn(predictor.cls_score, torch.float32)
+            if hasattr(predictor, "cls_score"):  # one's own predictor may have another
+                predictor.cls_score.forward = ForwardIn(predictor.cls_score, torch.float32)
     return model
 
 

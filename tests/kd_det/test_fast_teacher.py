@@ -245,6 +245,13 @@ def test_only_detectron2s_own_classifier_is_asked_for_logits_alone():
     assert torch.equal(class_logits(predictor, x), 2 * logits)
 
 
+def test_every_listed_teacher_is_made_fast(tiny_cfg, tmp_path):
+    yaml = tiny_cfg().KD.TEACHER.CONFIG_FILE
+    listed = ("KD.TEACHER.CONFIG_FILE", "", "KD.TEACHERS", [[yaml, ""], [yaml, ""]], "KD.TEACHER.DTYPE", "float16")
+    speed = TeacherSpeed(fold_bn=True, dtype=torch.float16)
+    assert [teacher.speed for teacher in Teacher.from_config(tiny_cfg(*listed))] == [speed, speed]
+
+
 def test_another_type_is_refused_by_its_key(tiny_cfg, tiny_model):
     message = r"KD.TEACHER.DTYPE is 'half', expected student or float32 or bfloat16 or float16"
     with pytest.raises(ValueError, match=message):
