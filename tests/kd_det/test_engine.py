@@ -3,14 +3,17 @@
 import json
 import logging
 import shutil
+import warnings
 
 import pytest
 import torch
 import yaml
 from detectron2.utils.env import seed_all_rng
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from kd_det.data import register_datasets
-from kd_det.engine import DistillationTrainer
+from kd_det.engine import KEEP_BUFFERS, DistillationTrainer
 from kd_det.hooks import cut_metrics, student_config
 from kd_det.teacher_config import teacher_config
 
@@ -123,3 +126,14 @@ def test_the_students_config_has_no_key_that_plain_detectron2_refuses(cfg):
     assert plain.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
     assert plain.MODEL.WEIGHTS.endswith("model_final.pth")
     assert plain.MODEL.FPN.OUT_CHANNELS == cfg.MODEL.FPN.OUT_CHANNELS
+
+
+def test_processes_keep_buffers_of_their_own_by_the_word_that_this_torch_has(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            wrapped = DistributedDataParallel(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)), **KEEP_BUFFERS)
+        assert not getattr(wrapped, "forward_sync_buffers", None) and not wrapped.will_sync_module_buffers()
+    finally:
+        torch.distributed.destroy_process_group()
