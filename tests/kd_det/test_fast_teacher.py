@@ -248,7 +248,7 @@ def test_only_detectron2s_own_classifier_is_asked_for_logits_alone():
 def test_every_listed_teacher_is_made_fast(tiny_cfg, tmp_path):
     yaml = tiny_cfg().KD.TEACHER.CONFIG_FILE
     listed = ("KD.TEACHER.CONFIG_FILE", "", "KD.TEACHERS", [[yaml, ""], [yaml, ""]], "KD.TEACHER.DTYPE", "float16")
-    speed = TeacherSpeed(fold_bn=True, dtype=torch.float16)
+    speed = TeacherSpeed(fold_bn=True, channels_last=True, dtype=torch.float16)
     assert [teacher.speed for teacher in Teacher.from_config(tiny_cfg(*listed))] == [speed, speed]
 
 
