@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,10 +26,14 @@ class CompiledOrPlain:
     """
 
     def __init__(self, function: Callable[..., Any], name: str, log: logging.Logger = logger, **options: Any) -> None:
-        self.function, self.name, self.log = function, name, log
+        self.function, self.name, self.log, self.options = function, name, log, options
         # Streams of different momenta go back through one graph, a pass each: nothing saved there may be overwritten.
-        functorch_config.donated_buffer = False
+        functorch_config.donated_buffer = False  # torch ≥ 2.6
         self.compiled = torch.compile(function, **options)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """A copy compiles its own `function`: what torch has compiled cannot be copied, and is bound to the original."""
+        return partial(type(self), **self.options), (self.function, self.name, self.log)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.compiled is self.function:

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -93,6 +94,15 @@ def test_without_a_compiler_the_plain_loss_goes_on_and_says_so(caplog: pytest.Lo
             assert torch.equal(values_and_gradient(fast, 0.5, 8), values_and_gradient(loss, 0.5, 8))
     assert not is_compiled(fast)
     assert [record.getMessage() for record in caplog.records if "DKDLoss failed" in record.getMessage()]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda loss: pickle.loads(pickle.dumps(loss))])
+def test_a_copy_of_a_compiled_loss_computes_by_its_own_numbers(copied: Callable[[DKDLoss], DKDLoss]) -> None:
+    fast = copied(compiled(DKDLoss(beta=8.0), "eager"))
+    fast.beta = 2.0
+    expected = values_and_gradient(DKDLoss(beta=2.0), 0.5, 8)
+    torch.testing.assert_close(values_and_gradient(fast, 0.5, 8), expected)
+    assert is_compiled(fast)
 
 
 def test_bad_input_is_named_as_ever() -> None:
