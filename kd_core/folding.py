@@ -4,6 +4,7 @@ import contextlib
 import copy
 import inspect
 import logging
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -203,7 +204,9 @@ def _is_affine(norm: nn.Module, conv: nn.Module) -> bool:
     if type(norm) in NORMS:
         return True
     norm = copy.deepcopy(norm).to("cpu", torch.float64)
-    x = torch.linspace(-2, 3, 4 * channels, dtype=torch.float64) ** 3  # of both signs, with no mean of 0 to hide behind
-    x = x.view(4, channels, *[1] * (conv.weight.dim() - 2))
+    sides = [3] * (conv.weight.dim() - 2)  # with neighbours: a norm that pools is no map of each value by itself
+    count = 4 * channels * math.prod(sides)
+    x = torch.linspace(-2, 3, count, dtype=torch.float64) ** 3  # of both signs, with no mean of 0 to hide behind
+    x = x.view(4, channels, *sides)
     affine = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
     return torch.allclose(norm(x), _after_norm(norm)(affine), rtol=1e-9, atol=1e-9)

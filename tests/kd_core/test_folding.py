@@ -149,6 +149,13 @@ class Shifted(nn.BatchNorm2d):
         return super().forward(x) + x.mean()
 
 
+class Pooled(nn.BatchNorm2d):
+    """On one value a channel it is a batch norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(super().forward(x), 3, 1, 1)
+
+
 REFUSED: dict[str, Callable[[nn.Sequential], object]] = {
     "norm in train mode": lambda model: model[1].train(),
     "norm without statistics": lambda model: put(model, 1, nn.BatchNorm2d(8, track_running_stats=False)),
@@ -162,6 +169,7 @@ REFUSED: dict[str, Callable[[nn.Sequential], object]] = {
     "another forward": lambda model: setattr(model[0], "forward", lambda x: x.repeat(1, 3, 1, 1)[:, :8]),
     "unknown convolution": lambda model: put(model, 0, Scaled(3, 8, 3)),
     "unknown norm": lambda model: put(model, 1, randomised(Shifted(8))),
+    "norm that pools": lambda model: put(model, 1, randomised(Pooled(8))),
     "group norm": lambda model: put(model, 1, nn.GroupNorm(2, 8)),
     "layer between": lambda model: model.insert(1, nn.ReLU()),
 }
