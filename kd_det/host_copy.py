@@ -23,7 +23,7 @@ class HostCopy:
             self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self.values.copy_(values, non_blocking=True)
             self.copied = torch.cuda.Event()
-            self.copied.record()
+            self.copied.record(torch.cuda.current_stream(values.device))  # which need not be the current device
         else:
             self.values = values
 
