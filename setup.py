@@ -4,7 +4,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-COMMON = ["torchvision", "timm>=1.0", "yacs", "PyYAML", "pillow", "tabulate", "tensorboard", "scikit-learn"]
+# timm.task.evaluator came with timm 1.0.31; torch.nn.utils.get_total_norm and the donated buffers with torch 2.6.
+COMMON = ["torchvision", "timm>=1.0.31", "yacs", "PyYAML", "pillow", "tabulate", "tensorboard", "scikit-learn"]
 # detectron2 stands in no extra: it is on no package index under its own name. tools/install_detectron2.py brings it.
 DET = [
     *COMMON,
@@ -30,6 +31,6 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["kd_core*", "kd_det*", "kd_cls*"]),
-    install_requires=["torch>=2.1", "fvcore", "numpy"],
+    install_requires=["torch>=2.6", "fvcore", "numpy"],
     extras_require={"det": DET, "cls": CLS, "dev": DET + CLS + DEV, **EXTRA},
 )
