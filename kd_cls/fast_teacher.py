@@ -3,7 +3,7 @@
 import copy
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from kd_cls.network import compile_or_plain
 from kd_core.folding import CONVOLUTIONS, fold_batch_norms
 
 logger = logging.getLogger("kd_cls")
+
+VIEW_REFUSED = "view size is not compatible"  # how torch begins to say so
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,28 @@ class FastTeacher:
     """
 
     def __init__(self, network: nn.Module, speed: TeacherSpeed, compile_options: dict[str, Any] | None = None) -> None:
+        self.network, self.compile_options = network, compile_options
+        self.become(speed)
+
+    def become(self, speed: TeacherSpeed) -> None:
+        """Compute as `speed` says from now on."""
         self.speed = speed
-        self.forward: Callable[[Tensor], Tensor] = quicken(network, speed)
-        if compile_options is not None:
-            self.forward = compile_or_plain(self.forward, "teacher", **compile_options)
+        self.forward: Callable[[Tensor], Tensor] = quicken(self.network, speed)
+        if self.compile_options is not None:
+            self.forward = compile_or_plain(self.forward, "teacher", **self.compile_options)
 
     def __call__(self, images: Tensor) -> Tensor:
+        try:
+            return self.logits(images)
+        except RuntimeError as error:  # a network that takes a `view` of its maps is right in one layout only
+            if not self.speed.channels_last or VIEW_REFUSED not in str(error):
+                raise
+        logger.warning("teacher: its forward takes a view that channels last does not have; going on without it")
+        self.become(replace(self.speed, channels_last=False))
+        return self.logits(images.contiguous())
+
+    def logits(self, images: Tensor) -> Tensor:
+        """The logits, in the layout and type of `speed`."""
         if self.speed.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         if not self.speed.casts:
@@ -109,7 +127,12 @@ def quicken(network: nn.Module, speed: TeacherSpeed) -> nn.Module:
     """A copy of a frozen network, changed as `speed` says; the network itself where nothing changes."""
     if speed == TeacherSpeed():
         return network
-    fast = copy.deepcopy(network)
+    try:
+        fast = copy.deepcopy(network)
+    except (RuntimeError, TypeError) as error:  # tensors that were computed, such as weight_norm's, have no copies
+        reason = " ".join(str(error).split())[:200]
+        logger.warning("teacher: %s cannot be copied (%s); it computes as loaded", type(network).__name__, reason)
+        return network
     if speed.fold_bn:
         folded = fold_batch_norms(fast, (*CONVOLUTIONS, Conv2dSame), get_notrace_modules())
         logger.info("teacher: %d batch norms folded into the convolutions before them", folded)

@@ -174,6 +174,38 @@ def test_a_network_that_does_not_run_in_a_type_is_named() -> None:
         Teacher(Fixed(), STATS, STATS, speed=BFLOAT16)(torch.randn(2, 3, 16, 16))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_network_that_takes_views_goes_on_without_channels_last(
+    compiled: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Viewed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.fc = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8 * 14 * 14, 10)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.fc(self.norm(self.conv(images)).view(len(images), -1))
+
+    fast, images = Teacher(Viewed(), STATS, STATS, speed=FAST), torch.randn(2, 3, 16, 16)
+    if compiled:
+        fast.compile(backend="eager")
+    with caplog.at_level(logging.WARNING):
+        found = [fast(images), fast(images)]
+    assert all(distance(logits, fast.plain(images)) < 1e-4 for logits in found)
+    assert caplog.text.count("going on without it") == (2 if compiled else 1)  # torch.compile says so of itself, too
+    assert norms(fast.fast.network) == 1 and not fast.fast.speed.channels_last and fast.fast.speed.fold_bn
+
+
+def test_a_network_that_cannot_be_copied_computes_as_it_was_loaded(caplog: pytest.LogCaptureFixture) -> None:
+    classifier = nn.utils.weight_norm(nn.Linear(8 * 14 * 14, 10))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), classifier)
+    fast, images = Teacher(model, STATS, STATS, speed=FAST), torch.randn(2, 3, 16, 16)
+    with caplog.at_level(logging.WARNING):
+        logits = fast(images)
+    assert distance(logits, fast.plain(images)) < 1e-4 and norms(fast.model) == 1
+    assert "teacher: Sequential cannot be copied" in caplog.text
+
+
 def test_the_keys_say_how_a_teacher_computes(tiny: Callable) -> None:
     assert build_teacher(tiny("KD.LOSS.NAME", "kd"), 10, STATS).speed == FAST
     options = ["KD.TEACHER.FOLD_BN", False, "KD.TEACHER.CHANNELS_LAST", False, "KD.TEACHER.DTYPE", "bfloat16"]
