@@ -32,7 +32,7 @@ class CompiledOrPlain:
         self.compiled = torch.compile(function, **options)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """A copy compiles its own `function`: what torch has compiled cannot be copied, and is bound to the original."""
+        """A copy compiles its own `function`: what torch has compiled is bound to the original."""
         return partial(type(self), **self.options), (self.function, self.name, self.log)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
