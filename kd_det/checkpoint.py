@@ -112,8 +112,8 @@ def load_all_weights(model: nn.Module, path: str, key: str) -> None:
         raise ValueError(f"{key}: {path} cannot be fetched ({error})") from error
     if not os.path.isfile(local):
         start = "" if os.path.isabs(path) else f" (relative paths start at the working folder, {os.getcwd()})"
-        random = "; for a random teacher (tests only) set it to ''" if key == "KD.TEACHER.WEIGHTS" else ""
-        raise ValueError(f"{key}: there is no file {path}{start}{random}")
+        train = "; if KD.TEACHER.CONFIG_FILE is still to be trained, run tools/train_net.py with it first"
+        raise ValueError(f"{key}: there is no file {path}{start}{train if key == 'KD.TEACHER.WEIGHTS' else ''}")
     checkpointer = WholeCheckpointer(model, save_to_disk=False)
     try:
         checkpointer.load(path)

@@ -118,4 +118,7 @@ def _class_names(key: str, name: str) -> list[str] | None:
 def _check_number(cfg: CfgNode, key: str, name: str, found: int) -> None:
     configured = cfg.MODEL.ROI_HEADS.NUM_CLASSES
     if found != configured:
-        raise ValueError(f"{key}: {name} has {found} classes: MODEL.ROI_HEADS.NUM_CLASSES {configured} does not fit")
+        raise ValueError(
+            f"{key}: {name} has {found} classes: MODEL.ROI_HEADS.NUM_CLASSES {configured} does not fit, "
+            f"set it to {found}"
+        )

@@ -75,3 +75,12 @@ def test_a_truncated_file_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-300])
     with pytest.raises(ValueError, match=r"KEY: .*cut.pth is no checkpoint that can be read: it is truncated"):
         load_all_weights(nn.Linear(2, 3), str(path), "KEY")
+
+
+def test_a_teachers_missing_file_is_told_with_the_way_to_train_it(tmp_path):
+    path = str(tmp_path / "model_final.pth")
+    told = rf"there is no file {path}; if KD.TEACHER.CONFIG_FILE is still to be trained, run tools/train_net.py with it"
+    with pytest.raises(ValueError, match=rf"^KD.TEACHER.WEIGHTS: {told}"):
+        load_all_weights(nn.Linear(2, 3), path, "KD.TEACHER.WEIGHTS")
+    with pytest.raises(ValueError, match=rf"^MODEL.WEIGHTS: there is no file {path}$"):
+        load_all_weights(nn.Linear(2, 3), path, "MODEL.WEIGHTS")
