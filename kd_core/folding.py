@@ -67,7 +67,9 @@ def fold_batch_norms(
         The number of norms folded.
     """
     try:
-        pairs = _pairs(model, _graphs(model, leaves), convolutions)
+        # A forward may keep what it computes: tracing runs that of a copy, which has the same tensors.
+        tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        pairs = _pairs(model, _graphs(copy.deepcopy(model, tensors), leaves), convolutions)
     except Exception as error:  # tracing runs the network's own code, which may raise anything
         reason = " ".join(str(error).split())[:200]
         logger.info("%s cannot be traced (%s): its batch norms stay as they are", type(model).__name__, reason)

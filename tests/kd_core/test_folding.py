@@ -261,3 +261,15 @@ def test_a_network_that_cannot_be_traced_stays_as_it_is_and_the_log_says_so(
     assert "cannot be traced" in caplog.text and "its batch norms stay as they are" in caplog.text
     assert type(model.norm) is nn.BatchNorm2d
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_what_a_forward_keeps_is_nothing_of_the_tracing() -> None:
+    class Keeping(nn.Sequential):
+        mean: Tensor | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.mean is None:
+                self.mean = x.mean()
+            return super().forward(x) + self.mean
+
+    assert isinstance(check_folds(Keeping(*pair()), 1).mean, Tensor)
