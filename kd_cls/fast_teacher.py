@@ -61,16 +61,23 @@ class FastTeacher:
         network: in eval mode and frozen; it stays as it is. The copy has its device and, but for `speed`, its dtype.
         speed: what changes.
         compile_options: of torch.compile; None leaves it off.
+        example: a few images, on which the norms are tried: where the logits are others without them, they stay.
     """
 
-    def __init__(self, network: nn.Module, speed: TeacherSpeed, compile_options: dict[str, Any] | None = None) -> None:
-        self.network, self.compile_options = network, compile_options
+    def __init__(
+        self,
+        network: nn.Module,
+        speed: TeacherSpeed,
+        compile_options: dict[str, Any] | None = None,
+        example: Tensor | None = None,
+    ) -> None:
+        self.network, self.compile_options, self.example = network, compile_options, example
         self.become(speed)
 
     def become(self, speed: TeacherSpeed) -> None:
         """Compute as `speed` says from now on."""
         self.speed = speed
-        self.forward: Callable[[Tensor], Tensor] = quicken(self.network, speed)
+        self.forward: Callable[[Tensor], Tensor] = quicken(self.network, speed, self.example)
         if self.compile_options is not None:
             self.forward = compile_or_plain(self.forward, "teacher", **self.compile_options)
 
@@ -123,8 +130,11 @@ class FastTeacher:
         return logits
 
 
-def quicken(network: nn.Module, speed: TeacherSpeed) -> nn.Module:
-    """A copy of a frozen network, changed as `speed` says; the network itself where nothing changes."""
+def quicken(network: nn.Module, speed: TeacherSpeed, example: Tensor | None = None) -> nn.Module:
+    """A copy of a frozen network, changed as `speed` says; the network itself where nothing changes.
+
+    Norms stay where the copy's logits of the `example` images are others without them.
+    """
     if speed == TeacherSpeed():
         return network
     try:
@@ -135,6 +145,9 @@ def quicken(network: nn.Module, speed: TeacherSpeed) -> nn.Module:
         return network
     if speed.fold_bn:
         folded = fold_batch_norms(fast, (*CONVOLUTIONS, Conv2dSame), get_notrace_modules())
+        if folded and example is not None and not agree(fast, network, example):
+            logger.warning("teacher: %s gives other logits without its batch norms; they stay", type(network).__name__)
+            return quicken(network, replace(speed, fold_bn=False))
         logger.info("teacher: %d batch norms folded into the convolutions before them", folded)
     if speed.casts:
         fast.to(speed.dtype)
@@ -142,6 +155,17 @@ def quicken(network: nn.Module, speed: TeacherSpeed) -> nn.Module:
         convert_conv2d_weight_memory_format(fast, torch.channels_last)  # `.to` refuses networks with other convolutions
     share_memory(fast, network)
     return fast
+
+
+@torch.no_grad()
+def agree(fast: nn.Module, network: nn.Module, images: Tensor) -> bool:
+    """Whether two networks give the same logits, up to what any rounding does: a wrong layer is far above that.
+
+    Tracing a forward is right for what it sees of it: `isinstance(x, Tensor)` for one is False of what stands for x.
+    """
+    with torch.autocast(images.device.type, enabled=False):
+        found, exact = fast(images).float(), network(images).float()
+    return not bool((found - exact).abs().max() > 0.2 * exact.std())
 
 
 def share_memory(fast: nn.Module, network: nn.Module) -> None:

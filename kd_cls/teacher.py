@@ -85,7 +85,8 @@ class Teacher(DistillationTeacher):
         """Logits (N, C) for images (N, 3, H, W) normalised for the student."""
         images = self.prepare(images)
         if self.fast is None:
-            self.fast = FastTeacher(self.model, self.speed, self.compile_options)
+            example = images[:2].clone(memory_format=torch.contiguous_format)
+            self.fast = FastTeacher(self.model, self.speed, self.compile_options, example)
         if not self.is_measured:
             self.is_measured = True
             return self.fast.first(images, self.model)

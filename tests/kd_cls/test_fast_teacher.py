@@ -196,6 +196,26 @@ def test_a_network_that_takes_views_goes_on_without_channels_last(
     assert norms(fast.fast.network) == 1 and not fast.fast.speed.channels_last and fast.fast.speed.fold_bn
 
 
+def test_norms_without_which_the_logits_are_others_stay(caplog: pytest.LogCaptureFixture) -> None:
+    class Asking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 10, 3), nn.BatchNorm2d(10)
+            self.norm.running_mean.normal_()
+
+        def forward(self, images: Tensor) -> Tensor:
+            maps = self.conv(images)
+            if isinstance(maps, Tensor):  # which nothing is while torch.fx traces
+                return (self.norm(maps) + maps).mean((2, 3))
+            return self.norm(maps).mean((2, 3))
+
+    fast, images = Teacher(Asking(), STATS, STATS, speed=FAST), torch.randn(4, 3, 16, 16)
+    with caplog.at_level(logging.WARNING):
+        logits = fast(images)
+    assert distance(logits, fast.plain(images)) < 1e-4 and norms(fast.fast.forward) == 1
+    assert "teacher: Asking gives other logits without its batch norms; they stay" in caplog.text
+
+
 def test_a_network_that_cannot_be_copied_computes_as_it_was_loaded(caplog: pytest.LogCaptureFixture) -> None:
     classifier = nn.utils.weight_norm(nn.Linear(8 * 14 * 14, 10))
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), classifier)
