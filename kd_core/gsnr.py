@@ -122,7 +122,7 @@ class GradientSNR:
         rows = []
         for stream, n in self.count.items():
             for mean, squares in zip(self._mean[stream], self._squares[stream], strict=True):
-                noise = squares.double().sum() / (n - 1) if n > 1 else torch.tensor(math.nan, dtype=torch.float64)
+                noise = squares.double().sum() / (n - 1 if n > 1 else math.nan)
                 rows.append(torch.stack([mean.double().square().sum() - noise / max(n, 1), noise]).cpu())
         return torch.stack(rows).reshape(len(self._counts), len(self.params), 2)
 
