@@ -11,6 +11,8 @@ from torch._functorch import config as functorch_config
 
 logger = logging.getLogger(__name__)
 
+DYNAMO_HINT = "Set TORCHDYNAMO_VERBOSE"  # dynamo ends its errors with a paragraph for torch's developers
+
 
 class CompiledOrPlain:
     """`function` as torch.compile makes it; or, with one message, `function` itself once a call fails to compile.
@@ -41,7 +43,7 @@ class CompiledOrPlain:
         try:
             return self.compiled(*args, **kwargs)
         except Exception as error:  # dynamo, inductor and the C++ compiler each raise their own
-            reason = " ".join(str(error).split())[:200]
+            reason = " ".join(str(error).split(DYNAMO_HINT)[0].split())[:200]
             self.log.warning("torch.compile of the %s failed (%s); going on without it", self.name, reason)
             self.compiled = self.function
             return self.function(*args, **kwargs)
