@@ -107,7 +107,7 @@ def add_distillation_config(cfg: CfgNode) -> None:
     cfg.KD.TEACHER.WEIGHTS = ""
     # Take timm's pretrained weights.
     cfg.KD.TEACHER.PRETRAINED = False
-    # Mean, std and side length of the teacher's input. Empty and 0: those its weights were trained with
+    # Mean, std and side length of the teacher's input. Empty and 0: those its weights were trained with.
     cfg.KD.TEACHER.MEAN = []
     cfg.KD.TEACHER.STD = []
     cfg.KD.TEACHER.INPUT_SIZE = 0
@@ -163,7 +163,7 @@ def add_solver_config(cfg: CfgNode) -> None:
     cfg.SOLVER.IMS_PER_BATCH = 64
     # Micro-batches of one optimizer step.
     cfg.SOLVER.ACCUMULATE_STEPS = 1
-    # timm's schedule: multistep, cosine, step, poly, tanh, wsd, constant. MILESTONES and WARMUP in epochs.
+    # timm's schedule: multistep, cosine, step, poly, tanh, wsd, rsqrt, constant. MILESTONES and WARMUP in epochs.
     cfg.SOLVER.SCHEDULE = CfgNode(
         {
             "NAME": "multistep",

@@ -110,7 +110,8 @@ def _digits(root: Path, download: bool) -> tuple[Dataset, Dataset]:
 
 @register_dataset("cifar100", augmentation="cifar", mean=CIFAR100_MEAN, std=CIFAR100_STD)
 def _cifar100(root: Path, download: bool) -> tuple[Dataset, Dataset]:
-    train, val = (_timm_dataset("torch/cifar100", root, split, download) for split in ("train", "validation"))
+    splits, timms_name = ("train", "validation"), "torch/cifar100"
+    train, val = (_timm_dataset("cifar100", root, split, download, timms_name) for split in splits)
     return train, val
 
 
@@ -136,10 +137,10 @@ def _folders(root: Path, download: bool) -> tuple[Dataset, Dataset]:
     return train, val
 
 
-def _timm_dataset(name: str, root: Path, split: str, download: bool) -> Dataset:
-    """One split by timm's `create_dataset`, with its many ways to fail told in one."""
+def _timm_dataset(name: str, root: Path, split: str, download: bool, timms_name: str = "") -> Dataset:
+    """One split by timm's `create_dataset`, with its many ways to fail told in one; `name` is what DATA.NAME says."""
     try:
-        dataset = create_dataset(name, root=str(root), split=split, download=download)
+        dataset = create_dataset(timms_name or name, root=str(root), split=split, download=download)
     except (RuntimeError, AssertionError, OSError, ImportError, ValueError) as error:
         raise ValueError(
             f"DATA.NAME {name!r}, split {split!r}, is not to be had from DATA.ROOT {str(root)!r} ({error}). Point "
