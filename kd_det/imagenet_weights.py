@@ -94,7 +94,9 @@ def _downloaded(source: str, build: Callable[[], nn.Module]) -> nn.Module:
     try:
         return build()
     except Exception as error:  # unknown name, unknown weights, no network: each library has exceptions of its own
-        raise ValueError(f"{source} could not be had: {_first_line(error)}") from error
+        raise ValueError(
+            f"{source} could not be had: {_first_line(error)}; without a network, give a downloaded file instead"
+        ) from error
 
 
 def _first_line(error: Exception) -> str:
