@@ -11,6 +11,7 @@ from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.roi_heads import Res5ROIHeads
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from kd_core.compiling import compile_in_place
 from kd_core.folding import fold_batch_norms, folded_weights
@@ -55,7 +56,7 @@ def quicken(model: GeneralizedRCNN, speed: TeacherSpeed) -> GeneralizedRCNN:
         fold_detector(model)
     for name, part in distilled_parts(model).items():
         if speed.channels_last:
-            part.to(memory_format=torch.channels_last)
+            convert_conv2d_weight_memory_format(part, torch.channels_last)  # `.to` refuses other convolutions' weights
         if speed.dtype not in (None, torch.float32):
             cast_products(part, speed.dtype)
         if speed.channels_last or speed.dtype is not None:

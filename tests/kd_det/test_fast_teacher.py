@@ -206,6 +206,15 @@ def test_a_fast_teacher_still_proposes_and_detects(tiny_model, batch, storage, f
     assert len(detections) == 2 and all("instances" in item for item in detections)
 
 
+def test_weights_that_are_no_images_have_no_channels_last(tiny_model):
+    detector = freeze(tiny_model())
+    detector.backbone.volume = nn.Conv3d(1, 1, 1).requires_grad_(False)
+    quicken(detector, TeacherSpeed(channels_last=True))
+    assert detector.backbone.volume.weight.is_contiguous()
+    weights = [m.weight for m in detector.backbone.modules() if isinstance(m, nn.Conv2d)]
+    assert weights and all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+
+
 def test_a_teacher_with_a_type_of_its_own_follows_the_student_in_nothing_but_its_device(tiny_model, batch, storage):
     model = tiny_model(*DKD, "KD.TEACHER.DTYPE", "bfloat16")
     early = model.teacher.load(dtype=torch.float64).backbone.fpn_lateral3
