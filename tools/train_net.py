@@ -2,6 +2,7 @@
 """Train or evaluate a detector, plain or distilled.
 
     tools/train_net.py --config-file configs/COCO/deepkd_r18_r101.yaml --num-gpus 8
+    tools/train_net.py --config-file configs/Digits/teacher.yaml                         # the teacher of those below
     tools/train_net.py --config-file configs/Digits/dkd.yaml --num-gpus 0 SOLVER.MAX_ITER 80       # on the CPU
     torchrun --nproc-per-node 2 tools/train_net.py --config-file configs/Digits/dkd.yaml --num-gpus 0   # two on the CPU
     tools/train_net.py --config-file configs/Digits/dkd.yaml --resume           # from the last checkpoint in OUTPUT_DIR
