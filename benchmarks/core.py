@@ -1,21 +1,24 @@
 """What kd_core costs, beside what it replaces:  python benchmarks/core.py [--only losses] [--json FILE]
 
 Losses: forward and backward against a plain transcription of the same formula (transcriptions.py), at the sizes of a
-detector's ROI head, of ImageNet, of LVIS and of ImageNet-21k. Exit code 1 where a bound does not hold.
+detector's ROI head, of ImageNet, of LVIS and of ImageNet-21k; and compiled, beside themselves. Optimizers: one update
+of a network's parameters. Exit code 1 where a bound does not hold.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 
 import torch
 import transcriptions
 from core_optim import optimizers
 from figures import options, write_figures
-from timing import Comparison, alternate, comparison_table, peak_bytes
+from timing import Comparison, Step, alternate, comparison_table, peak_bytes
 from torch import Tensor
 
-from kd_core.losses import AEKTLoss, DKDLoss, ForegroundBackground, GDKD3Loss, GDKDLoss, KDLoss
+from kd_core.losses import AEKTLoss, DistillationLoss, DKDLoss, ForegroundBackground, GDKD3Loss, GDKDLoss, KDLoss
 from kd_core.topk import TopKSchedule
 
+COMPILED_SIZES = [(512, 81), (64, 1000)]
 SIZES = [(4096, 81), (256, 1000), (2048, 1204), (64, 21841)]
 HALF = TopKSchedule(0.5, 0.5)
 LOSSES = {
@@ -64,6 +67,21 @@ def compare_loss(name: str, student: Tensor, teacher: Tensor, target: Tensor, se
     return Comparison(name, "{} × {}".format(*student.shape), *times, bound, memory[0] / memory[1], MEMORY_BOUND)
 
 
+def compiled(device: str, seconds: float) -> Iterator[Comparison]:
+    """KD.LOSS.COMPILE beside the same loss without it; the first calls, which compile, do not count."""
+    for rows, classes in COMPILED_SIZES:
+        student, teacher, target = logits(rows, classes, device)
+
+        def step_of(loss: DistillationLoss, inputs: tuple[Tensor, ...] = (student, teacher, target)) -> Step:
+            return with_backward(lambda: sum(loss(*inputs, 0.0).values()), inputs[0])
+
+        for name in ("kd", "dkd", "gdkd"):
+            fast = copy.deepcopy(LOSSES[name])
+            fast.compile()
+            times = alternate(step_of(fast), step_of(LOSSES[name]), seconds)
+            yield Comparison(f"{name} compiled", f"{rows} × {classes}", *times)
+
+
 def logits(rows: int, classes: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
     """Student, teacher and target, with three rows in four of the last class, a detector's background."""
     generator = torch.Generator().manual_seed(0)
@@ -83,7 +101,7 @@ def with_backward(forward: Callable[[], Tensor], student: Tensor) -> Callable[[]
     return step
 
 
-SECTIONS = {"losses": losses, "optimizers": optimizers}
+SECTIONS = {"losses": losses, "compiled": compiled, "optimizers": optimizers}
 
 
 def main() -> int:

@@ -142,9 +142,10 @@ def command(words: Sequence[str]) -> str:
 
 
 def options(usage: str, name: str) -> argparse.ArgumentParser:
-    """The command line that every benchmark has."""
+    """The command line that every benchmark has. What it measures by hand is kept apart from what run.py measures."""
     parser = argparse.ArgumentParser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, default=OUTPUT / f"{name}.json", help="where the figures go")
+    default = OUTPUT / "by_hand" / f"{name}.json"
+    parser.add_argument("--json", type=Path, default=default, help="where the figures go (%(default)s)")
     return parser
 
 

@@ -34,8 +34,8 @@ def add_loss_config(node: Any) -> None:
     node.WARMUP = 0.0
     # Z-score both logit vectors first (logit standardization; T 2 and WEIGHT 9 there).
     node.STANDARDIZE = False
-    # torch.compile the loss; falls back to the plain one with a message where that fails. On one CPU thread DKD then
-    # takes 0.57 (512 rows of 81 classes) and 0.74 (64 rows of 1000) of its time; compiling takes 10 s, with TOPK 60 s.
+    # torch.compile the loss; falls back to the plain one with a message where that fails. What it gains, of a loss that
+    # is no 1 % of a step, stands in docs/performance.md; compiling takes seconds to a minute.
     node.COMPILE = False
 
     node.DKD = new()

@@ -46,6 +46,11 @@ def test_figures_are_written_whole_with_machine_command_and_bounds(
     assert [file.name for file in path.parent.iterdir()] == ["a.json"]
 
 
+def test_what_is_measured_by_hand_is_kept_apart_from_the_figures_of_the_page(load: Load) -> None:
+    path = load("figures").options("", "core").parse_args([]).json
+    assert path.name == "core.json" and path.parent.parent == load("run").OUTPUT
+
+
 def test_a_missed_bound_or_a_nan_is_the_exit_code(load: Load, tmp_path: Path) -> None:
     figures = load("figures")
     for found, code in ((1.0, 0), (1.001, 1), (math.nan, 1)):
