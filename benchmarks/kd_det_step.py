@@ -5,7 +5,8 @@ one process on the same batches:
 
     KD                beside its floor: the plain student's step + the teacher's backbone and box head alone
     DeepKD (DKD)      beside its floor: KD's step + a second backward pass + the difference of the optimizers
-    DKD               beside the papers' own detection step (--peer: a checkout of mdistiller, read and never kept)
+    DKD               beside the papers' own detection step (--peer: a checkout of mdistiller, read and never kept);
+                      ours as it is by default, and with KD.CHANNELS_LAST
 """
 
 import statistics
@@ -70,8 +71,10 @@ def build_sides(peer: Path | None) -> dict[str, Callable[[], object]]:
         "StreamSGD": stream_step(deepkd),
     }
     if peer is not None:
-        # Theirs has a teacher as its yaml builds it: folded norms are ours.
-        sides["the papers' DKD"] = papers_step(peer, iteration_of("dkd", ["KD.TEACHER.FOLD_BN", "False"]))
+        # Theirs has a teacher as its yaml builds it: folded norms and the layout are ours.
+        words = ["KD.TEACHER.FOLD_BN", "False", "KD.TEACHER.CHANNELS_LAST", "False"]
+        sides["the papers' DKD"] = papers_step(peer, iteration_of("dkd", words))
+        sides["DKD, channels last"] = iteration_of("dkd", ["KD.CHANNELS_LAST", "True"])
     return sides
 
 
@@ -197,7 +200,9 @@ def table_rows(seconds: dict[str, list[float]], peer: bool) -> list[list[Any]]:
         ("DeepKD / KD", seconds["DeepKD (DKD)"], seconds["KD"], None),
     ]
     if peer:
-        pairs.append(("DKD / the papers' DKD", seconds["DKD"], seconds["the papers' DKD"], 0.85))
+        papers = seconds["the papers' DKD"]
+        pairs.append(("DKD / the papers' DKD", seconds["DKD"], papers, None))
+        pairs.append(("DKD, channels last / the papers' DKD", seconds["DKD, channels last"], papers, 0.85))
     return [
         [name, 1e3 * statistics.median(ours), 1e3 * statistics.median(other),
          statistics.median(a / b for a, b in zip(ours, other, strict=True)), bound]

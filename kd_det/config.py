@@ -67,6 +67,8 @@ def add_timm_config(cfg: CfgNode) -> None:
 
 def add_speed_config(node: CfgNode) -> None:
     """The keys of KD that change what a step costs, and its numbers by rounding only (docs/detection.md)."""
+    # Channels last in the memory of the student's convolutions.
+    node.CHANNELS_LAST = False
     # torch.compile the student's backbone and box head; eager, with a message, where that fails.
     node.COMPILE = False
     # The same of every teacher.

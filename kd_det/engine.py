@@ -14,6 +14,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import convert_conv2d_weight_memory_format
 from torch.optim import Optimizer
 
 from kd_core.files import write_text
@@ -166,6 +167,14 @@ class DistillationTrainer(DefaultTrainer):
         """Write `model_final.pth` where a training was killed between its last periodic checkpoint and that one."""
         if self.start_iter >= self.max_iter and Path(self.checkpointer.get_checkpoint_file()).name != "model_final.pth":
             self.checkpointer.save("model_final", iteration=self.iter)
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """detectron2's model, in the layout that KD.CHANNELS_LAST asks for before DistributedDataParallel sees it."""
+        model = super().build_model(cfg)
+        if cfg.KD.CHANNELS_LAST:
+            convert_conv2d_weight_memory_format(model, torch.channels_last)
+        return model
 
     @classmethod
     def evaluate_only(cls, cfg: CfgNode, resume: bool = False) -> dict[str, Any]:

@@ -57,6 +57,22 @@ def test_a_resumed_run_takes_the_very_steps_of_an_undisturbed_one(cfg, tmp_path)
     assert all(torch.equal(weights[k], ours[k]) for k in weights)
 
 
+def test_a_student_with_channels_last_takes_the_same_first_step_and_resumes_to_the_bit(cfg, tmp_path):
+    cfg.SOLVER.OPTIMIZER = "deepkd_sgd"
+    (_, plain), *_ = train(cfg)[0]
+    (tmp_path / "last").mkdir()
+    cfg.KD.CHANNELS_LAST, cfg.OUTPUT_DIR = True, str(tmp_path / "last")
+    steps, weights = train(cfg)
+    assert steps[0][1] == pytest.approx(plain, rel=1e-4)
+    layout = DistillationTrainer.build_model(cfg).backbone.fpn_output2.weight
+    assert layout.is_contiguous(memory_format=torch.channels_last)
+    cfg.OUTPUT_DIR = str(shutil.copytree(tmp_path / "last", tmp_path / "resumed"))
+    (tmp_path / "resumed" / "last_checkpoint").write_text("model_0000003.pth")
+    resumed, ours = train(cfg, resume=True)
+    assert resumed == steps[4:]
+    assert_equal_trees(ours, weights)
+
+
 def test_a_run_killed_before_its_last_file_writes_it_when_it_is_resumed(cfg, tmp_path):
     train(cfg)
     path = tmp_path / "output" / "model_final.pth"
