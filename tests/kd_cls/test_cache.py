@@ -93,7 +93,7 @@ def test_the_second_run_and_repeated_epochs_do_not_ask_the_teacher(
     def passes(*options: Any) -> int:
         trainer = build_trainer(tiny(*CACHED, "topk", "KD.TEACHER.CACHE_TOPK", 5, *options), process)
         calls = []
-        trainer.task.teacher.model.register_forward_hook(lambda *_: calls.append(1))
+        trainer.task.teacher.register_forward_hook(lambda *_: calls.append(1))
         trainer.run()
         return len(calls)
 
