@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from kd_core.files import write_text
+from kd_core.utils.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "output" / "bench"

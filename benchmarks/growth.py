@@ -189,7 +189,7 @@ def plot(curves: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from kd_core.files import write_whole
+    from kd_core.utils.files import write_whole
 
     figure, panels = pyplot.subplots(2, len(AXES), figsize=(11, 6), sharex="col", layout="constrained")
     for column, (axis, label) in zip(panels.T, AXES.items(), strict=True):

@@ -14,8 +14,8 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from kd_core.gsnr import GradientSNR, suggest_momenta
 from kd_core.losses import DKDLoss
+from kd_core.optim.gsnr import GradientSNR, suggest_momenta
 
 STREAMS = ("tog", "tcg", "ncg")
 MEASURED_EPOCHS = (1, 5, 10, 20)

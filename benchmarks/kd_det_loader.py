@@ -27,14 +27,14 @@ from kd_det_step import DIGITS, step_cfg
 from memory import silence_random_blocks
 from timing import timed
 
-from kd_det.config import merge_list
+from kd_det.analysis.iteration import Iteration, build_iteration
+from kd_det.config.defaults import merge_list
 from kd_det.data import register_datasets
 from kd_det.data.loader import TrainLoader, build_train_loader
 from kd_det.data.two_sizes import build_train_mapper
-from kd_det.engine import DistillationTrainer
-from kd_det.iteration import Iteration, build_iteration
-from kd_det.launch import choose_device, read_config
-from kd_det.stream_trainer import build_step
+from kd_det.engine.launch import choose_device, read_config
+from kd_det.engine.train_step import build_step
+from kd_det.engine.trainer import DistillationTrainer
 
 BOUND = 0.1
 COCO = ROOT / "configs" / "COCO" / "dkd_r18_r101.yaml"

@@ -14,7 +14,7 @@ from typing import Any
 import growth
 from figures import OUTPUT, ROOT, Table
 
-from kd_core.files import write_text
+from kd_core.utils.files import write_text
 
 PAGE = ROOT / "docs" / "performance.md"
 BLOCK = re.compile(r"(<!-- bench: (?P<name>\w+)\.(?P<table>\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)

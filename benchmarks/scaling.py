@@ -45,7 +45,7 @@ def measured_parts(rounds: int) -> dict[str, Parts]:
 
 def parts_of(iteration: Any, rounds: int) -> Parts:
     """Medians over the rounds, after one that does not count."""
-    from kd_det.stream_trainer import stream_losses
+    from kd_det.engine.train_step import stream_losses
 
     model, optimizer = iteration.model, iteration.step.optimizer
     params = [p for p in model.parameters() if p.requires_grad]

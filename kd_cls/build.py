@@ -12,19 +12,19 @@ from fvcore.common.config import CfgNode
 from timm.loss import create_classification_loss
 from torch import nn
 
-from kd_cls.cache import LogitCache
 from kd_cls.checks import mixes
+from kd_cls.cli import Process, same_weights, seed_step
 from kd_cls.config import config_hash
 from kd_cls.data import DataSets, Loaders
-from kd_cls.engine import Trainer
+from kd_cls.data.build import augmentation, autocast_dtype, build_data, build_loaders
+from kd_cls.engine.solver import build_auto_momenta, build_optimizer, build_scheduler
+from kd_cls.engine.trainer import Trainer
 from kd_cls.evaluate import evaluate
-from kd_cls.launch import Process, same_weights, seed_step
-from kd_cls.network import InputStats, build_student, input_stats
-from kd_cls.pipeline import augmentation, autocast_dtype, build_data, build_loaders
-from kd_cls.solver import build_auto_momenta, build_optimizer, build_scheduler
-from kd_cls.student import Student
-from kd_cls.task import DistillationTask
-from kd_cls.teacher import Teacher, build_teacher, digest
+from kd_cls.models.factory import InputStats, build_student, input_stats
+from kd_cls.task.distillation import DistillationTask
+from kd_cls.task.logit_cache import LogitCache
+from kd_cls.task.student import Student
+from kd_cls.task.teacher import Teacher, build_teacher, digest
 from kd_core.losses import DistillationLoss, SerializationLayer, build_loss
 
 logger = logging.getLogger("kd_cls")

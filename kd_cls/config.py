@@ -182,7 +182,7 @@ def add_solver_config(cfg: CfgNode) -> None:
     # Moving average of the weights (timm's ModelEmaV3), evaluated beside the student and saved as model_ema.
     cfg.SOLVER.EMA = CfgNode({"ENABLED": False, "DECAY": 0.9998, "WARMUP": False})
     # Replay the whole step as one CUDA graph: a small network's kernels are shorter than their launches. One process on
-    # a GPU, sgd, dot_sgd or deepkd_sgd, float32 or bfloat16. Not been run on a GPU yet; see kd_cls/cuda_graph.py.
+    # a GPU, sgd, dot_sgd or deepkd_sgd, float32 or bfloat16. Never run on a GPU; see kd_cls/engine/cuda_graph.py.
     cfg.SOLVER.CUDA_GRAPH = False
     cfg.SOLVER.LABEL_SMOOTHING = 0.0
     # timm's Mixup: ALPHA of mixup, CUTMIX_ALPHA of cutmix, PROB of mixing a batch.

@@ -16,12 +16,12 @@ from fvcore.common.config import CfgNode
 from timm.task.evaluator import ClassificationEvaluator
 from torch import Tensor
 
-from kd_cls.checkpoint import BEST, fetch, load_weights, read_metadata
+from kd_cls.checkpoint.checkpoint import BEST, fetch, load_weights, read_metadata
+from kd_cls.cli import Process, option_parser, run_command, start_process
 from kd_cls.config import load_cfg
-from kd_cls.launch import Process, option_parser, run_command, start_process
-from kd_cls.network import InputStats, create_network, input_stats
-from kd_cls.pipeline import build_data, build_val_loader
-from kd_cls.writers import setup_logging
+from kd_cls.data.build import build_data, build_val_loader
+from kd_cls.engine.writers import setup_logging
+from kd_cls.models.factory import InputStats, create_network, input_stats
 
 logger = logging.getLogger("kd_cls")
 

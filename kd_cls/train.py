@@ -18,16 +18,16 @@ import torch
 from fvcore.common.config import CfgNode
 
 from kd_cls.build import build_trainer
-from kd_cls.checkpoint import LAST, read_checkpoint, read_metadata
+from kd_cls.checkpoint.checkpoint import LAST, read_checkpoint, read_metadata
 from kd_cls.checks import check_config
+from kd_cls.cli import Process, agree, option_parser, run_command, start_process
 from kd_cls.config import load_cfg
 from kd_cls.config_merge import all_keys, lookup
-from kd_cls.cuda_graph import check_device
-from kd_cls.launch import Process, agree, option_parser, run_command, start_process
-from kd_cls.teacher import teacher_description
-from kd_cls.writers import setup_logging
-from kd_core.files import sweep_unfinished, write_text
-from kd_core.tracking import import_wandb
+from kd_cls.engine.cuda_graph import check_device
+from kd_cls.engine.writers import setup_logging
+from kd_cls.task.teacher import teacher_description
+from kd_core.utils.files import sweep_unfinished, write_text
+from kd_core.utils.wandb import import_wandb
 
 logger = logging.getLogger("kd_cls")
 

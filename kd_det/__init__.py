@@ -19,9 +19,10 @@ with warnings.catch_warnings():  # it scripts functions when it is imported, whi
     warnings.filterwarnings("ignore", message=r".*torch\.jit\.script", category=FutureWarning)
     import detectron2.modeling  # noqa: F401
 
-from . import backbones, data  # noqa: F401  (registers build_timm_fpn_backbone and the built-in data sets)
-from .config import add_kd_config, add_timm_config
-from .meta_arch import DistilledRCNN
-from .teacher import Teacher
+from kd_det import data  # noqa: F401  (registers the built-in data sets)
+from kd_det.config.defaults import add_kd_config, add_timm_config
+from kd_det.modeling import backbone  # noqa: F401  (registers build_timm_fpn_backbone)
+from kd_det.modeling.meta_arch.rcnn import DistilledRCNN
+from kd_det.modeling.teacher.teacher import Teacher
 
 __all__ = ["DistilledRCNN", "Teacher", "add_kd_config", "add_timm_config"]

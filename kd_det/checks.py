@@ -6,8 +6,8 @@ from typing import Any
 from detectron2.config import CfgNode
 from torch import nn
 
-from .data import check_datasets, register_datasets
-from .fast_teacher import TeacherSpeed
+from kd_det.data import check_datasets, register_datasets
+from kd_det.modeling.teacher.acceleration import TeacherSpeed
 
 
 def check_data(cfg: CfgNode, training: bool) -> None:

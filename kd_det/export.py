@@ -14,11 +14,10 @@ from detectron2.config import CfgNode
 from detectron2.modeling import GeneralizedRCNN, build_model
 from torch import Tensor, nn
 
-from kd_core.files import write_text, write_whole
-
-from .checkpoint import WholeCheckpointer
-from .config import kd_defaults, merge_file
-from .hooks import TIMM_NOTE, student_config
+from kd_core.utils.files import write_text, write_whole
+from kd_det.checkpoint.checkpointer import WholeCheckpointer
+from kd_det.config.defaults import kd_defaults, merge_file
+from kd_det.engine.hooks.checkpointing import TIMM_NOTE, student_config
 
 CONFIGS = ("student.yaml", "config.yaml")  # what a training leaves beside its checkpoints
 TRACED_AT, CHECKED_AT = (3, 320, 256), (3, 224, 352)  # an image's (C, H, W): a trace must hold at other sizes too

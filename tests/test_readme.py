@@ -49,7 +49,7 @@ def commands(tool: str) -> str:
 def test_options_that_the_readme_gives_a_tool_are_ones_it_has(tool: str):
     source = (ROOT / tool).read_text(encoding="utf-8")
     if "argument_parser(__doc__)" in source:  # detectron2's options, and ours beside them
-        from kd_det.launch import argument_parser
+        from kd_det.engine.launch import argument_parser
 
         source = argument_parser("").format_help()
     assert [option for option in re.findall(r"--[a-z][\w-]*", commands(tool)) if option not in source] == []
@@ -60,7 +60,7 @@ def test_every_tool_is_named_in_the_readme():
 
 
 def test_keys_in_commands_exist():
-    from kd_det.config import all_keys, kd_defaults
+    from kd_det.config.defaults import all_keys, kd_defaults
 
     keys = set(all_keys(kd_defaults()))
     named = set(re.findall(r"\b(?:KD|SOLVER|MODEL|DATASETS|INPUT)(?:\.[A-Z][A-Z0-9_]+)+\b", README))

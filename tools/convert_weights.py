@@ -29,9 +29,9 @@ import sys
 import yaml
 from detectron2.config import CfgNode
 
-from kd_det import merged
-from kd_det.convert import PREFIX, convert, save
-from kd_det.imagenet_weights import read_classifier
+from kd_det.checkpoint import split_released as merged
+from kd_det.checkpoint.classifier_weights import read_classifier
+from kd_det.checkpoint.convert_classifier import PREFIX, convert, save
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

@@ -23,9 +23,9 @@ from dataclasses import dataclass
 
 import torch
 
-from kd_det.dry_run import Estimate, measure
-from kd_det.launch import choose_device, read_config
-from kd_det.missing import STAND_IN, Findings, look
+from kd_det.analysis.cost import Estimate, measure
+from kd_det.analysis.findings import STAND_IN, Findings, look
+from kd_det.engine.launch import choose_device, read_config
 
 UNITS = ((86400, "days"), (3600, "hours"), (60, "minutes"), (0, "seconds"))
 

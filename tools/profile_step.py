@@ -60,8 +60,8 @@ def main(arguments: list[str] | None = None) -> str:
 @contextmanager
 def detection_step(config: str, options: list[str]) -> Iterator[tuple[Callable[[], object], Parts]]:
     """The iteration of a detection config, and the modules that are its parts."""
-    from kd_det.iteration import build_iteration
-    from kd_det.launch import choose_device, read_config
+    from kd_det.analysis.iteration import build_iteration
+    from kd_det.engine.launch import choose_device, read_config
 
     cfg = read_config(config, options)
     choose_device(cfg, num_gpus=1)
@@ -83,8 +83,8 @@ def detection_step(config: str, options: list[str]) -> Iterator[tuple[Callable[[
 def classification_step(config: str, options: list[str]) -> Iterator[tuple[Callable[[], object], Parts]]:
     """The training step of a classification config on one batch, and the modules that are its parts."""
     from kd_cls.build import build_trainer
+    from kd_cls.cli import start_process
     from kd_cls.config import load_cfg
-    from kd_cls.launch import start_process
 
     cfg = load_cfg(config, options)
     with start_process(cfg.DEVICE) as process:

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
-from kd_cls.checkpoint import LAST
+from kd_cls.checkpoint.checkpoint import LAST
+from kd_cls.cli import Process, run_command, start_process
 from kd_cls.config import load_cfg
-from kd_cls.launch import Process, run_command, start_process
 from kd_cls.train import summarise, train
-from kd_core.files import write_text
+from kd_core.utils.files import write_text
 
 METHODS = {
     "baseline": "plain",

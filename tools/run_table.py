@@ -93,7 +93,7 @@ def report_table(args: argparse.Namespace, output: Path, seconds: dict[str, floa
     """A row a method: AP, AP50, AP75 over the seeds, parameters, time of an iteration relative to the first method."""
     from tabulate import tabulate
 
-    from kd_det.report import read_run, spread
+    from kd_det.evaluation.report import read_run, spread
 
     runs = {"teacher": [read_run(output / "teacher")]} | {
         name: [read_run(output / f"{name}_seed{seed}") for seed in args.seeds] for name in args.methods
@@ -125,8 +125,8 @@ def iteration_times(args: argparse.Namespace, words: tuple[str, ...]) -> dict[st
 
 def iteration(config: str, words: list[str]) -> Callable[[], None]:
     """A function that runs one iteration of a config's training."""
-    from kd_det.iteration import build_iteration
-    from kd_det.launch import choose_device, read_config
+    from kd_det.analysis.iteration import build_iteration
+    from kd_det.engine.launch import choose_device, read_config
 
     cfg = read_config(str(CONFIGS / f"{config}.yaml"), words)
     choose_device(cfg, num_gpus=1)

@@ -15,9 +15,9 @@ import sys
 import warnings
 from pathlib import Path
 
+from kd_det.engine.launch import choose_device, read_config
+from kd_det.evaluation.visualize import draw_dataset, read_detectors, records_of
 from kd_det.export import find_weights
-from kd_det.launch import choose_device, read_config
-from kd_det.visualize import draw_dataset, read_detectors, records_of
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

@@ -24,7 +24,7 @@ from pathlib import Path
 import yaml
 from PIL import Image
 
-from kd_core.files import write_text
+from kd_core.utils.files import write_text
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp"}
 EXIF_ORIENTATION, LYING = 0x0112, {5, 6, 7, 8}  # detectron2 turns such images upright before it compares sizes

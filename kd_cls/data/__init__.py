@@ -25,7 +25,7 @@ number of workers and ranks; `augmentation_epochs=n` repeats the augmentation af
 `resident=True` keeps small images on the device and crops and flips whole batches there, just as reproducibly.
 """
 
-from .datasets import (
+from kd_cls.data.datasets import (
     DATASETS,
     DataSets,
     create_datasets,
@@ -33,12 +33,12 @@ from .datasets import (
     default_augmentation,
     register_dataset,
 )
-from .loaders import Loaders, create_loaders, set_epoch
-from .reproducible import ReproducibleDataset
-from .resident import ResidentLoader
-from .sampler import EpochSampler
-from .transforms import AUGMENTATIONS, TIMM_OPTIONS, build_transforms
-from .wrapped import EveryNth
+from kd_cls.data.loaders import Loaders, create_loaders, set_epoch
+from kd_cls.data.reproducible import ReproducibleDataset
+from kd_cls.data.resident import ResidentLoader
+from kd_cls.data.sampler import EpochSampler
+from kd_cls.data.transforms import AUGMENTATIONS, TIMM_OPTIONS, build_transforms
+from kd_cls.data.wrapped import EveryNth
 
 __all__ = [
     "AUGMENTATIONS",

@@ -8,11 +8,10 @@ from timm.data import create_dataset
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import Dataset, IterableDataset
 
-from kd_cls.constants import CIFAR100_MEAN, CIFAR100_STD
-
-from .digits import Digits
-from .images import class_folder
-from .published_splits import cub200, tiny_imagenet
+from kd_cls.data.digits import Digits
+from kd_cls.data.images import class_folder
+from kd_cls.data.published_splits import cub200, tiny_imagenet
+from kd_cls.data.statistics import CIFAR100_MEAN, CIFAR100_STD
 
 TRAIN_FOLDERS = ("train", "training")
 VAL_FOLDERS = ("val", "validation", "valid", "eval", "test")

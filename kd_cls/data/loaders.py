@@ -7,10 +7,10 @@ from timm.data import create_loader
 from timm.data.loader import PrefetchLoader
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .reproducible import ReproducibleDataset, mix_seed
-from .resident import ResidentLoader
-from .sampler import EpochSampler
-from .transforms import build_transforms
+from kd_cls.data.reproducible import ReproducibleDataset, mix_seed
+from kd_cls.data.resident import ResidentLoader
+from kd_cls.data.sampler import EpochSampler
+from kd_cls.data.transforms import build_transforms
 
 Loader = PrefetchLoader | ResidentLoader
 

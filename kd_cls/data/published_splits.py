@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch.utils.data import Dataset
 
-from .images import ImageList, class_folder
+from kd_cls.data.images import ImageList, class_folder
 
 TINY_LAYOUT = (
     "Tiny-ImageNet is expected as published, with train/<wnid>/images/*.JPEG, val/images/*.JPEG and "

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from kd_core.rng import preserved_rng, seed_rng
-
-from .wrapped import WrappedDataset
+from kd_cls.data.wrapped import WrappedDataset
+from kd_core.utils.rng import preserved_rng, seed_rng
 
 
 def mix_seed(*values: int) -> int:

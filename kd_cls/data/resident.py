@@ -6,9 +6,9 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from .reproducible import mix_seed
-from .sampler import EpochSampler
-from .transforms import fit_size
+from kd_cls.data.reproducible import mix_seed
+from kd_cls.data.sampler import EpochSampler
+from kd_cls.data.transforms import fit_size
 
 PADDING = {"cifar": 4, "digits": 4, "none": 0}  # pixels on each side, from which a crop of the input size is drawn
 FLIPPED = ("cifar",)

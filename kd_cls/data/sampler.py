@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import Sampler
 
-from .reproducible import mix_seed
+from kd_cls.data.reproducible import mix_seed
 
 
 class EpochSampler(Sampler[int]):

@@ -3,7 +3,7 @@
 `cifar_<name>` for the 32 px networks, `kd_mobilenetv1` for ImageNet's MobileNetV1 under its published names.
 """
 
-from . import (  # noqa: F401  (each registers its networks with timm)
+from kd_cls.models import (  # noqa: F401  (each registers its networks with timm)
     cifar_mobilenetv2,
     cifar_resnet,
     cifar_resnetv2,

@@ -9,7 +9,7 @@ import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
-from .cifar_net import PooledClassifier, cifar_cfg, conv1x1, conv3x3, init_weights
+from kd_cls.models.cifar_net import PooledClassifier, cifar_cfg, conv1x1, conv3x3, init_weights
 
 default_cfgs = generate_default_cfgs({"cifar_mobilenetv2": cifar_cfg("classifier.0", "conv1.0")})
 

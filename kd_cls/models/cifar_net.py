@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kd_cls.constants import CIFAR100_MEAN, CIFAR100_STD
+from kd_cls.data.statistics import CIFAR100_MEAN, CIFAR100_STD
 
 
 def cifar_cfg(classifier: str, first_conv: str = "conv1") -> dict[str, Any]:

@@ -9,7 +9,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.resnet import BasicBlock, downsample_conv
 from torch import nn
 
-from .cifar_net import PooledClassifier, cifar_cfg, conv3x3, init_weights
+from kd_cls.models.cifar_net import PooledClassifier, cifar_cfg, conv3x3, init_weights
 
 DEPTHS = (8, 14, 20, 32, 44, 56, 110)
 WIDE = (32, 64, 128, 256)  # of the x4 networks: stem, stages

@@ -10,7 +10,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 from torch.nn import functional as F
 
-from .cifar_net import PooledClassifier, cifar_cfg, conv1x1, conv3x3, init_weights
+from kd_cls.models.cifar_net import PooledClassifier, cifar_cfg, conv1x1, conv3x3, init_weights
 
 default_cfgs = generate_default_cfgs({name: cifar_cfg("linear") for name in ("cifar_resnet18", "cifar_resnet50")})
 

@@ -9,7 +9,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 from torch.nn import functional as F
 
-from .cifar_net import PooledClassifier, cifar_cfg, init_weights
+from kd_cls.models.cifar_net import PooledClassifier, cifar_cfg, init_weights
 
 WIDTHS = (64, 128, 256, 512, 512)  # channels of the five blocks
 # Convolutions in each block: the paper's table 1, columns A, B, D and E, and VGG-8.

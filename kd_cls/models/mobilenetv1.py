@@ -9,7 +9,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
-from .cifar_net import PooledClassifier, cifar_cfg, conv1x1, conv3x3
+from kd_cls.models.cifar_net import PooledClassifier, cifar_cfg, conv1x1, conv3x3
 
 IMAGENET = {"num_classes": 1000, "input_size": (3, 224, 224), "crop_pct": 0.875}
 IMAGENET |= {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kd_core.compiling import CompiledOrPlain
 from kd_core.losses.checks import as_number, check_inputs
 from kd_core.losses.standardize import standardize_logits
 from kd_core.schedules import warmup
 from kd_core.topk import TopKSchedule
+from kd_core.utils.compiling import CompiledOrPlain
 
 logger = logging.getLogger(__name__)
 

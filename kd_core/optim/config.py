@@ -6,8 +6,8 @@ from typing import Any
 from fvcore.common.config import CfgNode
 from torch import Tensor
 
-from kd_core.gsnr import AutoMomenta
 from kd_core.optim.base import StreamOptimizer
+from kd_core.optim.gsnr import AutoMomenta
 from kd_core.optim.presets import deepkd_sgd, dot_sgd
 from kd_core.optim.stream_adamw import StreamAdamW
 

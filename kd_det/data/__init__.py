@@ -1,8 +1,8 @@
 """Data sets of kd_det: the built-in digits, registered on import, and the user's own (`DATASETS.REGISTER`)."""
 
-from .builtin import prepare_digits, register_digits
-from .register import check_datasets, register_datasets
-from .two_sizes import TwoSizeMapper
+from kd_det.data.builtin import prepare_digits, register_digits
+from kd_det.data.register import check_datasets, register_datasets
+from kd_det.data.two_sizes import TwoSizeMapper
 
 __all__ = ["TwoSizeMapper", "check_datasets", "prepare_digits", "register_datasets", "register_digits"]
 

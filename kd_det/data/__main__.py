@@ -1,5 +1,5 @@
 """python -m kd_det.data: write the built-in data set now rather than at the first training."""
 
-from .builtin import main
+from kd_det.data.builtin import main
 
 main()

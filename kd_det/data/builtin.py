@@ -11,7 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from iopath.common.file_io import file_lock
 
-from . import digits
+from kd_det.data import digits
 
 JPEG_QUALITY = 90
 DEFAULT_SEED = 0

@@ -19,9 +19,8 @@ from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSample
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from kd_core.rng import preserved_rng, seed_rng
-
-from .two_sizes import build_train_mapper
+from kd_core.utils.rng import preserved_rng, seed_rng
+from kd_det.data.two_sizes import build_train_mapper
 
 
 @contextmanager

@@ -11,8 +11,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.file_io import PathManager
 
-from . import digits
-from .builtin import datasets_root
+from kd_det.data import digits
+from kd_det.data.builtin import datasets_root
 
 REGISTER_FORM = "DATASETS.REGISTER is a list of [name, json file, image folder]"
 PATHS = ("json_file", "image_root", "image_dir", "gt_dir", "dirname")  # in the metadata of detectron2's data sets

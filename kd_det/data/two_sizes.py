@@ -9,7 +9,7 @@ from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from fvcore.transforms.transform import BlendTransform, CropTransform, HFlipTransform, NoOpTransform, VFlipTransform
 
-from ..teacher_view import TEACHER_IMAGE
+from kd_det.modeling.teacher.view import TEACHER_IMAGE
 
 # What these do to an image does not depend on its size.
 SIZELESS = (BlendTransform, HFlipTransform, NoOpTransform, VFlipTransform)

@@ -11,11 +11,11 @@ from kd_cls.build import build_distillation_loss, serialization_layer
 from kd_cls.checks import check_config
 from kd_cls.config import load_cfg
 from kd_cls.data import AUGMENTATIONS, DATASETS
-from kd_cls.network import create_network
-from kd_cls.pipeline import augmentation
-from kd_cls.solver import build_optimizer, build_scheduler
-from kd_cls.student import Student
-from kd_cls.teacher import teacher_description
+from kd_cls.data.build import augmentation
+from kd_cls.engine.solver import build_optimizer, build_scheduler
+from kd_cls.models.factory import create_network
+from kd_cls.task.student import Student
+from kd_cls.task.teacher import teacher_description
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("CIFAR100", "ImageNet", "TinyImageNet", "CUB200")

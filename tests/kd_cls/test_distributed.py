@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from helpers import HELPERS
 from kd_cls.build import build_trainer
 from kd_cls.checks import check_config
+from kd_cls.cli import Process
 from kd_cls.evaluate import evaluate_checkpoint
-from kd_cls.launch import Process
 
-WORKER = Path(__file__).with_name("train_ranks.py")
+WORKER = HELPERS / "train_ranks.py"
 # 20 steps of DeepKD, no augmentation, BatchNorm in eval mode. 33 images for validation: not a multiple of 2.
 OPTIONS = [
     *["KD.LOSS.NAME", "dkd", "SOLVER.OPTIMIZER", "deepkd_sgd", "KD.LOSS.TOPK.ENABLED", "True"],

@@ -15,9 +15,9 @@ from timm import create_model
 from timm.models import load_checkpoint
 
 from kd_cls.build import build_trainer
+from kd_cls.cli import Process, run_command
 from kd_cls.config import load_cfg
 from kd_cls.evaluate import evaluate_checkpoint
-from kd_cls.launch import Process, run_command
 from kd_cls.train import main, train
 
 ROOT = Path(__file__).resolve().parents[2]

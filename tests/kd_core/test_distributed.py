@@ -4,7 +4,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -12,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers import HELPERS
 from kd_core.distributed import flat_bucket, make_buckets
 from kd_core.optim import StreamSGD, deepkd_sgd
 from kd_core.streams import backward_streams
 
-WORKER = Path(__file__).with_name("ranks.py")
+WORKER = HELPERS / "ranks.py"
 
 
 def load_worker() -> ModuleType:

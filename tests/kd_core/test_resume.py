@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 
-WORKER = Path(__file__).with_name("resumable.py")
+from helpers import HELPERS
+
+WORKER = HELPERS / "resumable.py"
 STEPS = 40
 
 

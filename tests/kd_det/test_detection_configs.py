@@ -15,13 +15,12 @@ from detectron2.config import CfgNode, get_cfg
 from torch import nn
 
 import kd_core.losses.config as loss_config
-import kd_det.config as det_config
+import kd_det.config.defaults as det_config
+from helpers import config_walk
 from kd_core.optim.config import build_stream_optimizer
 from kd_det.checks import check_backbone, check_frozen_stem, check_meta_architecture
-from kd_det.config import build_box_loss, kd_defaults, merge_file
+from kd_det.config.defaults import build_box_loss, kd_defaults, merge_file
 from kd_det.solver import check_solver
-
-from . import config_walk
 
 ROOT = Path(__file__).resolve().parents[2]
 COCO = sorted((ROOT / "configs/COCO").glob("[!B]*.yaml"))

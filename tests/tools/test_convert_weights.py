@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision import models
 
-from kd_det.convert import PREFIX, convert, save
-from kd_det.imagenet_weights import Classifier, of_timm, read_classifier
+from kd_det.checkpoint.classifier_weights import Classifier, of_timm, read_classifier
+from kd_det.checkpoint.convert_classifier import PREFIX, convert, save
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_weights.py"
 spec = importlib.util.spec_from_file_location("convert_weights", TOOL)

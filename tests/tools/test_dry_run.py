@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from kd_core.files import write_text
-from kd_det.launch import read_config
-from kd_det.missing import STAND_IN, look
+from kd_core.utils.files import write_text
+from kd_det.analysis.findings import STAND_IN, look
+from kd_det.engine.launch import read_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,7 +45,7 @@ def test_a_training_that_lacks_nothing_is_estimated_and_leaves_nothing(dry_run, 
 
 
 def test_more_processes_take_less_time_and_memory_each(dry_run, distilled):
-    from kd_det.dry_run import measure
+    from kd_det.analysis.cost import measure
 
     cfg = read_config(str(distilled), ["MODEL.DEVICE", "cpu"])
     one = measure(cfg, 1, stands_in=False)

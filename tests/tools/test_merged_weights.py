@@ -13,9 +13,9 @@ from detectron2 import model_zoo
 from detectron2.modeling import build_backbone, build_model
 from torch import Tensor
 
-from kd_det.config import add_timm_config
-from kd_det.convert import mobilenet_names
-from kd_det.merged import released_name, split
+from kd_det.checkpoint.convert_classifier import mobilenet_names
+from kd_det.checkpoint.split_released import released_name, split
+from kd_det.config.defaults import add_timm_config
 
 LOADS = """
 import sys, torch

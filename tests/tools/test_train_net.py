@@ -135,7 +135,7 @@ found.pred_classes.tolist()]))
 def test_plain_detectron2_loads_the_student_and_detects_the_same(undisturbed, environment):
     from detectron2.modeling import build_model
 
-    from kd_det.launch import read_config
+    from kd_det.engine.launch import read_config
 
     done = run([sys.executable, "-c", PLAIN, str(undisturbed)], environment | {"PYTHONPATH": ""})
     name, boxes, scores, classes = json.loads(done.stdout.splitlines()[-1])

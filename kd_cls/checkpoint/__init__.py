@@ -1,0 +1,1 @@
+"""Checkpoints of classifiers: written whole, loaded, resumed."""

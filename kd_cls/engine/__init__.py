@@ -1,0 +1,1 @@
+"""The training loop, its optimizer, meters, writers and evaluation."""

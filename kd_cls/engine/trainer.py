@@ -1,0 +1,286 @@
+"""The training loop: step, log, evaluate, save, and go on at any iteration as if nothing had happened.
+
+Nothing here counts for itself: order, augmentation, random numbers, learning rate, warm-up, top-k and the decay of the
+moving average are functions of (SEED, iteration), so what --resume needs is the weights, the optimizer and the scaler.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from fvcore.common.config import CfgNode
+from timm.data import Mixup
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import distribute_bn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from kd_cls.checkpoint.checkpoint import BEST, LAST, save_checkpoint
+from kd_cls.checkpoint.resume import check_resumable
+from kd_cls.checks import mixes
+from kd_cls.cli import Process, seed_step
+from kd_cls.data import Loaders, set_epoch
+from kd_cls.engine.cuda_graph import GraphedStep
+from kd_cls.engine.meters import StepMeters
+from kd_cls.engine.writers import Writers
+from kd_cls.evaluate import evaluate
+from kd_cls.task.distillation import DistillationTask
+from kd_core.optim.gsnr import AutoMomenta
+from kd_core.streams import backward_streams
+
+logger = logging.getLogger("kd_cls")
+
+
+class Trainer:
+    """Trains a task; `run` from wherever `iteration` stands to the end.
+
+    Args:
+        cfg: the run's config; SOLVER.EPOCHS and the loader say how many iterations there are.
+        task: student, teacher, losses; its moving average where SOLVER.EMA asks for one.
+        loaders: of both splits.
+        optimizer, scheduler: over the task's trainable module.
+        process: this process among all.
+        auto_momenta: sets the optimizer's momenta from what it measures; None for fixed ones.
+        describe: (iteration, max_iter, metrics) → the metadata of a checkpoint.
+    """
+
+    def __init__(
+        self,
+        cfg: CfgNode,
+        task: DistillationTask,
+        loaders: Loaders,
+        optimizer: Optimizer,
+        scheduler: Scheduler,
+        process: Process,
+        describe: Callable[[int, int, dict[str, float]], dict[str, Any]],
+        auto_momenta: AutoMomenta | None = None,
+    ) -> None:
+        self.cfg, self.task, self.loaders, self.process, self.describe = cfg, task, loaders, process, describe
+        self.optimizer, self.scheduler, self.auto_momenta = optimizer, scheduler, auto_momenta
+        self.steps_per_epoch = loaders.train.sampler.num_batches
+        self.max_iter = max(round(cfg.SOLVER.EPOCHS * self.steps_per_epoch), 1)
+        self.iteration, self.metrics, self.best = 0, {}, -1.0
+        self.seconds = 0.0  # of training, over all resumes, up to the last checkpoint
+        fp16 = cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE == "float16"
+        self.scaler = torch.amp.GradScaler(process.device.type, enabled=fp16)
+        self.meters = StepMeters(list(task.streams), process.device)
+        self.mixup = build_mixup(cfg, task.trainable_module.model.num_classes)
+        self.memory_format = torch.channels_last if cfg.MODEL.CHANNELS_LAST else torch.contiguous_format
+        self.output = Path(cfg.OUTPUT_DIR)
+        self.graph = GraphedStep(self) if cfg.SOLVER.CUDA_GRAPH else None
+
+    def run(self) -> dict[str, float]:
+        """Train to the end; returns the last evaluation's metrics, the best top-1 and the seconds of all of it."""
+        self.writers = Writers(self.cfg, self.iteration, self.max_iter, self.process.is_main)
+        self.started = time.perf_counter() - self.seconds
+        try:
+            self.meters.restart()
+            while self.iteration < self.max_iter:
+                self.train_epoch(*divmod(self.iteration, self.steps_per_epoch))
+        finally:
+            self.writers.close()
+        return self.metrics | {"best_top1": self.best, "seconds": self.seconds}
+
+    def train_epoch(self, epoch: int, start: int) -> None:
+        """The batches of `epoch` from number `start` on, as far as the training goes."""
+        self.task.train()
+        sampler = self.loaders.train.sampler
+        set_epoch(self.loaders.train, epoch, start)
+        order = sampler.order(epoch)[start * sampler.batch_size :].split(sampler.batch_size)
+        batches = zip(self.loaders.train, order, strict=True)
+        for (images, target), indices in islice(batches, self.max_iter - self.iteration):
+            self.step(images, target, epoch, indices)
+            self.after_step()
+
+    def step(self, images: Tensor, target: Tensor, epoch: int, indices: Tensor) -> None:
+        """One optimizer step on a batch, in SOLVER.ACCUMULATE_STEPS parts."""
+        seed_step(self.cfg.SEED, self.process.rank, self.iteration)
+        images = images.contiguous(memory_format=self.memory_format)
+        if self.graph is not None and self.graph.takes(images):
+            self.graph.step(images, target)
+        else:
+            self.step_in_parts(images, target, epoch, indices)
+        self.advance()
+
+    def step_in_parts(self, images: Tensor, target: Tensor, epoch: int, indices: Tensor) -> None:
+        """The micro-batches of a step, and the move of the weights."""
+        if self.mixup is not None:
+            images, target = self.mixup(images, target)
+        size = -(-len(images) // self.cfg.SOLVER.ACCUMULATE_STEPS)
+        parts = list(zip(images.split(size), target.split(size), indices.split(size), strict=True))
+        for number, (images_part, target_part, indices_part) in enumerate(parts, 1):
+            teacher_logits = self.task.teacher_logits(images_part, epoch, indices_part)
+            losses = self.losses(images_part, target_part, teacher_logits, len(images_part) / len(images))
+            if self.auto_momenta is not None and number == 1:
+                scale = self.scaler.scale(torch.ones((), device=self.process.device))  # get_scale() would wait for it
+                self.auto_momenta.observe(losses, self.iteration, scale)
+            backward_streams(losses, self.optimizer, self.scaler, sync=number == len(parts))
+        self.move_weights()
+
+    def losses(
+        self,
+        images: Tensor,
+        target: Tensor,
+        teacher_logits: Tensor | None = None,
+        share: float = 1.0,
+        iteration: Tensor | None = None,
+        warmup_weight: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The streams' losses of a part, its `share` of the step; on the way its terms are kept.
+
+        `iteration` (the number of this step) and `warmup_weight` are tensors where the step is recorded.
+        """
+        result = self.task(images, target, self.progress, teacher_logits, warmup_weight)
+        labels = target.argmax(1) if target.ndim == 2 else target
+        self.meters.update(result, result["output"], labels, self.iteration + 1 if iteration is None else iteration)
+        if self.process.device.type == "cpu":  # where looking costs nothing, stop before a NaN does harm
+            self.meters.check(self.learning_rate)
+        return self.task.stream_losses(result, share)
+
+    def move_weights(self) -> None:
+        """Clip and step."""
+        if self.cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
+            clip_gradients(self.optimizer, self.scaler, self.cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+
+    def advance(self) -> None:
+        """Count the step; move the learning rate and the moving average."""
+        self.iteration += 1
+        self.scheduler.step_update(self.iteration)
+        self.task.update_ema(self.iteration)
+
+    def after_step(self) -> None:
+        """Log, evaluate and save where it is due."""
+        self.writers.advance()
+        at_end = self.iteration == self.max_iter
+        if self.iteration % self.cfg.LOG_PERIOD == 0 or at_end:
+            self.log()
+        epochs, rest = divmod(self.iteration, self.steps_per_epoch)
+        if at_end or (rest == 0 and epochs % self.cfg.SOLVER.EVAL_PERIOD == 0):
+            self.evaluate()
+        period = self.cfg.SOLVER.CHECKPOINT_PERIOD or self.steps_per_epoch
+        if at_end or self.iteration % period == 0:
+            self.save(LAST, resumable=True)
+
+    @property
+    def progress(self) -> float:
+        """iteration / max_iter."""
+        return self.iteration / self.max_iter
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the first parameter group."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def log(self) -> None:
+        """Read the meters (which waits for the GPU) and write them."""
+        self.meters.check(self.learning_rate)
+        metrics = self.meters.read(self.process.world_size)
+        metrics |= {"lr": self.learning_rate, "epoch": self.iteration / self.steps_per_epoch}
+        self.writers.log_progress(metrics | self.task.schedule(self.progress), self.iteration)
+
+    def evaluate(self) -> None:
+        """Evaluate the student, and its moving average beside it; keep the best."""
+        self.meters.check(self.learning_rate)
+        self.share_batchnorm()
+        self.task.eval()
+        metrics = self.evaluate_student(self.task.trainable_module.predict)
+        if self.task.has_ema():
+            ema = self.evaluate_student(self.task.trainable_module_ema.module.predict)
+            metrics |= {f"ema_{name}": ema[name] for name in ("top1", "top5", "loss")}
+        self.task.train()
+        self.metrics = metrics
+        self.writers.write({f"val/{name}": value for name, value in metrics.items()}, self.iteration)
+        logger.info(
+            "evaluation after %d iterations: %s", self.iteration, "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
+        )
+        top1 = metrics.get("ema_top1", metrics["top1"])
+        if top1 > self.best:
+            self.best = top1
+            self.save(BEST, resumable=False)
+        self.meters.restart()
+
+    def evaluate_student(self, predict: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The metrics of one network."""
+        return evaluate(predict, self.loaders.val, self.process, self.task.amp_dtype)
+
+    def share_batchnorm(self) -> None:
+        """Give every process the same BatchNorm statistics: each has seen its own images only."""
+        how = self.cfg.SOLVER.DISTRIBUTE_BN
+        if self.process.world_size > 1 and how:
+            for module in filter(None, (self.task.trainable_module, self.task.get_trainable_module(ema=True))):
+                distribute_bn(module, self.process.world_size, reduce=how == "reduce")
+
+    def save(self, name: str, resumable: bool) -> None:
+        """Write a checkpoint on the main process."""
+        self.meters.check(self.learning_rate)
+        self.share_batchnorm()
+        self.seconds = time.perf_counter() - self.started
+        if not self.process.is_main:
+            return
+        state = self.task.weights(with_factors=resumable)
+        state["metadata"] = self.describe(self.iteration, self.max_iter, self.metrics)
+        if resumable:
+            state["training"] = self.state_dict()
+        save_checkpoint(state, self.output / name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `resume` needs, beside the weights, to go on to the bit."""
+        return {
+            "iteration": self.iteration,
+            "seconds": self.seconds,
+            "best": self.best,
+            "metrics": dict(self.metrics),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "auto_momenta": None if self.auto_momenta is None else self.auto_momenta.state_dict(),
+        }
+
+    def resume(self, checkpoint: dict[str, Any]) -> None:
+        """Continue where a checkpoint of this run was taken.
+
+        Raises:
+            ValueError: it is of another run, or holds weights only.
+        """
+        check_resumable(checkpoint, self.cfg)
+        state = checkpoint["training"]
+        self.iteration, self.best, self.metrics = state["iteration"], state["best"], state["metrics"]
+        self.seconds = state["seconds"]
+        self.task.load(checkpoint)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.graph is not None:
+            self.graph.forget()
+        if self.auto_momenta is not None:
+            self.auto_momenta.load_state_dict(state["auto_momenta"])
+
+
+def clip_gradients(optimizer: Optimizer, scaler: torch.amp.GradScaler, max_norm: float) -> None:
+    """Scale the gradient to at most `max_norm`: all streams by one factor, or p.grad where there are no streams."""
+    if hasattr(optimizer, "clip_grad_norm_"):
+        optimizer.clip_grad_norm_(max_norm)
+        return
+    scaler.unscale_(optimizer)
+    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_norm)
+
+
+def build_mixup(cfg: CfgNode, num_classes: int) -> Mixup | None:
+    """timm's Mixup, or None where SOLVER.MIXUP mixes nothing."""
+    if not mixes(cfg):
+        return None
+    mixup = cfg.SOLVER.MIXUP
+    return Mixup(
+        mixup.ALPHA,
+        mixup.CUTMIX_ALPHA,
+        prob=mixup.PROB,
+        label_smoothing=cfg.SOLVER.LABEL_SMOOTHING,
+        num_classes=num_classes,
+    )

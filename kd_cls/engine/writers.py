@@ -1,0 +1,133 @@
+"""Where metrics go: log.txt and the console, metrics.json, TensorBoard, Weights & Biases, and a progress bar."""
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from fvcore.common.config import CfgNode
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from kd_core.utils.files import write_text
+from kd_core.utils.wandb import start_wandb
+
+logger = logging.getLogger("kd_cls")
+FORMAT = logging.Formatter("[%(asctime)s] %(message)s", "%m/%d %H:%M:%S")
+
+
+def setup_logging(output_dir: Path | None, is_main: bool) -> None:
+    """Send the log of kd_cls and kd_core to the console and to `output_dir`/log.txt; other processes only warn."""
+    if is_main and output_dir:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    for name in ("kd_cls", "kd_core"):
+        target = logging.getLogger(name)
+        target.setLevel(logging.INFO if is_main else logging.WARNING)
+        target.propagate = False
+        for handler in target.handlers[:]:
+            target.removeHandler(handler)
+            handler.close()
+        handlers = [ConsoleHandler()] + (
+            [logging.FileHandler(output_dir / "log.txt")] if is_main and output_dir else []
+        )
+        for handler in handlers:
+            handler.setFormatter(FORMAT)
+            target.addHandler(handler)
+
+
+class ConsoleHandler(logging.Handler):
+    """Prints above a progress bar rather than through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()
+
+
+class Writers:
+    """Every place that metrics go, on the main process; elsewhere a thing that does nothing.
+
+    Args:
+        cfg: the run's config (OUTPUT_DIR, WANDB).
+        start_iter: lines of metrics.json after it, written before a kill, are cut.
+        max_iter: for the progress bar and the time that remains.
+        is_main: False makes every method do nothing.
+
+    Raises:
+        ValueError: WANDB.ENABLED where the wandb package is missing.
+    """
+
+    def __init__(self, cfg: CfgNode, start_iter: int, max_iter: int, is_main: bool) -> None:
+        self.is_main, self.max_iter = is_main, max_iter
+        if not is_main:
+            return
+        self.started, self.start_iter = time.perf_counter(), start_iter
+        self.wandb = None
+        if cfg.WANDB.ENABLED:
+            self.wandb = start_wandb(cfg.OUTPUT_DIR, cfg.WANDB.PROJECT, yaml.safe_load(cfg.dump()))
+        self.metrics_file = Path(cfg.OUTPUT_DIR, "metrics.json")
+        cut_metrics(self.metrics_file, start_iter)
+        self.tensorboard = SummaryWriter(cfg.OUTPUT_DIR, purge_step=start_iter + 1)
+        self.bar = tqdm(
+            total=max_iter, initial=start_iter, unit="it", disable=not sys.stderr.isatty(), dynamic_ncols=True
+        )
+
+    def write(self, metrics: dict[str, Any], iteration: int) -> None:
+        """Write the metrics after `iteration` steps everywhere but to the log."""
+        if not self.is_main:
+            return
+        line = {"iteration": iteration, **{name: round_float(value) for name, value in metrics.items()}}
+        with open(self.metrics_file, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        for name, value in metrics.items():
+            if isinstance(value, int | float):
+                self.tensorboard.add_scalar(name, value, iteration)
+        if self.wandb is not None:
+            self.wandb.log(metrics, step=iteration)
+
+    def advance(self) -> None:
+        """Move the progress bar by one iteration."""
+        if self.is_main:
+            self.bar.update()
+
+    def log_progress(self, metrics: dict[str, float], iteration: int) -> None:
+        """Write the metrics of a training step and a line about it, with the time that remains."""
+        if not self.is_main:
+            return
+        self.write(metrics, iteration)
+        elapsed = time.perf_counter() - self.started
+        eta = elapsed / max(iteration - self.start_iter, 1) * (self.max_iter - iteration)
+        values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        if not self.bar.disable:
+            self.bar.set_postfix_str(values)
+        logger.info("iter %d/%d  eta %s  %s", iteration, self.max_iter, tqdm.format_interval(eta), values)
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        if not self.is_main:
+            return
+        self.bar.close()
+        self.tensorboard.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def cut_metrics(path: Path, start_iter: int) -> None:
+    """Drop the lines after `start_iter` (and a half-written last one): a resumed run writes them again."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["iteration"] <= start_iter:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError, TypeError):
+            break
+    write_text(path, "".join(f"{line}\n" for line in kept))
+
+
+def round_float(value: Any) -> Any:
+    """Six significant digits are enough for a log."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value

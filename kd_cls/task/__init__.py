@@ -1,0 +1,1 @@
+"""Student, teacher and losses as one of timm's training tasks."""

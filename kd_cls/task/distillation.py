@@ -1,0 +1,125 @@
+"""Classification and distillation as one of timm's training tasks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.task import TrainingTask
+from torch import Tensor, nn
+
+from kd_cls.models.factory import compile_or_plain
+from kd_cls.task.student import Student
+from kd_cls.task.teacher import Teacher
+
+
+class DistillationTask(TrainingTask):
+    """loss = w_task · CE(task logits, target) + Σ terms(z, z_T, target, progress), in float32 under any autocast.
+
+    timm's own loops can train it: `loss` is the sum. Ours sends each stream's part to its own gradient
+    (`stream_losses`).
+
+    Args:
+        student: gives the logits z that are distilled and the task logits (the same, without a serialization layer).
+        teacher: frozen; None for plain training.
+        loss: a loss of kd_core.losses; None for plain training.
+        criterion: of the task, on logits and target (class indices, or soft targets (N, C) of a mixed batch).
+        task_weight: w_task.
+        amp_dtype: of autocast around the networks; None leaves it off.
+        device: of the task.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        teacher: Teacher | None,
+        loss: nn.Module | None,
+        criterion: nn.Module,
+        task_weight: float = 1.0,
+        amp_dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__(device=device, verbose=False)
+        self.trainable_module, self.teacher, self.criterion = student, teacher, criterion
+        self.distillation, self.task_weight, self.amp_dtype = loss, task_weight, amp_dtype
+        self.streams = {"task": "tog"} | (dict(loss.streams) if loss is not None else {})
+        self.compiled_student: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+        self.to(self.device)
+
+    def compile(self, backend: str = "inductor", mode: str | None = None, **options: Any) -> None:
+        """torch.compile the training pass of the student, with a way back."""
+        options |= {"backend": backend, "mode": mode}
+        self.compiled_student = compile_or_plain(self.trainable_module, "student", **options)
+
+    def autocast(self) -> torch.autocast:
+        """The context in which networks run."""
+        return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        progress: float | None = None,
+        teacher_logits: Tensor | None = None,
+        warmup_weight: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Loss, output and terms of a batch.
+
+        Args:
+            input: images (N, 3, H, W), normalised for the student.
+            target: class indices (N,), or soft targets (N, C).
+            progress: iteration / max_iter, for warm-up and top-k schedules; None: the end.
+            teacher_logits: (N, C), where they are known already.
+            warmup_weight: the loss's warm-up at `progress` as a tensor, for a step that is recorded.
+        Returns:
+            `loss`, `output` (the task logits), and each weighted term: `task` and those of the distillation loss.
+        """
+        if self.teacher is not None and teacher_logits is None:
+            with self.autocast():
+                teacher_logits = self.teacher(input)
+        with self.autocast():
+            logits, task_logits = (self.compiled_student or self.trainable_module)(input)
+        terms = {"task": self.task_weight * self.criterion(task_logits.float(), target)}
+        if self.distillation is not None:
+            labels = target.argmax(1) if target.ndim == 2 else target
+            recorded = {} if warmup_weight is None else {"warmup_weight": warmup_weight}
+            terms |= self.distillation(logits, teacher_logits, labels, progress, **recorded)
+        return {"loss": sum(terms.values()), "output": task_logits, **terms}
+
+    def stream_losses(self, result: dict[str, Tensor], share: float = 1.0) -> dict[str, Tensor]:
+        """The sum of each stream's terms, times `share`: a micro-batch's part of the step."""
+        losses: dict[str, Tensor] = {}
+        for term, stream in self.streams.items():
+            if term in result:
+                losses[stream] = losses.get(stream, 0) + result[term] * share
+        return losses
+
+    def teacher_logits(self, images: Tensor, epoch: int, indices: Tensor) -> Tensor | None:
+        """The teacher's logits (N, C), from its cache where they are in it; None without a teacher.
+
+        `indices` (N,) are the images' places in the data set.
+        """
+        if self.teacher is None:
+            return None
+        with self.autocast():
+            return self.teacher.cached(images, epoch, indices)
+
+    def schedule(self, progress: float) -> dict[str, float]:
+        """What moves with progress, for the log: K of the top-k mask."""
+        topk = getattr(self.distillation, "topk", None)
+        return {} if topk is None else {"K": topk.k(progress, self.trainable_module.model.num_classes)}
+
+    def weights(self, with_factors: bool) -> dict[str, Any]:
+        """Checkpoint entries: `model` and `model_ema` as plain timm loads them, `factors` of what is merged in them."""
+        students = {"model": self.trainable_module}
+        if self.has_ema():
+            students["model_ema"] = self.trainable_module_ema.module
+        state: dict[str, Any] = {name: student.merged_state_dict() for name, student in students.items()}
+        if with_factors:
+            state["factors"] = {name: student.factors() for name, student in students.items()}
+        return state
+
+    def load(self, checkpoint: dict[str, Any]) -> None:
+        """Take over the networks of a checkpoint of this run, factors included."""
+        self.trainable_module.load(checkpoint["model"], checkpoint["factors"]["model"])
+        if self.has_ema():
+            self.trainable_module_ema.module.load(checkpoint["model_ema"], checkpoint["factors"]["model_ema"])

@@ -1,0 +1,141 @@
+"""The teacher's logits on disk: computed once for each augmented image, then read.
+
+One memory-mapped file per (augmentation) epoch holds a fixed-size record per image, with a checksum, so that a record
+half written when the machine went down counts as absent. `meta.json` says which teacher, data and augmentation they are
+of; a cache of any other is refused.
+"""
+
+import json
+import math
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kd_core.utils.files import write_text
+
+KINDS = ("full", "topk")
+
+
+class LogitCache:
+    """Logits (N, C) of a teacher for the images of each epoch.
+
+    "full" keeps them in float32: training is the same to the bit. "topk" keeps the k largest log-probabilities in
+    float16 (relative error 2⁻¹¹) and the probability mass of all others, which reading spreads evenly over them (ours).
+
+    Args:
+        folder: made where it does not exist.
+        kind: "full" or "topk".
+        num_images, num_classes: N and C.
+        epochs: after how many epochs the augmented images repeat; 1 where nothing is random.
+        identity: what the logits depend on: teacher, data, augmentation, seed. Plain values.
+        topk: classes kept by "topk".
+
+    Raises:
+        ValueError: unknown kind, topk ≥ C, `folder` is a cache of something else, or the disk is too small.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        kind: str,
+        num_images: int,
+        num_classes: int,
+        epochs: int,
+        identity: dict[str, Any],
+        topk: int = 20,
+    ) -> None:
+        if kind not in KINDS:
+            raise ValueError(f"KD.TEACHER.CACHE is {kind!r}, expected one of none, {', '.join(KINDS)}")
+        if kind == "topk" and not 0 < topk < num_classes:
+            raise ValueError(
+                f"KD.TEACHER.CACHE_TOPK is {topk}, expected 1 … {num_classes - 1} for {num_classes} classes"
+            )
+        self.folder, self.kind, self.num_images, self.num_classes = folder, kind, num_images, num_classes
+        self.epochs = epochs
+        self.record = np.dtype(
+            [("check", "<u4"), ("value", "<f4", (num_classes,))]
+            if kind == "full"
+            else [("check", "<u4"), ("value", "<f2", (topk,)), ("index", "<i4", (topk,)), ("rest", "<f4")]
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        self.check_identity(
+            {"kind": kind, "num_images": num_images, "num_classes": num_classes, "topk": topk, **identity}
+        )
+        self.check_space()
+        self.maps: dict[int, np.memmap] = {}
+
+    def check_identity(self, identity: dict[str, Any]) -> None:
+        """Write meta.json, or compare with the one there is."""
+        path = self.folder / "meta.json"
+        identity = json.loads(json.dumps(identity))
+        if not path.is_file():
+            write_text(path, json.dumps(identity, indent=1))
+        found = json.loads(path.read_text())
+        for name in identity:
+            if found.get(name) != identity[name]:
+                raise ValueError(
+                    f"KD.TEACHER.CACHE_DIR: {self.folder} is a cache of another {name} ({found.get(name)}, this run "
+                    f"has {identity[name]}): name another folder, or delete it"
+                )
+
+    def check_space(self) -> None:
+        """Refuse a cache that the disk cannot hold, before training starts."""
+        needed = self.num_images * self.epochs * self.record.itemsize
+        present = sum(file.stat().st_blocks * 512 for file in self.folder.glob("epoch_*.bin"))
+        free = shutil.disk_usage(self.folder).free
+        if needed - present > free:
+            raise ValueError(
+                f"KD.TEACHER.CACHE: {self.folder} would take {needed / 1e9:.1f} GB ({self.num_images} images × "
+                f"{self.epochs} epochs × {self.record.itemsize} bytes), and {free / 1e9:.1f} GB are free: set "
+                "DATA.AUGMENTATION_EPOCHS, KD.TEACHER.CACHE topk or a smaller CACHE_TOPK"
+            )
+
+    def records(self, epoch: int) -> np.memmap:
+        """The memory-mapped records of an epoch; zeros (a sparse file) where nothing has been written."""
+        slot = epoch % self.epochs
+        if slot not in self.maps:
+            path = self.folder / f"epoch_{slot:04d}.bin"
+            with open(path, "ab") as file:  # several processes may open it at once: nothing is cut off
+                file.truncate(self.num_images * self.record.itemsize)
+            self.maps = {slot: np.memmap(path, dtype=self.record, mode="r+")}
+        return self.maps[slot]
+
+    def read(self, epoch: int, indices: torch.Tensor) -> torch.Tensor | None:
+        """Logits (n, C) of the images `indices` (n,) in `epoch`, or None where any is absent."""
+        rows = np.array(self.records(epoch)[indices.numpy()])
+        if any(row["check"] != checksum(row) for row in rows):
+            return None
+        if self.kind == "full":
+            return torch.from_numpy(rows["value"].copy())
+        return spread_rest(rows, self.num_classes)
+
+    def write(self, epoch: int, indices: torch.Tensor, logits: torch.Tensor) -> None:
+        """Keep the logits (n, C) of the images `indices` in `epoch`."""
+        rows = np.zeros(len(indices), dtype=self.record)
+        logits = logits.detach().float().cpu()
+        if self.kind == "full":
+            rows["value"] = logits.numpy()
+        else:
+            log_probs = logits.log_softmax(1)
+            value, index = log_probs.topk(rows["index"].shape[1], dim=1)
+            rest = log_probs.scatter(1, index, -math.inf).logsumexp(1)
+            rows["value"], rows["index"] = value.clamp(min=-65504).numpy(), index.numpy()  # float16's smallest number
+            rows["rest"] = rest.clamp(min=-1e30).numpy()
+        rows["check"] = [checksum(row) for row in rows]
+        self.records(epoch)[indices.numpy()] = rows
+
+
+def checksum(row: np.void) -> int:
+    """CRC-32 of a record without its checksum; never 0, which is what an absent record says."""
+    return zlib.crc32(row.tobytes()[4:]) or 1
+
+
+def spread_rest(rows: np.ndarray, num_classes: int) -> torch.Tensor:
+    """Log-probabilities (n, C) from the k largest and the mass of the rest, spread evenly."""
+    index = torch.from_numpy(rows["index"].astype(np.int64))
+    rest = torch.from_numpy(rows["rest"].copy()) - math.log(num_classes - index.shape[1])
+    return rest[:, None].repeat(1, num_classes).scatter(1, index, torch.from_numpy(rows["value"].astype(np.float32)))

@@ -1,0 +1,219 @@
+"""The frozen teacher: its own architecture, weights and input statistics, fed the images that the student sees."""
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from fvcore.common.config import CfgNode
+from timm.task import DistillationTeacher
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kd_cls.checkpoint.checkpoint import LAST, load_weights, read_metadata
+from kd_cls.config import load_cfg
+from kd_cls.models.factory import InputStats, check_stats, create_network
+from kd_cls.task.acceleration import FastTeacher, TeacherSpeed
+from kd_cls.task.logit_cache import LogitCache
+
+logger = logging.getLogger("kd_cls")
+
+
+class Teacher(DistillationTeacher):
+    """A network in eval mode without gradients, on images that were normalised for the student.
+
+    The images x are brought to the teacher's own statistics, x' = (x·σ_S + μ_S − μ_T) / σ_T, and to its own size
+    (bilinear, antialiased); both are left out where they are equal.
+
+    Args:
+        model: the network.
+        stats: its input statistics.
+        student_stats: those that the images have been normalised with.
+        cache: where its logits are kept, or None.
+        speed: how it computes them. `model` stays as it was loaded: what is faster is a copy of it, made at the first
+            forward and again after `.to()` or `load_state_dict()`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stats: InputStats,
+        student_stats: InputStats,
+        cache: LogitCache | None = None,
+        speed: TeacherSpeed = TeacherSpeed(),  # noqa: B008  (immutable)
+    ) -> None:
+        super().__init__(model.eval().requires_grad_(False))
+        self.stats, self.student_stats, self.cache = stats, student_stats, cache
+        self.same_statistics = stats[:2] == student_stats[:2]
+        self.speed, self.compile_options = speed, None
+        self.fast: FastTeacher | None = None
+        self.is_measured = not speed.casts
+        for name, values in (
+            ("mean_kd", stats.mean),
+            ("std_kd", stats.std),
+            ("student_mean", student_stats.mean),
+            ("student_std", student_stats.std),
+        ):
+            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
+
+    def train(self, mode: bool = True) -> "Teacher":
+        """Stay in eval mode whatever is asked: `task.train()` reaches every submodule."""
+        return super().train(False)
+
+    def compile(self, **options: Any) -> "Teacher":
+        """torch.compile the network, with a way back; `options` are torch.compile's."""
+        self.compile_options, self.fast = options, None
+        return self
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Images normalised for the student → as this network wants them."""
+        if not self.same_statistics:  # timm's normalize_input compares the statistics on the device, in every step
+            images = (images * self.student_std + self.student_mean - self.mean_kd) / self.std_kd
+        if images.shape[-1] != self.stats.size:
+            images = F.interpolate(images, size=(self.stats.size,) * 2, mode="bilinear", antialias=True)
+        return images
+
+    @torch.no_grad()
+    def plain(self, images: Tensor) -> Tensor:
+        """As `forward`, by the network as it was loaded."""
+        return self.model(self.prepare(images))
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, C) for images (N, 3, H, W) normalised for the student."""
+        images = self.prepare(images)
+        if self.fast is None:
+            example = images[:2].clone(memory_format=torch.contiguous_format)
+            self.fast = FastTeacher(self.model, self.speed, self.compile_options, example)
+        if not self.is_measured:
+            self.is_measured = True
+            return self.fast.first(images, self.model)
+        return self.fast(images)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "Teacher":
+        self.fast = None
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.fast = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def cached(self, images: Tensor, epoch: int, indices: Tensor) -> Tensor:
+        """As `forward`, read from the cache where all rows are in it; `indices` (N,) are places in the data set."""
+        if self.cache is None:
+            return self(images)
+        logits = self.cache.read(epoch, indices)
+        if logits is not None:
+            return logits.to(images.device, non_blocking=True)
+        logits = self(images)
+        self.cache.write(epoch, indices, logits)
+        return logits
+
+
+def digest(model: nn.Module) -> str:
+    """Sixteen hex digits of a network's weights, names and values."""
+    sha = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        sha.update(name.encode())
+        sha.update(
+            tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+            if tensor.dim()
+            else str(tensor).encode()
+        )
+    return sha.hexdigest()[:16]
+
+
+def teacher_description(cfg: CfgNode) -> tuple[str, str, str, CfgNode | None]:
+    """(timm name, keyword arguments, weights, the teacher's own config or None) of KD.TEACHER.
+
+    Raises:
+        ValueError: neither or both of NAME and CONFIG_FILE.
+    """
+    node = cfg.KD.TEACHER
+    if bool(node.NAME) == bool(node.CONFIG_FILE):
+        raise ValueError(
+            f"KD.LOSS.NAME is {cfg.KD.LOSS.NAME!r}, so there must be a teacher: set one of KD.TEACHER.CONFIG_FILE "
+            f"(now {node.CONFIG_FILE!r}) and KD.TEACHER.NAME (now {node.NAME!r})"
+        )
+    if node.NAME:
+        return node.NAME, node.KWARGS, node.WEIGHTS, None
+    own = load_cfg(node.CONFIG_FILE)
+    return own.MODEL.NAME, own.MODEL.KWARGS, node.WEIGHTS or str(Path(own.OUTPUT_DIR, LAST)), own
+
+
+def build_teacher(
+    cfg: CfgNode, num_classes: int, student_stats: InputStats, cache: LogitCache | None = None
+) -> Teacher:
+    """The teacher of KD.TEACHER.
+
+    Raises:
+        ValueError: no weights, a file that does not fit to the last key, or other classes than the student's.
+    """
+    node = cfg.KD.TEACHER
+    name, kwargs, weights, own = teacher_description(cfg)
+    metadata = read_metadata(weights) if weights else {}
+    if metadata.get("num_classes", num_classes) != num_classes:
+        raise ValueError(
+            f"KD.TEACHER.WEIGHTS: {weights} is a teacher of {metadata['num_classes']} classes, the student learns "
+            f"{num_classes} ({cfg.DATA.NAME}): teacher and student must know the same classes"
+        )
+    if node.PRETRAINED:
+        check_pretrained_classes(name, num_classes)
+    model = create_network(name, num_classes, kwargs, node.PRETRAINED, "KD.TEACHER")
+    if node.ALLOW_RANDOM and not Path(weights).is_file():
+        logger.warning("KD.TEACHER.ALLOW_RANDOM: the teacher has random weights")
+    elif weights:
+        check_trained(weights, own is not None and not node.WEIGHTS, metadata, node.CONFIG_FILE)
+        load_weights(model, weights, "KD.TEACHER.WEIGHTS")
+    elif not node.PRETRAINED:
+        raise ValueError(
+            "KD.TEACHER.WEIGHTS is empty: name the teacher's weights, or set KD.TEACHER.PRETRAINED True for timm's "
+            "(KD.TEACHER.ALLOW_RANDOM True for tests)"
+        )
+    stats = teacher_stats(node, model, own, metadata, student_stats)
+    return Teacher(model, stats, student_stats, cache, TeacherSpeed.from_config(cfg))
+
+
+def check_pretrained_classes(name: str, num_classes: int) -> None:
+    """Refuse timm's weights of a network for other classes: timm would put a random classifier on them."""
+    found = getattr(timm.get_pretrained_cfg(name), "num_classes", num_classes)
+    if found != num_classes:
+        raise ValueError(
+            f"KD.TEACHER.PRETRAINED: timm's weights of {name} know {found} classes, the student learns {num_classes}: "
+            "train the teacher on the student's data first, and name it in KD.TEACHER.CONFIG_FILE"
+        )
+
+
+def check_trained(weights: str, is_own: bool, metadata: dict[str, Any], config_file: str) -> None:
+    """Say what to do where the teacher of CONFIG_FILE has not been trained, or not to its end."""
+    if is_own and not Path(weights).is_file():
+        raise ValueError(
+            f"KD.TEACHER.CONFIG_FILE: the teacher of {config_file} has not been trained, there is no {weights}: run "
+            f"python -m kd_cls.train --config-file {config_file}, or name its weights in KD.TEACHER.WEIGHTS, or set "
+            "KD.TEACHER.TRAIN_IF_MISSING True"
+        )
+    if not metadata.get("finished", True):
+        logger.warning(
+            "the teacher in %s has been trained for %s of %s iterations",
+            weights,
+            metadata["iteration"],
+            metadata["max_iter"],
+        )
+
+
+def teacher_stats(
+    node: CfgNode, model: nn.Module, own: CfgNode | None, metadata: dict[str, Any], student: InputStats
+) -> InputStats:
+    """The teacher's input: what KD.TEACHER says, else its checkpoint, else its config, else timm for this network.
+
+    A network that takes any size sees the student's images as they are, unless one of those names a size.
+    """
+    written, timms = metadata.get("input", {}), model.pretrained_cfg
+    mean = node.MEAN or written.get("mean") or (own and own.MODEL.MEAN) or timms["mean"]
+    std = node.STD or written.get("std") or (own and own.MODEL.STD) or timms["std"]
+    fixed = timms["input_size"][-1] if timms.get("fixed_input_size") else 0
+    size = node.INPUT_SIZE or written.get("size") or (own and own.DATA.INPUT_SIZE) or fixed or student.size
+    check_stats(mean, std, "KD.TEACHER")
+    return InputStats(tuple(mean), tuple(std), size)

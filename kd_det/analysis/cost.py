@@ -1,0 +1,171 @@
+"""One step of a training, measured, and what it says of the whole schedule."""
+
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from kd_det.engine.trainer import DistillationTrainer
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+SAMPLING = 0.005  # seconds
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a step of one image costs, and what the schedule would on the same device.
+
+    Attributes:
+        losses: of the step.
+        parameters: of the student; `trained`, those that are not frozen; `teacher`, of its teachers.
+        step_seconds: forward, backward and update with one image.
+        fixed_bytes: weights of student and teachers, gradients, and the optimizer's buffers.
+        image_bytes: what a step needs beside them for one image: activations, the teacher's features.
+        checkpoint_bytes: size of a checkpoint.
+        total_seconds, process_bytes, disk_bytes: of the whole schedule; time and memory grow with the images.
+        epochs: how often every image is seen; None where the data stands in for other.
+    """
+
+    losses: dict[str, float]
+    parameters: int
+    trained: int
+    teacher: int
+    step_seconds: float
+    fixed_bytes: int
+    image_bytes: int
+    checkpoint_bytes: int
+    total_seconds: float
+    process_bytes: int
+    disk_bytes: int
+    epochs: float | None
+
+
+def measure(cfg: CfgNode, world_size: int, stands_in: bool) -> Estimate:
+    """Build everything that `cfg` describes, take a step of one image twice, and measure the second.
+
+    One image, because a whole batch of a large detector does not fit into every machine. The schedule's time is that
+    of IMS_PER_BATCH / `world_size` such images an iteration, without evaluation; its memory, that of one micro-batch.
+    """
+    with tempfile.TemporaryDirectory() as output:
+        trainer = DistillationTrainer(one_image(cfg, output))
+        if cfg.MODEL.WEIGHTS:
+            trainer.resume_or_load(resume=False)
+        with EventStorage() as trainer.storage:
+            trainer.iter = 0
+            trainer.model.train()
+            with peak_memory(trainer.model) as peak:
+                trainer.run_step()
+                start = time.perf_counter()
+                trainer.run_step()
+                synchronise(trainer.model)
+                seconds = time.perf_counter() - start
+            losses = {name: value for name, (value, _) in trainer.storage.latest().items() if "loss" in name}
+    return estimate(cfg, trainer, world_size, seconds, peak[0], losses, stands_in)
+
+
+def one_image(cfg: CfgNode, output: str) -> CfgNode:
+    """`cfg` with steps of one image, on one process, that leave nothing behind."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE_STEPS, cfg.SOLVER.REFERENCE_WORLD_SIZE = 1, 1, 0
+    cfg.DATALOADER.NUM_WORKERS, cfg.DATASETS.TEST, cfg.OUTPUT_DIR, cfg.WANDB.ENABLED = 0, (), output, False
+    return cfg
+
+
+def estimate(
+    cfg: CfgNode,
+    trainer: DistillationTrainer,
+    world_size: int,
+    seconds: float,
+    peak: int,
+    losses: dict[str, float],
+    stands_in: bool,
+) -> Estimate:
+    """From a step to the schedule."""
+    model, solver = trainer.checkpointer.model, cfg.SOLVER
+    teachers = [teacher.model for teacher in getattr(model, "teachers", [])]
+    weights, buffers = tensors_bytes(model.state_dict()), tensors_bytes(trainer._trainer.optimizer.state_dict())
+    images = solver.IMS_PER_BATCH / world_size
+    gradients = tensors_bytes([p for p in model.parameters() if p.requires_grad])
+    if hasattr(trainer._trainer.optimizer, "gradients"):  # a copy for each set of streams, and their sum
+        gradients = max(gradients, tensors_bytes(trainer._trainer.optimizer.gradients.tensors()))
+    average = tensors_bytes(trainer.average.state_dict()) if trainer.average else 0
+    fixed = weights + average + gradients + buffers + sum(tensors_bytes(teacher.state_dict()) for teacher in teachers)
+    image = max(peak - gradients - buffers, 0)  # the measured steps made these too
+    checkpoint = weights + average + buffers
+    best = weights + average  # a file each
+    return Estimate(
+        losses,
+        count(model),
+        count(model, trained=True),
+        sum(map(count, teachers)),
+        seconds,
+        fixed,
+        image,
+        checkpoint,
+        total_seconds=solver.MAX_ITER * images * seconds,
+        process_bytes=round(fixed + image * images / solver.ACCUMULATE_STEPS),
+        disk_bytes=checkpoint * (solver.MAX_ITER // solver.CHECKPOINT_PERIOD + 1) + best,
+        epochs=None if stands_in else solver.MAX_ITER * solver.IMS_PER_BATCH / len(trainer.loader.dataset),
+    )
+
+
+def count(model: nn.Module, trained: bool = False) -> int:
+    """Number of parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
+
+
+def tensors_bytes(tree: object) -> int:
+    """Bytes of all tensors in nested dicts and lists."""
+    if isinstance(tree, torch.Tensor):
+        return tree.numel() * tree.element_size()
+    children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ()
+    return sum(map(tensors_bytes, children))
+
+
+@contextmanager
+def peak_memory(model: nn.Module) -> Iterator[list[int]]:
+    """Bytes that the block needed at most beside those in use when it began: of CUDA, or of the process on the CPU."""
+    device, peak = next(model.parameters()).device, [0]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield peak
+        peak[0] = torch.cuda.max_memory_allocated(device) - before
+        return
+    before, done = resident_bytes(), threading.Event()
+
+    def sample() -> None:
+        while not done.wait(SAMPLING):
+            peak[0] = max(peak[0], resident_bytes() - before)
+
+    sampler = threading.Thread(target=sample, daemon=True)
+    sampler.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        sampler.join()
+
+
+def resident_bytes() -> int:
+    """Memory of this process; 0 where the system does not tell."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * PAGE
+    except OSError:
+        return 0
+
+
+def synchronise(model: nn.Module) -> None:
+    """Wait for the device."""
+    if next(model.parameters()).is_cuda:
+        torch.cuda.synchronize()

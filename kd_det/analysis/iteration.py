@@ -1,0 +1,51 @@
+"""One iteration of a config's training as a function: what is timed and profiled."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.engine import SimpleTrainer
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from kd_det.engine.train_step import build_step
+from kd_det.engine.trainer import DistillationTrainer
+
+
+@dataclass
+class Iteration:
+    """The training step of a config on a few batches that stay in memory; calling it runs one iteration.
+
+    The learning rate is 0: every iteration does its whole work, and no weight runs away without its schedule.
+    """
+
+    model: nn.Module
+    batches: list[list[dict[str, Any]]]
+    step: SimpleTrainer
+    storage: EventStorage
+
+    def __call__(self) -> None:
+        with self.storage:
+            self.step.iter = self.storage.iter
+            self.step.run_step()
+            self.storage.step()
+
+    def recorded(self, function: Callable[[], Any]) -> Any:
+        """Call a function that logs scalars, as models in training do."""
+        with self.storage:
+            return function()
+
+
+def build_iteration(cfg: CfgNode, batches: int = 4) -> Iteration:
+    """The iteration of `cfg`, with `batches` micro-batches of its training data read before."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SOLVER.BASE_LR = 0.0
+    data = list(itertools.islice(iter(DistillationTrainer.build_train_loader(cfg)), batches))
+    model = DistillationTrainer.build_model(cfg).train()
+    if hasattr(model, "load_teacher"):
+        model.load_teacher()
+    optimizer = DistillationTrainer.build_optimizer(cfg, model)
+    return Iteration(model, data, build_step(cfg, model, itertools.cycle(data), optimizer), EventStorage(0))

@@ -1,0 +1,1 @@
+"""Checkpoints of detectors: written whole, resumed, converted."""

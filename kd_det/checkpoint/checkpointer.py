@@ -1,0 +1,131 @@
+"""Checkpoints that are written whole or not at all, and read without running code that they may hold."""
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils.file_io import PathManager
+from torch import nn
+
+from kd_core.utils.files import unreadable_because, write_text, write_whole
+
+# What a model-zoo pickle is made of: dicts, strings and numpy arrays.
+SAFE_GLOBALS = {
+    ("collections", "OrderedDict"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy.core.multiarray", "scalar"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "scalar"),
+    ("_codecs", "encode"),
+}
+
+
+class UnreadableFile(ValueError):
+    """A file that is no checkpoint, or only a part of one."""
+
+
+class RestrictedUnpickler(pickle.Unpickler):
+    """Unpickles numpy arrays in plain containers and refuses every other class or function."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in SAFE_GLOBALS:
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which weights do not need")
+        return super().find_class(module, name)
+
+
+def check_pickle(file: BinaryIO) -> None:
+    """Raise `pickle.UnpicklingError` unless the pickle holds nothing but numpy arrays in plain containers."""
+    RestrictedUnpickler(file, encoding="latin1").load()
+
+
+class WholeCheckpointer(DetectionCheckpointer):
+    """detectron2's checkpointer, safe against a kill while it writes and against code in the files it reads.
+
+    A checkpoint is written beside its name and moved there when it is complete; `last_checkpoint`, which `--resume`
+    follows, is moved after it. `incompatible` tells what the last `load` could not match.
+    """
+
+    incompatible: Any = None
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        if not self.save_dir or not self.save_to_disk:
+            return
+        state = {"model": self.model.state_dict()}
+        for key, value in state["model"].items():
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise FloatingPointError(f"{key} is not finite any more: no checkpoint {name} is written")
+        state.update((key, obj.state_dict()) for key, obj in self.checkpointables.items())
+        state.update(kwargs)
+        path = Path(self.save_dir, f"{name}.pth")
+        self.logger.info("Saving checkpoint to %s", path)
+        write_whole(path, lambda file: torch.save(state, file))
+        self.tag_last_checkpoint(path.name)
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        write_text(Path(self.save_dir, "last_checkpoint"), last_filename_basename)
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        try:
+            if filename.endswith(".pkl"):
+                with PathManager.open(filename, "rb") as file:
+                    check_pickle(file)
+                return super()._load_file(filename)
+            with PathManager.open(filename, "rb") as file:
+                loaded = torch.load(file, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # every way to be broken raises another kind
+            raise UnreadableFile(
+                f"{filename} is no checkpoint that can be read: it is truncated, or not made of tensors alone "
+                f"({unreadable_because(error)})"
+            ) from error
+        if not isinstance(loaded, dict):
+            raise ValueError(f"{filename} holds a {type(loaded).__name__}, expected a dict of tensors")
+        if filename.endswith(".pyth") and "model_state" in loaded:  # pycls': other names, which detectron2 can match
+            state = {k: v for k, v in loaded["model_state"].items() if not k.endswith("num_batches_tracked")}
+            return {"model": state, "__author__": "pycls", "matching_heuristics": True}
+        return loaded if "model" in loaded else {"model": loaded}
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        self.incompatible = super()._load_model(checkpoint)
+        return self.incompatible
+
+
+def load_all_weights(model: nn.Module, path: str, key: str) -> None:
+    """Load `path` into `model`, every key of it.
+
+    Args:
+        key: the config key that named the file, for the error message.
+
+    Raises:
+        ValueError: the file is missing or unreadable, or any weight of the model is missing from it or has another
+        shape.
+    """
+    try:
+        local = PathManager.get_local_path(path)
+    except Exception as error:  # every file handler raises its own kinds
+        raise ValueError(f"{key}: {path} cannot be fetched ({error})") from error
+    if not os.path.isfile(local):
+        start = "" if os.path.isabs(path) else f" (relative paths start at the working folder, {os.getcwd()})"
+        train = "; if KD.TEACHER.CONFIG_FILE is still to be trained, run tools/train_net.py with it first"
+        raise ValueError(f"{key}: there is no file {path}{start}{train if key == 'KD.TEACHER.WEIGHTS' else ''}")
+    checkpointer = WholeCheckpointer(model, save_to_disk=False)
+    try:
+        checkpointer.load(path)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+    wrong = checkpointer.incompatible.incorrect_shapes
+    if wrong:
+        name, found, expected = wrong[0]
+        raise ValueError(
+            f"{key}: {path} does not fit the model: {len(wrong)} weights have another shape, the first is {name} "
+            f"with {tuple(found)}, expected {tuple(expected)}"
+        )
+    missing = checkpointer.incompatible.missing_keys
+    if missing:
+        raise ValueError(f"{key}: {path} lacks {len(missing)} weights of the model, the first is {missing[0]}")

@@ -1,0 +1,186 @@
+"""What `--resume` may continue, and what to say where a checkpoint or a config is of another training."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import yaml
+from detectron2.config import CfgNode
+from detectron2.engine import SimpleTrainer
+from torch import nn
+
+from kd_det.config.defaults import kd_defaults
+
+logger = logging.getLogger(__name__)
+
+NO_MATTER = ("OUTPUT_DIR", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS", "WANDB.ENABLED", "WANDB.PROJECT", "VIS_PERIOD")
+ANOTHER = "resume with the config that it was written with, or give it as MODEL.WEIGHTS to a training elsewhere"
+
+
+def check_state(state: dict[str, Any], optimizer_name: str, max_iter: int) -> None:
+    """Refuse the trainer's state of another method or another schedule.
+
+    Raises:
+        ValueError: names what was saved and what is configured.
+    """
+    saved = state.get("optimizer_name", "sgd")
+    if saved != optimizer_name:
+        raise ValueError(
+            f"The checkpoint to resume was trained with SOLVER.OPTIMIZER {saved}, but this config says "
+            f"{optimizer_name}: resume with the same, or give its weights as MODEL.WEIGHTS to a training in another "
+            "OUTPUT_DIR"
+        )
+    if state.get("max_iter", max_iter) != max_iter:
+        raise ValueError(
+            f"The checkpoint to resume is of a training of {state['max_iter']} iterations, but "
+            f"SOLVER.MAX_ITER is {max_iter}: that is another schedule. Resume with the same, or start anew "
+            "from its weights"
+        )
+    if "_trainer" not in state:
+        raise ValueError(
+            "The checkpoint to resume holds no optimizer: it was written by detectron2 0.5's own trainer, which saves "
+            "none. Give its weights as MODEL.WEIGHTS to a training in another OUTPUT_DIR"
+        )
+
+
+def check_model(incompatible: Any, path: str) -> None:
+    """Every weight of the student must have come out of the checkpoint `path`; raises ValueError otherwise.
+
+    Args:
+        incompatible: what fvcore's checkpointer could not match.
+    """
+    wrong = [name for name, *_ in incompatible.incorrect_shapes] + list(incompatible.missing_keys)
+    if wrong:
+        raise ValueError(
+            f"--resume: {path} is of another model: {len(set(wrong))} weights of the student are not in it or have "
+            f"another shape, the first is {wrong[0]}; {ANOTHER}"
+        )
+
+
+def load_step(step: SimpleTrainer, state: dict[str, Any], path: str) -> None:
+    """Load the optimizer's state, and warn of every setting in which it overrules the config.
+
+    Raises:
+        ValueError: the state is of an optimizer of other parameters or streams.
+    """
+    configured = settings(step)
+    try:
+        step.load_state_dict(state)
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(f"--resume: the optimizer's state in {path} does not fit: {error}; {ANOTHER}") from error
+    measured = getattr(step, "auto_momenta", None)
+    for key, value in settings(step).items():
+        set_by_measuring = key == "momenta" and measured is not None and measured.momenta is not None
+        if value != configured.get(key, value) and not set_by_measuring:
+            logger.warning(
+                "--resume goes on with the checkpoint's %s %s, not with the config's %s", key, value, configured[key]
+            )
+
+
+def settings(step: SimpleTrainer) -> dict[str, Any]:
+    """The options of the optimizer's first parameter group, but for the learning rate of the moment."""
+    return {key: value for key, value in step.optimizer.param_groups[0].items() if key not in ("params", "lr")}
+
+
+def check_begun(path: str, with_trainer: bool) -> None:
+    """A file without a trainer's state gives weights, and no training to go on with."""
+    if not with_trainer:
+        raise ValueError(
+            f"--resume: {path} holds weights, but no training (key trainer): give it as MODEL.WEIGHTS, without --resume"
+        )
+
+
+def check_file(path: str) -> None:
+    """`last_checkpoint` must name a file that is there."""
+    if not Path(path).is_file():
+        raise ValueError(f"--resume: there is no file {path}, which last_checkpoint names; {other_checkpoints(path)}")
+
+
+def other_checkpoints(path: str) -> str:
+    """The way out, where the checkpoint `path` is of no use."""
+    others = sorted(file.name for file in Path(path).parent.glob("model_[0-9]*.pth") if file.name != Path(path).name)
+    if not others:
+        return "there is no other checkpoint beside it: train anew, without --resume"
+    return f"beside it are {', '.join(others)}: write one's name into last_checkpoint to resume from there"
+
+
+def check_initial_weights(path: str, incompatible: Any, model: nn.Module) -> None:
+    """What MODEL.WEIGHTS gave the student. Heads may be missing (ImageNet's weights) or of another number of classes.
+
+    Args:
+        path: the file.
+        incompatible: what fvcore's checkpointer could not match.
+        model: the student.
+
+    Raises:
+        ValueError: no weight fits, or the backbone's are those of another backbone.
+    """
+    misfits = [row for row in incompatible.incorrect_shapes if row[0].startswith("backbone.")]
+    if misfits:
+        name, found, expected = misfits[0]
+        raise ValueError(
+            f"MODEL.WEIGHTS: {path} is of another backbone: {len(misfits)} of its weights have another shape, the "
+            f"first is {name} with {tuple(found)}, expected {tuple(expected)}. MODEL.WEIGHTS is the student's start; "
+            "a teacher's file is KD.TEACHER.WEIGHTS"
+        )
+    weights = model.state_dict().keys() & {name for name, _ in model.named_parameters()}  # not BatchNorm's counters
+    if weights <= {*incompatible.missing_keys, *(name for name, *_ in incompatible.incorrect_shapes)}:
+        unknown = ", ".join(list(incompatible.unexpected_keys)[:3])
+        raise ValueError(
+            f"MODEL.WEIGHTS: {path} has not one of the student's {len(weights)} weights; its keys are {unknown} …: "
+            "tools/convert_weights.py takes ResNets of torchvision and of timm"
+        )
+    deeper = [key for key in incompatible.unexpected_keys if key.startswith("backbone.")]
+    if deeper:
+        logger.warning(
+            "MODEL.WEIGHTS: %s has %d weights of a backbone that the student has no place for, the first is %s. Is it "
+            "the teacher's file? MODEL.WEIGHTS is the student's start",
+            path, len(deeper), deeper[0],
+        )  # fmt: skip
+
+
+def note_teachers_file(cfg: CfgNode) -> None:
+    """Warn where the student starts from the very file that its teacher is loaded from."""
+    teachers = {cfg.KD.TEACHER.WEIGHTS, *(weights for _, weights in cfg.KD.TEACHERS)}
+    if cfg.KD.LOSS.NAME != "none" and cfg.MODEL.WEIGHTS in teachers:
+        logger.warning("MODEL.WEIGHTS: %s is the teacher's file, too: the student starts as it", cfg.MODEL.WEIGHTS)
+
+
+def changed_keys(cfg: CfgNode) -> list[str]:
+    """How `cfg` differs from the config.yaml of the training in its OUTPUT_DIR, a line a key.
+
+    A key that the saved config lacks was added by a later version: it differs where it is not at its default.
+    """
+    text = saved_config(cfg.OUTPUT_DIR)
+    if text is None:
+        return []
+    try:
+        saved = flat(yaml.safe_load(text))
+    except (yaml.YAMLError, AttributeError):
+        return [f"{config_file(cfg.OUTPUT_DIR)} cannot be read (a kill may have cut it off), so nothing was compared"]
+    ours, defaults = flat(yaml.safe_load(cfg.dump())), flat(yaml.safe_load(kd_defaults().dump()))
+    lines = [f"{key} was {value}, and is no key any more" for key, value in saved.items() if key not in ours]
+    for key, value in ours.items():
+        before = saved.get(key, defaults.get(key))
+        if value != before and not key.startswith(NO_MATTER):
+            lines.append(f"{key} was {before}, is {value}")
+    return lines
+
+
+def config_file(output_dir: str) -> Path:
+    """Where detectron2 writes a training's whole config."""
+    return Path(output_dir, "config.yaml")
+
+
+def saved_config(output_dir: str) -> str | None:
+    """The config of the training in `output_dir`, as it is written there; None without one."""
+    path = config_file(output_dir)
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, by dotted keys."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return leaves

@@ -1,0 +1,169 @@
+"""Every config key that kd_det adds to detectron2's, each with what it means."""
+
+from detectron2.config import CfgNode, get_cfg
+from torch import nn
+
+from kd_core.losses import add_loss_config, build_loss
+from kd_det.config.merge import all_keys, merge_file, merge_list
+
+__all__ = ["add_kd_config", "add_timm_config", "all_keys", "build_box_loss", "kd_defaults", "merge_file", "merge_list"]
+
+
+def add_kd_config(cfg: CfgNode) -> None:
+    """Add kd_det's keys to a detectron2 config, with their defaults."""
+    cfg.KD = CfgNode()
+    # The distillation loss and its parameters; the keys are those of kd_core.losses, shared with kd_cls.
+    cfg.KD.LOSS = CfgNode()
+    add_loss_config(cfg.KD.LOSS)
+    # Iterations over which the distillation loss rises linearly from 0 to its full weight.
+    cfg.KD.LOSS.WARMUP_ITERS = 0
+
+    cfg.KD.TEACHER = CfgNode()
+    # A complete detectron2 yaml: a path, or a name in detectron2's model zoo.
+    cfg.KD.TEACHER.CONFIG_FILE = ""
+    # The teacher's weights: a path, an URL or a detectron2:// name. The yaml's own MODEL.WEIGHTS is never used.
+    cfg.KD.TEACHER.WEIGHTS = ""
+    # Accept a teacher with random weights. For tests only.
+    cfg.KD.TEACHER.ALLOW_RANDOM = False
+    # Report the teacher's AP on DATASETS.TEST before training starts.
+    cfg.KD.TEACHER.EVALUATE = False
+    # Size of the view that the teacher sees, as a factor of the student's: 2.0 trains a student at 400 px by a teacher
+    # at 800 px of the same crop and flip. Every teacher's; needs the memory of a second image in the data loader.
+    cfg.KD.TEACHER.IMAGE_SCALE = 1.0
+    add_speed_config(cfg.KD)
+    add_distillation_config(cfg.KD)
+
+    # COCO-format data sets of one's own: a list of [name, json file, image folder].
+    cfg.DATASETS.REGISTER = []
+
+    cfg.WANDB = CfgNode()
+    # Send the scalars to Weights & Biases (needs the wandb package).
+    cfg.WANDB.ENABLED = False
+    # The project there; the run is called as the folder OUTPUT_DIR.
+    cfg.WANDB.PROJECT = "decoupled-kd"
+
+    add_timm_config(cfg)
+    add_solver_config(cfg.SOLVER)
+
+
+def add_timm_config(cfg: CfgNode) -> None:
+    """The keys of `build_timm_fpn_backbone`: all that a plain detectron2 needs for a student with such a backbone."""
+    cfg.MODEL.TIMM = CfgNode()
+    # A model of timm, with its weights' tag or without: mobilenetv2_100, convnext_tiny.fb_in22k, … Its maps are called
+    # res2 to res5 by their strides 4 to 32, as those of detectron2's ResNets; MODEL.FPN and FREEZE_AT mean the same.
+    cfg.MODEL.TIMM.NAME = ""
+    # Start from timm's weights, which timm downloads and keeps. Not needed, and not done, where MODEL.WEIGHTS is given.
+    cfg.MODEL.TIMM.PRETRAINED = False
+    # Start from a classifier's weights in a local file (.safetensors, .pth), under timm's names. As PRETRAINED.
+    cfg.MODEL.TIMM.WEIGHTS = ""
+    # Stages of the network to take maps from, timm's out_indices. Empty: those that timm gives by itself.
+    cfg.MODEL.TIMM.OUT_INDICES = []
+    # "BN": norms as the network has them. "FrozenBN": every BatchNorm with its statistics and weights fixed. "SyncBN".
+    cfg.MODEL.TIMM.NORM = "BN"
+    # More arguments of timm.create_model: a list of [argument, value], such as [[drop_path_rate, 0.1]].
+    cfg.MODEL.TIMM.KWARGS = []
+
+
+def add_speed_config(node: CfgNode) -> None:
+    """The keys of KD that change what a step costs, and its numbers by rounding only (docs/detection.md)."""
+    # Channels last in the memory of the student's convolutions.
+    node.CHANNELS_LAST = False
+    # torch.compile the student's backbone and box head; eager, with a message, where that fails.
+    node.COMPILE = False
+    # The same of every teacher.
+    node.TEACHER.COMPILE = False
+    # Make the frozen batch norms of every teacher part of its convolutions.
+    node.TEACHER.FOLD_BN = True
+    # Channels last in the memory of every teacher's backbone and box head (chosen on a CPU).
+    node.TEACHER.CHANNELS_LAST = True
+    # Type in which every teacher's backbone and box head compute: "student", the student's under SOLVER.AMP;
+    # "float32"; "bfloat16"; "float16". ROI pooling and, but for "student", the classifier are in float32.
+    node.TEACHER.DTYPE = "student"
+
+
+def add_distillation_config(node: CfgNode) -> None:
+    """The keys of KD that say who teaches what (docs/detection.md)."""
+    # Several teachers, in place of KD.TEACHER.CONFIG_FILE and WEIGHTS: a list of [config file, weights].
+    node.TEACHERS = []
+    # What several teachers teach: "log_probs", the mean of their log-probabilities; "losses": the loss is the mean of
+    # the losses against each.
+    node.TEACHERS_MEAN = "log_probs"
+    # Whose proposals are distilled: "student", as the papers do; "student+teacher": also those of the teacher's RPN.
+    node.PROPOSALS = "student"
+    # Which sampled proposals are distilled: "all", as the papers do; "foreground"; "weighted": background rows count
+    # BACKGROUND_WEIGHT times.
+    node.ROWS = "all"
+    # ROWS weighted: weight of a background row; the default evens out POSITIVE_FRACTION .25, three of them to one.
+    node.BACKGROUND_WEIGHT = 1 / 3
+
+
+def add_solver_config(node: CfgNode) -> None:
+    """The keys of SOLVER that detectron2 does not have; the momentum of all of them is SOLVER.MOMENTUM."""
+    # "sgd": detectron2's own. "deepkd_sgd" and "dot_sgd": a momentum for each gradient stream. "stream_adamw": AdamW
+    # with a first-moment decay for each (ours).
+    node.OPTIMIZER = "sgd"
+
+    node.DEEPKD = CfgNode()
+    # Momentum of the task gradient (all detection losses) = MOMENTUM + this; deepkd_sgd and stream_adamw.
+    node.DEEPKD.DELTA_TOG = 0.075
+    # The same of the target-class gradient: tckd, mass, explicit.
+    node.DEEPKD.DELTA_TCG = -0.075
+    # The same of the non-target gradient: nckd, within_*, implicit. .05 in 45 of the 72 released configs.
+    node.DEEPKD.DELTA_NCG = 0.075
+
+    node.DOT = CfgNode()
+    # dot_sgd: momentum of the task MOMENTUM − this, of distillation MOMENTUM + this. Published: .075, on ImageNet .09.
+    node.DOT.DELTA = 0.075
+
+    # Size of a stream's step, lr / (1 − its momentum): "paper" leaves it (.975 takes steps four times those of .9);
+    # "matched" (ours) scales it to lr / (1 − MOMENTUM), so that a learning rate found for plain SGD still holds.
+    node.STEP = "paper"
+    # "auto": momenta drawn from the streams' gradient signal-to-noise ratio. Empty: those above.
+    node.MOMENTA = ""
+
+    node.GSNR = CfgNode()
+    # MOMENTA auto: iterations between two samples.
+    node.GSNR.PERIOD = 200
+    # MOMENTA auto: iterations until the momenta are set.
+    node.GSNR.WINDOW = 4000
+    # MOMENTA auto: share of each weight tensor that is measured, in (0, 1].
+    node.GSNR.SAMPLE = 1.0
+    # MOMENTA auto: how far momenta may go from MOMENTUM.
+    node.GSNR.SPAN = 0.075
+
+    # Micro-batches of an optimizer step. An iteration is an optimizer step, and IMS_PER_BATCH all its images.
+    node.ACCUMULATE_STEPS = 1
+    # Mixed precision (SOLVER.AMP.ENABLED) in "float16", with a loss scaler, or in "bfloat16".
+    node.AMP.DTYPE = "float16"
+
+    node.EMA = CfgNode()
+    # Moving average of the student's weights (timm's ModelEmaV3), evaluated beside it and saved under the key `ema`.
+    node.EMA.ENABLED = False
+    # Share of the average that a step leaves; at .9998 it looks back 5000 iterations.
+    node.EMA.DECAY = 0.9998
+    # Let the decay rise to that value from 0, so that a short training is not averaged with its random start.
+    node.EMA.WARMUP = False
+
+
+def kd_defaults() -> CfgNode:
+    """detectron2's default config with kd_det's keys."""
+    cfg = get_cfg()
+    add_kd_config(cfg)
+    return cfg
+
+
+def build_box_loss(cfg: CfgNode) -> nn.Module | None:
+    """The loss of `cfg.KD.LOSS`, with its warm-up as a share of SOLVER.MAX_ITER; None for "none"."""
+    node = cfg.KD.LOSS.clone()
+    node.defrost()
+    if node.WARMUP_ITERS and node.WARMUP:
+        raise ValueError(
+            f"KD.LOSS.WARMUP_ITERS {node.WARMUP_ITERS} and KD.LOSS.WARMUP {node.WARMUP} both give the length of the "
+            "warm-up: set one of them to 0"
+        )
+    if node.WARMUP_ITERS:
+        node.WARMUP = min(node.WARMUP_ITERS / max(cfg.SOLVER.MAX_ITER, 1), 1.0)
+    try:
+        return build_loss(node, cfg.MODEL.ROI_HEADS.NUM_CLASSES + 1)  # background is a class
+    except ValueError as error:  # names the keys under LOSS
+        raise ValueError(f"KD.{error}") from error

@@ -1,0 +1,1 @@
+"""The trainer, its step, its hooks, and how a training is launched."""

@@ -1,0 +1,143 @@
+"""What hangs on the training loop."""
+
+import json
+import math
+import os
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from torch import nn
+
+from kd_core.utils.files import write_text, write_whole
+from kd_det.config.defaults import add_timm_config
+
+# At the head of the student's config: detectron2 refuses keys that it does not know.
+TIMM_NOTE = "# Its backbone is timm's: before merging this file, import kd_det and call kd_det.add_timm_config(cfg).\n"
+
+
+class SeedEachStep(HookBase):
+    """Makes every iteration's random draws (proposal sampling, dropout) a function of (seed, rank, iteration).
+
+    So a resumed run draws what an undisturbed one would, whatever evaluation or a teacher drew in between.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def before_step(self) -> None:
+        entropy = np.random.SeedSequence((self.seed, comm.get_rank(), self.trainer.iter))
+        # 31 bits: seed_all_rng also feeds numpy's legacy generator
+        seed_all_rng(int(entropy.generate_state(1)[0]) >> 1)
+
+
+class SaveStudentConfig(HookBase):
+    """Writes `student.yaml`, with which plain detectron2 loads the checkpoints of this training."""
+
+    def __init__(self, cfg: CfgNode) -> None:
+        self.cfg = cfg
+
+    def before_train(self) -> None:
+        if comm.is_main_process():
+            write_text(Path(self.cfg.OUTPUT_DIR, "student.yaml"), dump_student(student_config(self.cfg)))
+
+
+def student_config(cfg: CfgNode) -> CfgNode:
+    """`cfg` without the keys of ours that plain detectron2 would refuse: a GeneralizedRCNN with the final weights.
+
+    MODEL.TIMM stays where the backbone is built from it.
+    """
+    plain = get_cfg()
+    if cfg.MODEL.BACKBONE.NAME == "build_timm_fpn_backbone":
+        add_timm_config(plain)
+    copy_shared(cfg, plain)
+    if plain.MODEL.META_ARCHITECTURE == "DistilledRCNN":
+        plain.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
+    plain.MODEL.WEIGHTS = str(Path(cfg.OUTPUT_DIR, "model_final.pth"))
+    return plain
+
+
+def dump_student(plain: CfgNode) -> str:
+    """The yaml of a `student_config`; where plain detectron2 needs our backbone, it says so in its first line."""
+    return (TIMM_NOTE if "TIMM" in plain.MODEL else "") + plain.dump()
+
+
+def copy_shared(source: CfgNode, target: CfgNode) -> None:
+    """Copy the values of every key that both configs have."""
+    for key, value in target.items():
+        if isinstance(value, CfgNode):
+            copy_shared(source[key], value)
+        else:
+            target[key] = source[key]
+
+
+class KeepBest(HookBase):
+    """Keeps the weights of the highest box AP so far in a file of their own, with that AP; comes after the evaluation.
+
+    `--resume` does not follow it: it holds no optimizer. A resumed training goes on from the AP in the file.
+
+    Args:
+        path: of the file.
+        model: whose weights to keep.
+        task: results of the evaluation that say how good they are: those of the student, or under "ema" its average's.
+    """
+
+    def __init__(self, path: Path, model: nn.Module, task: str | None = None) -> None:
+        self.path, self.model, self.task = path, model, task
+        self.best = -math.inf
+        self.seen: Any = None
+
+    def before_train(self) -> None:
+        self.seen = getattr(self.trainer, "_last_eval_results", None)
+        if self.trainer.start_iter > 0 and self.path.is_file():
+            self.best = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)["AP"]
+
+    def after_step(self) -> None:
+        self.keep()
+
+    def after_train(self) -> None:
+        self.keep()
+
+    def keep(self) -> None:
+        """Write the file if the last evaluation is new, and better than what is in it."""
+        results = getattr(self.trainer, "_last_eval_results", None)
+        if results is self.seen or not comm.is_main_process():
+            return
+        self.seen = results
+        ap = box_ap(results.get(self.task, {}) if self.task else results)
+        if ap > self.best:
+            self.best = ap
+            state = {"model": self.model.state_dict(), "AP": ap, "iteration": self.trainer.iter}
+            write_whole(self.path, lambda file: torch.save(state, file))
+
+
+def box_ap(results: dict[str, Any]) -> float:
+    """Box AP in the results of an evaluation, on the first of several data sets; NaN where there is none."""
+    if "bbox" in results:
+        return float(results["bbox"].get("AP", math.nan))
+    return next((box_ap(of_set) for of_set in results.values() if isinstance(of_set, dict)), math.nan)
+
+
+def cut_metrics(path: Path, start: int) -> None:
+    """Cut `metrics.json` off at iteration `start`: after a kill, a resumed run writes the lines from there again.
+
+    The file is truncated where it is: the writer has it open already, for appending.
+    """
+    if path.is_file():
+        kept = takewhile(lambda line: before(line, start), path.read_bytes().splitlines(keepends=True))
+        os.truncate(path, sum(map(len, kept)))
+
+
+def before(line: bytes, start: int) -> bool:
+    """Whether a line of metrics.json is whole and stems from an iteration before `start`."""
+    try:
+        entry: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return False
+    return entry.get("iteration", 0) < start

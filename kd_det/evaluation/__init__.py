@@ -1,0 +1,1 @@
+"""COCO evaluation, tables of runs, and pictures of detections."""

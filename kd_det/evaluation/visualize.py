@@ -1,0 +1,124 @@
+"""Ground truth and the detections of several models on one image, side by side."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+from detectron2.data import transforms as T
+from detectron2.data.detection_utils import read_image
+from detectron2.modeling import GeneralizedRCNN
+from detectron2.structures import Instances
+from detectron2.utils.visualizer import Visualizer
+from PIL import Image, ImageDraw, ImageFont
+
+from kd_core.utils.files import write_whole
+from kd_core.utils.rng import preserved_rng, seed_rng
+from kd_det.data import check_datasets, register_datasets
+from kd_det.export import read_student
+from kd_det.modeling.teacher.build import each_teacher, teacher_builders, teacher_config
+
+SMALL_SIDE = 400  # pixels: smaller images are drawn twice as large, for the labels to be read
+TITLE_HEIGHT, TITLE_SIZE, GAP = 24, 14, 6  # pixels
+
+
+@dataclass(frozen=True)
+class Detector:
+    """A model in eval mode under the input settings that it was trained with."""
+
+    title: str
+    model: GeneralizedRCNN
+    config: CfgNode
+
+    @torch.no_grad()
+    def detect(self, path: str) -> Instances:
+        """Detections in the pixels of the image file, on the CPU."""
+        options = self.config.INPUT
+        image = read_image(path, options.FORMAT)
+        height, width = image.shape[:2]
+        resize = T.ResizeShortestEdge([options.MIN_SIZE_TEST] * 2, options.MAX_SIZE_TEST)
+        resized = resize.get_transform(image).apply_image(image)
+        tensor = torch.as_tensor(resized.astype("float32").transpose(2, 0, 1))
+        return self.model([{"image": tensor, "height": height, "width": width}])[0]["instances"].to("cpu")
+
+
+def read_detectors(source: str, cfg: CfgNode, with_teacher: bool = True) -> list[Detector]:
+    """The teachers that `cfg` names, where it distils, and the student in `source` (an OUTPUT_DIR or a checkpoint).
+
+    Raises:
+        ValueError: what is missing or does not fit, with its key.
+    """
+    student = read_student(source)
+    detectors = []
+    if with_teacher and cfg.KD.LOSS.NAME != "none":
+        each = each_teacher(cfg)
+        for index, (build, one) in enumerate(zip(teacher_builders(cfg), each, strict=True)):
+            title = "teacher" if len(each) == 1 else f"teacher {index}"
+            detectors.append(Detector(title, build().eval(), teacher_config(one)))
+    student.model.to(cfg.MODEL.DEVICE)
+    return [*detectors, Detector("student", student.model, student.config)]
+
+
+def records_of(cfg: CfgNode, name: str, count: int) -> tuple[list[dict[str, Any]], Metadata]:
+    """The first `count` records of a data set, and its metadata; ValueError where the model's classes are others."""
+    if count < 1:
+        raise ValueError(f"--images is {count}: it must be 1 or more")
+    register_datasets(cfg)
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.DATASETS.TEST = (name,)
+    check_datasets(cfg, ("TEST",))
+    return DatasetCatalog.get(name)[:count], MetadataCatalog.get(name)
+
+
+def side_by_side(
+    record: dict[str, Any], metadata: Metadata, detectors: list[Detector], threshold: float
+) -> Image.Image:
+    """A row of panels: ground truth, then each detector's detections of a score above `threshold`."""
+    rgb = read_image(record["file_name"], "RGB")
+    scale = 2 if max(rgb.shape[:2]) < SMALL_SIDE else 1
+
+    def panel(draw: Callable[[Visualizer], Any]) -> np.ndarray:
+        with preserved_rng():
+            seed_rng(0)  # it draws random colours: the same in every panel
+            return draw(Visualizer(rgb, metadata, scale=scale)).get_image()
+
+    panels = {"ground truth": panel(lambda canvas: canvas.draw_dataset_dict(record))}
+    for detector in detectors:
+        found = detector.detect(record["file_name"])
+        found = found[found.scores > threshold]
+        panels[f"{detector.title}: {len(found)} above {threshold:g}"] = panel(
+            lambda canvas, found=found: canvas.draw_instance_predictions(found)
+        )
+    return row(panels)
+
+
+def row(panels: dict[str, np.ndarray]) -> Image.Image:
+    """Images of one size (H, W, 3) beside each other, each under its title."""
+    height, width, _ = next(iter(panels.values())).shape
+    image = Image.new("RGB", ((width + GAP) * len(panels) - GAP, height + TITLE_HEIGHT), "white")
+    drawing, font = ImageDraw.Draw(image), ImageFont.load_default(TITLE_SIZE)
+    for index, (title, pixels) in enumerate(panels.items()):
+        left = index * (width + GAP)
+        drawing.text((left + GAP, 3), title, fill="black", font=font)
+        image.paste(Image.fromarray(pixels), (left, TITLE_HEIGHT))
+    return image
+
+
+def draw_dataset(
+    records: list[dict[str, Any]], metadata: Metadata, detectors: list[Detector], folder: Path, threshold: float
+) -> list[Path]:
+    """A PNG for each record, named after its place and its file; returns their paths."""
+    if not 0 <= threshold < 1:
+        raise ValueError(f"--threshold is {threshold}: a score lies in [0, 1)")
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for index, record in enumerate(records):
+        image = side_by_side(record, metadata, detectors, threshold)
+        paths.append(folder / f"{index:04d}_{Path(record['file_name']).stem}.png")
+        write_whole(paths[-1], lambda file, image=image: image.save(file, format="PNG"))
+    return paths

@@ -1,0 +1,1 @@
+"""Distilled meta-architectures, teachers and backbones."""

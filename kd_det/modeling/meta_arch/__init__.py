@@ -1,0 +1,1 @@
+"""The distilled meta-architectures, each a subclass of detectron2's own."""

@@ -1,0 +1,203 @@
+"""`DistilledRCNN`: detectron2's `GeneralizedRCNN` whose box head also learns from a teacher."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
+from operator import methodcaller
+from typing import Any
+
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+
+from kd_det.config.defaults import build_box_loss
+from kd_det.modeling.aekt import build_serialization, keep_out_of_state_dict, serialized_outputs
+from kd_det.modeling.box_stages import capture_box_stages, capture_head_inputs
+from kd_det.modeling.rows import ROWS, BoxStage, join_stages, select_rows
+from kd_det.modeling.sigmoid_loss import binary_form, check_same_classifier, uses_sigmoid
+from kd_det.modeling.teacher.overlap import ViewAhead
+from kd_det.modeling.teacher.proposals import stages_on_teacher_proposals
+from kd_det.modeling.teacher.teacher import Teacher, mean_of_teachers
+from kd_det.modeling.teacher.view import TeacherView
+
+PROPOSALS = ("student", "student+teacher")
+MEANS = ("log_probs", "losses")
+
+
+@META_ARCH_REGISTRY.register()
+class DistilledRCNN(GeneralizedRCNN):
+    """A GeneralizedRCNN trained on its own losses plus a distillation loss on its ROI classification logits.
+
+    The student's RPN proposals, as its ROI heads sampled and labelled them, are pooled from the teacher's features and
+    classified by the teacher's box head (DKD, arXiv 2203.08679, detection code). With N sampled proposals over all
+    images and C = foreground classes + background,
+
+        losses = GeneralizedRCNN's losses + {loss_kd_<term>: term(student_logits, teacher_logits, gt_classes)}
+        student_logits (N, C), teacher_logits (N, C), gt_classes (N,)
+
+    A cascade head distils every stage, as `loss_kd_<term>_stage<k>`. The student's logits are those of the forward
+    pass that happens anyway. Boxes, masks and keypoints are not distilled. In eval mode, and with `loss=None`, it is a
+    GeneralizedRCNN to the bit, and needs no teacher.
+
+    Args:
+        loss: maps (student_logits, teacher_logits, target, progress) to named scalar terms; None for plain training.
+        teacher: the frozen detector, or several; not part of `parameters()`, `state_dict()` or `train()`.
+        max_iter: length of the training, for `progress` = iteration / max_iter; None hands the loss no progress.
+        serialize: put AEKT's layer W·z + b behind the classifiers: z is distilled, W·z + b classifies. `state_dict()`
+            has them merged, under GeneralizedRCNN's names.
+        proposals: "student", or "student+teacher": rows at the boxes of the teacher's RPN, too.
+        rows: "all", "foreground", or "weighted": background rows count `background_weight` times (`select_rows`).
+        background_weight: see `rows`.
+        teachers_mean: of several teachers: "log_probs", their mean teaches; "losses", the loss is the mean of theirs.
+        kwargs: those of GeneralizedRCNN.
+
+    Raises:
+        ValueError: a loss without a teacher, or an option that is none of these.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        loss: nn.Module | None = None,
+        teacher: Teacher | Sequence[Teacher] | None = None,
+        max_iter: int | None = None,
+        serialize: bool = False,
+        proposals: str = "student",
+        rows: str = "all",
+        background_weight: float = 1.0,
+        teachers_mean: str = "log_probs",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.teachers = [teacher] if isinstance(teacher, Teacher) else list(teacher or [])
+        if loss is not None and not self.teachers:
+            raise ValueError("A distillation loss needs a teacher: pass teacher=Teacher(model), or loss=None")
+        check_option("KD.PROPOSALS", proposals, PROPOSALS)
+        check_option("KD.ROWS", rows, ROWS)
+        check_option("KD.TEACHERS_MEAN", teachers_mean, MEANS)
+        if background_weight < 0:
+            raise ValueError(f"KD.BACKGROUND_WEIGHT is {background_weight}: a weight is not below 0")
+        self.sigmoid = uses_sigmoid(self.roi_heads)
+        self.loss = binary_form(loss) if self.sigmoid and loss is not None else loss
+        self.max_iter = max_iter
+        self.proposals, self.rows, self.background_weight = proposals, rows, background_weight
+        self.teachers_mean = teachers_mean
+        self.serialization = build_serialization(self.roi_heads) if serialize else None
+        if serialize:
+            keep_out_of_state_dict(self)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        loss = build_box_loss(cfg)
+        return {
+            **super().from_config(cfg),
+            "loss": loss,
+            "teacher": Teacher.from_config(cfg) if loss is not None else None,
+            "max_iter": cfg.SOLVER.MAX_ITER,
+            "serialize": cfg.KD.LOSS.NAME == "aekt",
+            "proposals": cfg.KD.PROPOSALS,
+            "rows": cfg.KD.ROWS,
+            "background_weight": cfg.KD.BACKGROUND_WEIGHT,
+            "teachers_mean": cfg.KD.TEACHERS_MEAN,
+        }
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
+        """As GeneralizedRCNN's: in training a dict of scalar losses, in eval mode the detections."""
+        if not self.training or self.loss is None:
+            return super().forward(batched_inputs)
+        self.load_teacher()
+        # Once, for the student and its teachers; the CPU's stay where they are.
+        batched_inputs = [{**item, "image": item["image"].to(self.device)} for item in batched_inputs]
+        views = self.teacher_views(batched_inputs)
+        more = capture_head_inputs(self.roi_heads) if self.proposals == "student+teacher" else nullcontext()
+        with capture_box_stages(self.roi_heads, self.serialization) as stages, more as head_inputs:
+            losses = super().forward(batched_inputs)
+        losses.update(self.distillation_losses(views, stages, head_inputs))
+        return losses
+
+    def teacher_views(self, batched_inputs: list[dict[str, Any]]) -> Iterator[TeacherView]:
+        """What each teacher sees of the batch, made when it is asked for; on CUDA the first is on its way already."""
+        first, *others = (partial(teacher.view, batched_inputs, self.input_format) for teacher in self.teachers)
+        return (make() for make in [ViewAhead(self.device, first).take, *others])
+
+    def inference(self, *args: Any, **kwargs: Any) -> Any:
+        """As GeneralizedRCNN's, by the logits that classify."""
+        if self.serialization is None:
+            return super().inference(*args, **kwargs)
+        with serialized_outputs(self.roi_heads, self.serialization):
+            return super().inference(*args, **kwargs)
+
+    @property
+    def no_decay(self) -> list[Tensor]:
+        """Parameters not to decay (ours): decay pulls to 0, and AEKT's layer starts from the identity."""
+        return [] if self.serialization is None else list(self.serialization.parameters())
+
+    def distillation_losses(
+        self, views: Iterable[TeacherView], stages: list[BoxStage], head_inputs: list[Any] | None = None
+    ) -> dict[str, Tensor]:
+        """The weighted terms of the distillation loss on every stage of the box head.
+
+        Args:
+            views: what each teacher sees of the batch.
+            stages: what its box head said of its own proposals.
+            head_inputs: feature maps and ground truth that its ROI heads were called with, for proposals of teachers.
+        """
+        if not stages:
+            raise ValueError(
+                f"{type(self.roi_heads).__name__} made no call of box_predictor.losses(predictions, proposals), where "
+                "distillation reads the student's logits: use a Standard, Cascade or Res5 head, or KD.LOSS.NAME none"
+            )
+        if head_inputs:
+            views = list(views)
+            more = stages_on_teacher_proposals(self.roi_heads, *head_inputs[0], views)
+            stages = [join_stages(*pair) for pair in zip(stages, more, strict=True)]
+        stages = [select_rows(stage, self.rows, self.background_weight) for stage in stages]
+        # `map`, unlike a comprehension, lets go of one teacher's feature maps before the next one's are made.
+        teacher_logits = list(map(methodcaller("box_logits", [stage.boxes for stage in stages]), views))
+        losses = {}
+        for k, (stage, logits) in enumerate(zip(stages, zip(*teacher_logits, strict=True), strict=True)):
+            suffix = f"_stage{k}" if len(stages) > 1 else ""
+            losses.update((f"loss_kd_{term}{suffix}", value) for term, value in self.terms(stage, logits).items())
+        return losses
+
+    def terms(self, stage: BoxStage, teacher_logits: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The loss of a stage against the logits of each teacher, combined as `teachers_mean` says."""
+        if self.teachers_mean == "log_probs":
+            teacher_logits = [mean_of_teachers(teacher_logits, self.sigmoid)]
+        weights = {} if stage.weights is None else {"row_weights": stage.weights}
+        found = [
+            self.loss(stage.student_logits, logits, stage.gt_classes, self.progress(), **weights)
+            for logits in teacher_logits
+        ]
+        return {term: sum(terms[term] for terms in found) / len(found) for term in found[0]}
+
+    def progress(self) -> float | None:
+        """Share of the training that is done, from the trainer's own counter.
+
+        A method: TorchScript evaluates every property of a module, also outside of training.
+        """
+        return None if self.max_iter is None else get_event_storage().iter / self.max_iter
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """The teacher, the first of several; None without one."""
+        return self.teachers[0] if self.teachers else None
+
+    def load_teacher(self) -> None:
+        """Build and load every teacher, once. A trainer calls it early: what is wrong shows before training starts."""
+        for teacher in self.teachers:
+            check_same_classifier(self.roi_heads, teacher.load(self.device, self.pixel_mean.dtype).roi_heads)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "DistilledRCNN":
+        super()._apply(fn, *args, **kwargs)
+        for teacher in self.__dict__.get("teachers", ()):
+            teacher.apply(fn)
+        return self
+
+
+def check_option(key: str, value: str, options: Sequence[str]) -> None:
+    """Raise a ValueError where `value` is none of `options`."""
+    if value not in options:
+        raise ValueError(f"{key} is {value!r}, expected {' or '.join(options)}")

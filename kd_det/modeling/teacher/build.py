@@ -1,0 +1,125 @@
+"""From a student's config to its teachers: which files, and what is wrong with them."""
+
+import logging
+import os
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from detectron2 import model_zoo
+from detectron2.config import CfgNode
+from detectron2.modeling import GeneralizedRCNN, build_model
+from detectron2.utils.file_io import PathManager
+
+from kd_det.checkpoint.checkpointer import load_all_weights
+from kd_det.config.defaults import kd_defaults, merge_file
+from kd_det.modeling.teacher.view import convert_channels
+
+logger = logging.getLogger(__name__)
+
+
+def each_teacher(cfg: CfgNode) -> list[CfgNode]:
+    """A copy of `cfg` for each teacher, in which `KD.TEACHER` names it.
+
+    Raises:
+        ValueError: KD.TEACHERS is no list of pairs, or KD.TEACHER names one beside it.
+    """
+    pairs, single = cfg.KD.TEACHERS, cfg.KD.TEACHER
+    if not pairs:
+        return [cfg.clone()]
+    if single.CONFIG_FILE or single.WEIGHTS:
+        raise ValueError(
+            f"KD.TEACHERS lists {len(pairs)} teachers and KD.TEACHER names {single.CONFIG_FILE or single.WEIGHTS} "
+            "beside them: list it too, and leave KD.TEACHER.CONFIG_FILE and KD.TEACHER.WEIGHTS empty"
+        )
+    copies = []
+    for pair in pairs:
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(word, str) for word in pair):
+            raise ValueError(f"KD.TEACHERS is a list of [config file, weights], but {pair!r} is none of these")
+        copy = cfg.clone()
+        copy.defrost()
+        copy.KD.TEACHER.CONFIG_FILE, copy.KD.TEACHER.WEIGHTS = pair
+        copy.KD.TEACHERS = []
+        copies.append(copy)
+    return copies
+
+
+def teacher_builders(cfg: CfgNode) -> list[Callable[[], GeneralizedRCNN]]:
+    """A function that builds it for each teacher that `cfg` names; with several, its errors say which."""
+    if not cfg.KD.TEACHERS:
+        return [partial(build_teacher, cfg.clone())]
+    return [partial(build_listed, one, index) for index, one in enumerate(each_teacher(cfg))]
+
+
+def build_listed(cfg: CfgNode, index: int) -> GeneralizedRCNN:
+    """`build_teacher`, for one of KD.TEACHERS."""
+    try:
+        return build_teacher(cfg)
+    except ValueError as error:
+        raise ValueError(f"KD.TEACHERS[{index}]: {error}") from error
+
+
+def teacher_config(cfg: CfgNode) -> CfgNode:
+    """The complete config of the teacher that `cfg.KD.TEACHER` names, on the student's device.
+
+    Raises:
+        ValueError: no such file or model-zoo entry, or another number of classes than the student's.
+    """
+    name = cfg.KD.TEACHER.CONFIG_FILE
+    if not name:
+        raise ValueError(
+            "KD.TEACHER.CONFIG_FILE is empty: name the teacher's detectron2 yaml, a path or a model-zoo name such as "
+            "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml (or set KD.LOSS.NAME none)"
+        )
+    teacher = kd_defaults()
+    merge_file(teacher, config_path(name))
+    teacher.MODEL.DEVICE = cfg.MODEL.DEVICE
+    teacher.MODEL.TIMM.PRETRAINED, teacher.MODEL.TIMM.WEIGHTS = False, ""  # KD.TEACHER.WEIGHTS has the whole detector
+    teacher.MODEL.META_ARCHITECTURE = (
+        "GeneralizedRCNN" if teacher.MODEL.META_ARCHITECTURE == "DistilledRCNN" else teacher.MODEL.META_ARCHITECTURE
+    )
+    theirs, ours = teacher.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    if theirs != ours:
+        raise ValueError(
+            f"The teacher ({name}) has MODEL.ROI_HEADS.NUM_CLASSES {theirs} and the student {ours}: they must agree"
+        )
+    return teacher
+
+
+def config_path(name: str) -> str:
+    """A file as it is, else the model zoo's file of that name."""
+    if PathManager.isfile(name):
+        return PathManager.get_local_path(name)
+    try:
+        return model_zoo.get_config_file(name)
+    except RuntimeError:
+        raise ValueError(
+            f"KD.TEACHER.CONFIG_FILE: {name} is neither a file nor a name in detectron2's model zoo "
+            f"(relative paths start at the working folder, {os.getcwd()})"
+        ) from None
+
+
+def build_teacher(cfg: CfgNode) -> GeneralizedRCNN:
+    """Build the teacher of `cfg.KD.TEACHER` and load every weight of it; the yaml's own MODEL.WEIGHTS is never used.
+
+    Raises:
+        ValueError: names the key under KD.TEACHER and what is wrong with it.
+    """
+    config = teacher_config(cfg)
+    convert_channels(
+        torch.empty(3, 1, 1), cfg.INPUT.FORMAT, config.INPUT.FORMAT
+    )  # refuse formats that cannot be converted
+    weights = cfg.KD.TEACHER.WEIGHTS
+    if not weights and not cfg.KD.TEACHER.ALLOW_RANDOM:
+        raise ValueError(
+            "KD.TEACHER.WEIGHTS is empty: name the teacher's weights (KD.TEACHER.ALLOW_RANDOM True is for tests only)"
+        )
+    model = build_model(config)
+    if weights:
+        load_all_weights(model, weights, "KD.TEACHER.WEIGHTS")
+        logger.info("Teacher: %s with %s", cfg.KD.TEACHER.CONFIG_FILE, weights)
+    else:
+        logger.warning(
+            "KD.TEACHER.ALLOW_RANDOM: the teacher's weights are random; this is no distillation, only a test of one"
+        )
+    return model

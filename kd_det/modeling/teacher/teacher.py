@@ -1,0 +1,114 @@
+"""The teacher: one frozen detector with its own architecture, weights, channel order and normalisation."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling.roi_heads import Res5ROIHeads, StandardROIHeads
+from torch import Tensor
+
+from kd_det.modeling.sigmoid_loss import as_wide
+from kd_det.modeling.teacher.acceleration import TeacherSpeed, quicken
+from kd_det.modeling.teacher.build import teacher_builders
+from kd_det.modeling.teacher.view import TEACHER_IMAGE, TeacherView
+
+
+class Teacher:
+    """A frozen detector that classifies the boxes it is given.
+
+    It is deliberately not an `nn.Module`: held by a student, it stands outside the student's `parameters()`,
+    `state_dict()`, `train()` and DistributedDataParallel, and a deep copy of the student shares it.
+
+    Args:
+        model: the detector, or a function that builds it. The function is called when the teacher is first needed, so
+            that inference with a student neither builds a teacher nor looks for its weights.
+        own_images: refuse inputs without a `teacher_image`: a config that asks for another size must get one.
+        speed: how a detector that the function builds is made faster; one that is given is its owner's, and stays as it
+            is but for being frozen.
+    """
+
+    def __init__(
+        self,
+        model: GeneralizedRCNN | Callable[[], GeneralizedRCNN],
+        own_images: bool = False,
+        speed: TeacherSpeed | None = None,
+    ) -> None:
+        self._build = None if isinstance(model, GeneralizedRCNN) else model
+        self._model = freeze(model) if isinstance(model, GeneralizedRCNN) else None
+        self.own_images, self.speed = own_images, speed or TeacherSpeed()
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> "list[Teacher]":
+        """The teachers that a student's config names: that of `KD.TEACHER`, or those of `KD.TEACHERS`."""
+        own_images, speed = cfg.KD.TEACHER.IMAGE_SCALE != 1, TeacherSpeed.from_config(cfg)
+        return [cls(build, own_images, speed) for build in teacher_builders(cfg)]
+
+    @property
+    def model(self) -> GeneralizedRCNN:
+        """The frozen detector, in eval mode."""
+        return self.load()
+
+    def load(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> GeneralizedRCNN:
+        """Build the detector, load its weights and make it fast, once; on the student's device, in the student's dtype
+        unless it has its own.
+        """
+        if self._model is None:
+            # A generator of its own for the initial weights: the student draws the same numbers with or without a
+            # teacher.
+            with torch.random.fork_rng(devices=[]):
+                model = freeze(self._build())
+            self._model = quicken(model.to(device=device, dtype=None if self.speed.dtype else dtype), self.speed)
+        return self._model
+
+    def view(self, batched_inputs: Sequence[dict[str, Any]], input_format: str | None) -> TeacherView:
+        """The batch as the teacher sees it; images in channel order `input_format`, None meaning the teacher's own."""
+        if self.own_images and not all(TEACHER_IMAGE in item for item in batched_inputs):
+            raise ValueError(
+                f"KD.TEACHER.IMAGE_SCALE asks for the teacher's own size, but the inputs have no {TEACHER_IMAGE!r}: "
+                "train with tools/train_net.py, or map the data with kd_det.data.TwoSizeMapper"
+            )
+        return TeacherView(self.model, batched_inputs, input_format)
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Carry a `.to()`, `.double()`, … of the student over, but for its dtype where the teacher has its own.
+
+        Nothing to do while there is no model. Norms that were folded in float32 stay rounded to it, to 1e-7.
+        """
+        if self._model is not None:
+            keep_own = self.speed.dtype is not None and self._build is not None
+            self._model._apply((lambda tensor: function(tensor).to(tensor.dtype)) if keep_own else function)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Teacher":
+        return self
+
+
+def freeze(model: GeneralizedRCNN) -> GeneralizedRCNN:
+    """Eval mode, no gradients; refuses ROI heads that cannot classify given boxes."""
+    if not isinstance(model, GeneralizedRCNN):
+        raise ValueError(
+            f"A teacher must be a GeneralizedRCNN (a detector with an ROI head), got {type(model).__name__}"
+        )
+    if not isinstance(model.roi_heads, StandardROIHeads | Res5ROIHeads):  # cascade heads are standard heads
+        raise ValueError(
+            f"A teacher's ROI head must be Standard, Cascade or Res5, got {type(model.roi_heads).__name__}"
+        )
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model.eval()
+
+
+def mean_of_teachers(logits: Sequence[Tensor], sigmoid: bool = False) -> Tensor:
+    """Logits (N, C) of the one teacher that several make: the mean of their log-probabilities.
+
+        ẑ = mean_m log softmax(z_m)        softmax(ẑ / T) ∝ ∏_m softmax(z_m / T)^(1/M) for any temperature T
+
+    A log-softmax differs from its logits by a constant of the row, so no temperature has to be chosen here. In at least
+    float32. With `sigmoid` each class is a distribution of its own, and ẑ is the mean of the logits for the same
+    reason.
+    """
+    if len(logits) == 1:
+        return logits[0]
+    wide = [as_wide(z) for z in logits]
+    return torch.stack(wide if sigmoid else [z.log_softmax(1) for z in wide]).mean(0)

@@ -1,0 +1,48 @@
+"""A real Faster R-CNN with FPN of a few thousand weights, and batches of 64 px for it."""
+
+import torch
+from detectron2.structures import Boxes, Instances
+
+TINY = {
+    "MODEL.DEVICE": "cpu",
+    "MODEL.META_ARCHITECTURE": "DistilledRCNN",
+    "MODEL.BACKBONE.NAME": "build_resnet_fpn_backbone",
+    "MODEL.BACKBONE.FREEZE_AT": 0,
+    "MODEL.RESNETS.DEPTH": 50,
+    "MODEL.RESNETS.NORM": "BN",  # frozen statistics of random layers would diverge within steps
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": 8,
+    "MODEL.RESNETS.WIDTH_PER_GROUP": 4,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 8,
+    "MODEL.RESNETS.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
+    "MODEL.FPN.IN_FEATURES": ["res2", "res3", "res4", "res5"],
+    "MODEL.FPN.OUT_CHANNELS": 8,
+    "MODEL.ANCHOR_GENERATOR.SIZES": [[8], [16], [32], [64], [128]],
+    "MODEL.RPN.IN_FEATURES": ["p2", "p3", "p4", "p5", "p6"],
+    "MODEL.RPN.POST_NMS_TOPK_TRAIN": 50,
+    "MODEL.RPN.PRE_NMS_TOPK_TRAIN": 50,
+    "MODEL.RPN.BATCH_SIZE_PER_IMAGE": 32,
+    "MODEL.ROI_HEADS.NAME": "StandardROIHeads",
+    "MODEL.ROI_HEADS.IN_FEATURES": ["p2", "p3", "p4", "p5"],
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 16,
+    "MODEL.ROI_HEADS.NUM_CLASSES": 10,
+    "MODEL.ROI_BOX_HEAD.NAME": "FastRCNNConvFCHead",
+    "MODEL.ROI_BOX_HEAD.NUM_FC": 2,
+    "MODEL.ROI_BOX_HEAD.FC_DIM": 16,
+    "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": 7,
+    "KD.TEACHER.ALLOW_RANDOM": True,
+}
+
+
+def make_batch(images: int = 2, boxes: int = 3, size: int = 64, seed: int = 0) -> list[dict]:
+    """Inputs of a detector as its data set mapper makes them: uint8 images, boxes and classes."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = []
+    for _ in range(images):
+        corner = torch.rand(boxes, 2, generator=generator) * size / 2
+        extent = 8 + torch.rand(boxes, 2, generator=generator) * (size / 2 - 8)
+        instances = Instances((size, size))
+        instances.gt_boxes = Boxes(torch.cat([corner, corner + extent], dim=1))
+        instances.gt_classes = torch.randint(10, (boxes,), generator=generator)
+        image = torch.randint(256, (3, size, size), generator=generator, dtype=torch.uint8)
+        batch.append({"image": image, "instances": instances, "height": size, "width": size})
+    return batch

@@ -1,0 +1,136 @@
+"""Killed and resumed in the middle of an epoch: the same end to the bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kd_cls.build import build_trainer
+from kd_cls.cli import Process
+from kd_cls.train import train
+
+METHODS = {
+    "plain": [],
+    "deepkd": ["KD.LOSS.NAME", "dkd", "SOLVER.OPTIMIZER", "deepkd_sgd", "KD.LOSS.TOPK.ENABLED", True],
+    "deepkd, fp16, averaged, in parts, clipped": [
+        *["KD.LOSS.NAME", "kd", "SOLVER.OPTIMIZER", "deepkd_sgd", "SOLVER.DEEPKD.DELTA_NCG", 0.05],
+        *["SOLVER.AMP.ENABLED", True, "SOLVER.EMA.ENABLED", True, "SOLVER.EMA.WARMUP", True],
+        *["SOLVER.ACCUMULATE_STEPS", 2, "SOLVER.CLIP_GRADIENTS.ENABLED", True],
+        *["DATA.TRAIN_IMAGES", 32, "SOLVER.IMS_PER_BATCH", 8],  # float16 is slow on a CPU
+    ],
+    "aekt, mixed dropout": ["KD.LOSS.NAME", "aekt", "MODEL.KWARGS", "{drop_rate: 0.3}", "SOLVER.EMA.ENABLED", True],
+    "gdkd, mixup": ["KD.LOSS.NAME", "gdkd", "SOLVER.MIXUP.ALPHA", 0.4, "SOLVER.LABEL_SMOOTHING", 0.1],
+    "momenta auto": [
+        *["KD.LOSS.NAME", "dkd", "SOLVER.MOMENTA", "auto", "SOLVER.GSNR.PERIOD", 1, "SOLVER.GSNR.WINDOW", 6],
+    ],
+    "images on the device": ["DATA.RESIDENT", True, "DATA.AUGMENTATION", "cifar"],
+    "adamw": ["KD.LOSS.NAME", "kd", "SOLVER.OPTIMIZER", "stream_adamw", "SOLVER.BASE_LR", 1e-3],
+}
+
+
+class Killed(BaseException):
+    """What no handler catches."""
+
+
+def same(first: Any, second: Any, path: str = "") -> list[str]:
+    """Where two checkpoints differ, to the bit."""
+    if isinstance(first, torch.Tensor):
+        return [] if torch.equal(first, second) else [path]
+    if isinstance(first, dict):
+        assert first.keys() == second.keys(), path
+        return [place for key in first for place in same(first[key], second[key], f"{path}/{key}")]
+    if isinstance(first, list | tuple):
+        return [place for i, pair in enumerate(zip(first, second, strict=True)) for place in same(*pair, f"{path}/{i}")]
+    return [] if first == second else [path]
+
+
+def last(folder: str | Path) -> dict[str, Any]:
+    """last.pth without what says where the run was and how long it took."""
+    checkpoint = torch.load(Path(folder, "last.pth"), weights_only=True)
+    del checkpoint["metadata"]["config"], checkpoint["training"]["seconds"]
+    return checkpoint
+
+
+@pytest.mark.parametrize("options", METHODS.values(), ids=METHODS)
+def test_a_run_killed_in_the_middle_of_an_epoch_ends_as_an_undisturbed_one(
+    options: list, tiny: Callable, process: Process, tmp_path: Path
+) -> None:
+    options = [*options, "SOLVER.CHECKPOINT_PERIOD", 3]
+    whole = tiny(*options, "OUTPUT_DIR", tmp_path / "whole")
+    train(whole, process)
+    cut = tiny(*options, "OUTPUT_DIR", tmp_path / "cut")
+    trainer = build_trainer(cut, process)
+    after_step = trainer.after_step
+
+    def killed_after_5() -> None:
+        after_step()
+        if trainer.iteration == 5:
+            raise Killed
+
+    trainer.after_step = killed_after_5
+    with pytest.raises(Killed):
+        trainer.run()
+    assert last(tmp_path / "cut")["training"]["iteration"] == 3
+    torch.randn(7)  # whatever happens in between
+    train(cut, process, resume=True)
+    assert same(last(tmp_path / "whole"), last(tmp_path / "cut")) == []
+    written = [line.split(",")[0] for line in (tmp_path / "cut" / "metrics.json").read_text().splitlines()]
+    assert len(written) == len(set(written)) + 2  # each iteration once, but for the evaluations beside 4 and 8
+
+
+def test_kill_9_with_a_worker_and_resume_ends_as_an_undisturbed_run(tiny_yaml: Path, tmp_path: Path) -> None:
+    words = ["--config-file", str(tiny_yaml), "SOLVER.CHECKPOINT_PERIOD", "1", "SOLVER.EPOCHS", "6", "LOG_PERIOD", "1"]
+    words += ["DATA.NUM_WORKERS", "1", "SOLVER.EVAL_PERIOD", "6"]
+    command = [sys.executable, "-m", "kd_cls.train", *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
+    subprocess.run([*command, "OUTPUT_DIR", str(tmp_path / "whole")], check=True, timeout=120, **quiet)
+    running = subprocess.Popen([*command, "OUTPUT_DIR", str(tmp_path / "cut")], start_new_session=True, **quiet)
+    metrics = tmp_path / "cut" / "metrics.json"
+    limit = time.monotonic() + 120
+    while time.monotonic() < limit and not (metrics.is_file() and metrics.read_text().count("\n") >= 5):
+        time.sleep(0.002)
+    os.killpg(running.pid, signal.SIGKILL)  # the worker too
+    assert running.wait() == -signal.SIGKILL
+    assert 0 < last(tmp_path / "cut")["training"]["iteration"] < 24
+    resumed = [*command, "--resume", "OUTPUT_DIR", str(tmp_path / "cut")]
+    subprocess.run(resumed, check=True, timeout=120, **quiet)
+    assert same(last(tmp_path / "whole"), last(tmp_path / "cut")) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["SOLVER.EPOCHS", 3], r"was started with SOLVER.EPOCHS 2.0, now it is 3.0: that is another run"),
+        (["MODEL.NAME", "cifar_resnet14"], r"started with MODEL.NAME 'cifar_resnet8'"),
+        (["KD.LOSS.NAME", "kd"], r"started with KD.LOSS.NAME 'none', now it is 'kd' \(and 1 more keys\)"),
+    ],
+)
+def test_another_run_is_not_resumed(tiny: Callable, process: Process, options: list, message: str) -> None:
+    train(tiny("SOLVER.EPOCHS", 2), process)
+    with pytest.raises(ValueError, match=message):
+        train(tiny(*options), process, resume=True)
+
+
+def test_where_files_are_and_what_is_shown_may_change(tiny: Callable, process: Process) -> None:
+    train(tiny(), process)
+    train(tiny("LOG_PERIOD", 1, "DATA.NUM_WORKERS", 0, "SOLVER.CHECKPOINT_PERIOD", 2), process, resume=True)
+
+
+def test_weights_alone_and_broken_files_are_not_resumed(tiny: Callable, process: Process) -> None:
+    cfg = tiny()
+    train(cfg, process)
+    path = Path(cfg.OUTPUT_DIR, "last.pth")
+    path.write_bytes(Path(cfg.OUTPUT_DIR, "best.pth").read_bytes())
+    with pytest.raises(ValueError, match=r"--resume: this checkpoint holds weights only"):
+        train(cfg, process, resume=True)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"--resume: .*last.pth is no checkpoint that can be read: it is truncated"):
+        train(cfg, process, resume=True)

@@ -1,0 +1,105 @@
+"""Files are whole or absent, and what a killed writer leaves is swept away."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from kd_core.utils.files import (
+    ABANDONED_SECONDS,
+    sweep_unfinished,
+    this_machine,
+    unreadable_because,
+    write_text,
+    write_whole,
+)
+
+WRITE_SLOWLY = """
+import sys, time
+from kd_core.utils.files import write_whole
+write_whole(sys.argv[1], lambda file: (file.write(b"half"), file.flush(), print("begun", flush=True), time.sleep(60)))
+"""
+
+
+@pytest.fixture
+def writer(tmp_path: Path):
+    """A process in the middle of writing `tmp_path`/model.pth."""
+    command = [sys.executable, "-c", WRITE_SLOWLY, str(tmp_path / "model.pth")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "begun\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_text_is_there_in_full(tmp_path: Path):
+    write_text(tmp_path / "a.txt", "±\n")
+    assert (tmp_path / "a.txt").read_bytes() == "±\n".encode()
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.txt"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path):
+    path = tmp_path / "file"
+    write_text(path, "old")
+    with pytest.raises(ZeroDivisionError):
+        write_whole(path, lambda file: (file.write(b"half"), 1 / 0))
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_is_being_written_is_not_swept(writer: subprocess.Popen, tmp_path: Path):
+    (unfinished,) = tmp_path.iterdir()
+    assert sweep_unfinished(tmp_path) == [] and unfinished.read_bytes() == b"half"
+
+
+def test_what_a_killed_writer_left_is_swept(writer: subprocess.Popen, tmp_path: Path):
+    writer.send_signal(signal.SIGKILL)
+    writer.wait()
+    (unfinished,) = tmp_path.iterdir()
+    (tmp_path / ".mine.tmp").touch()  # not by this hand
+    assert sweep_unfinished(tmp_path) == [unfinished]
+    assert list(tmp_path.iterdir()) == [tmp_path / ".mine.tmp"]
+
+
+def test_a_writer_on_another_machine_has_a_day(tmp_path: Path):
+    unfinished = tmp_path / f".model.pth.not-{this_machine()}.1.tmp"
+    unfinished.touch()
+    assert sweep_unfinished(tmp_path) == []
+    old = time.time() - ABANDONED_SECONDS - 60
+    os.utime(unfinished, (old, old))
+    assert sweep_unfinished(tmp_path) == [unfinished]
+
+
+def test_a_folder_that_is_not_there_holds_nothing_to_sweep(tmp_path: Path):
+    assert sweep_unfinished(tmp_path / "none") == []
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch was_executed",)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (Evil(), f"it refers to {os.system.__module__}.system, which weights do not need"),
+        (Path("a"), "it refers to pathlib.PosixPath, which weights do not need"),
+        (b"<!DOCTYPE html><html>not found</html>", "its bytes are not what torch.save writes"),
+        (b"", "EOFError"),
+    ],
+    ids=["code", "object", "html", "empty"],
+)
+def test_the_reason_why_a_file_is_no_checkpoint_never_advises_to_trust_it(tmp_path, monkeypatch, content, reason):
+    monkeypatch.chdir(tmp_path)
+    if isinstance(content, bytes):
+        Path("model.pth").write_bytes(content)
+    else:
+        torch.save({"model": content}, "model.pth")
+    with pytest.raises(Exception) as raised:
+        torch.load("model.pth", weights_only=True)
+    assert unreadable_because(raised.value).startswith(reason)
+    assert not Path("was_executed").exists()

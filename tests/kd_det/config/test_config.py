@@ -1,0 +1,142 @@
+"""Configs: unknown keys, wrong types and missing files are named."""
+
+import pytest
+
+from kd_det.checks import check_before_training
+from kd_det.config.defaults import all_keys, build_box_loss, kd_defaults, merge_file, merge_list
+from kd_det.engine.launch import read_config
+
+
+def test_a_whole_number_serves_where_a_float_is_due(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("KD:\n  LOSS:\n    DKD:\n      BETA: 8\n")
+    cfg = kd_defaults()
+    merge_file(cfg, str(path))
+    assert cfg.KD.LOSS.DKD.BETA == 8.0 and isinstance(cfg.KD.LOSS.DKD.BETA, float)
+    merge_list(cfg, ["KD.LOSS.DKD.BETA", "2"])
+    assert cfg.KD.LOSS.DKD.BETA == 2.0 and isinstance(cfg.KD.LOSS.DKD.BETA, float)
+
+
+def test_a_misspelt_key_in_a_file_is_named_with_the_nearest_one(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("KD:\n  TEACHER:\n    WEIGHT: x.pth\n")
+    with pytest.raises(ValueError, match=r"a.yaml: unknown key KD.TEACHER.WEIGHT; did you mean KD.TEACHER.WEIGHTS\?"):
+        merge_file(kd_defaults(), str(path))
+
+
+def test_a_misspelt_key_on_the_command_line_is_named():
+    with pytest.raises(
+        ValueError, match=r"the command line: unknown key KD.LOSS.NAMES; did you mean KD.LOSS.NAME\?"
+    ):
+        merge_list(kd_defaults(), ["KD.LOSS.NAMES", "dkd"])
+
+
+def test_a_key_in_the_wrong_group_is_found_by_its_name():
+    with pytest.raises(ValueError, match=r"unknown key SOLVER.DELTA_TOG; did you mean SOLVER.DEEPKD.DELTA_TOG"):
+        merge_list(kd_defaults(), ["SOLVER.DELTA_TOG", "0.05"])
+
+
+@pytest.mark.parametrize(
+    ("key", "word", "message"),
+    [
+        ("KD.LOSS.DKD.BETA", "strong", "KD.LOSS.DKD.BETA is 'strong', expected a number such as 8.0"),
+        ("SOLVER.MAX_ITER", "9e4", "SOLVER.MAX_ITER is '9e4', expected a whole number such as 40000"),
+        ("KD.LOSS", "dkd", "KD.LOSS is a group of keys .*DKD.*, got 'dkd'"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_with_one_of_the_right(tmp_path, key, word, message):
+    with pytest.raises(ValueError, match=f"the command line: {message}"):
+        merge_list(kd_defaults(), [key, word])
+    path, opening = tmp_path / "a.yaml", key.replace(".", ": {")
+    path.write_text(f"{opening}: {word}{'}' * key.count('.')}")
+    with pytest.raises(ValueError, match=f"a.yaml: {message}"):
+        merge_file(kd_defaults(), str(path))
+
+
+def test_a_word_may_look_like_a_number():
+    cfg = kd_defaults()
+    merge_list(cfg, ["OUTPUT_DIR", "7", "MODEL.WEIGHTS", "", "KD.LOSS.NAME", "None", "SOLVER.STEPS", "(6, 8)"])
+    assert (cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS, cfg.KD.LOSS.NAME, cfg.SOLVER.STEPS) == ("7", "", "None", (6, 8))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("SOLVER:\n  MAX_ITER: 5\n BASE_LR: 1.0\n", r"a.yaml, line 3, column 2: no yaml that can be read \(.*\)"),
+        ("SOLVER: {STEPS: [1, 2\n", r"a.yaml, line 2, column 1: no yaml that can be read"),
+        ("MODEL: !!python/object/apply:os.getcwd []\n", r"a.yaml, line 1, column 8: no yaml that can be read"),
+        ("just words\n", r"a.yaml holds no keys: a config is a mapping like"),
+        ("", r"a.yaml holds no keys"),
+        ("_BASE_: none.yaml\n", r"a.yaml: there is no file .*none.yaml, which a _BASE_ of it names"),
+        ("VERSION: 1\nSOLVER: {MAX_ITERATION: 5}\n", r"a.yaml: unknown key SOLVER.MAX_ITERATION; did you mean"),
+        ("VERSION: 9\n", r"a.yaml: .*9"),
+    ],
+    ids=["indent", "bracket", "python object", "words", "empty", "base", "old version", "future version"],
+)
+def test_a_file_that_is_no_config_is_named_with_the_line(tmp_path, text, message):
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        merge_file(kd_defaults(), str(path))
+
+
+def test_a_syntax_error_in_a_base_names_the_base(tmp_path):
+    (tmp_path / "base.yaml").write_text("SOLVER: {\n")
+    (tmp_path / "a.yaml").write_text("_BASE_: base.yaml\n")
+    with pytest.raises(ValueError, match=r"base.yaml, line 2, column 1"):
+        merge_file(kd_defaults(), str(tmp_path / "a.yaml"))
+
+
+def test_overrides_without_a_value_are_refused():
+    with pytest.raises(ValueError, match=r"KEY VALUE pairs"):
+        merge_list(kd_defaults(), ["SEED"])
+
+
+def test_a_config_file_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match=r"--config-file: there is no file configs/none.yaml"):
+        read_config("configs/none.yaml", [])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("MODEL.WEIGHTS", "pretrained/none.pth"), "MODEL.WEIGHTS: there is no file pretrained/none.pth"),
+        (
+            ("KD.LOSS.WARMUP_ITERS", 100, "SOLVER.MAX_ITER", 10),
+            r"KD.LOSS.WARMUP_ITERS is 100: it must lie in \[0, 10\]",
+        ),
+        (("MODEL.BACKBONE.FREEZE_AT", 2), "random layers would stay frozen"),
+    ],
+)
+def test_what_cannot_train_is_refused_before_training(tiny_cfg, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        check_before_training(tiny_cfg(*overrides), resume=False)
+
+
+def test_a_yaml_that_would_run_code_is_refused(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("OUTPUT_DIR: !!python/object/apply:os.getcwd []\n")
+    with pytest.raises(Exception, match=r"could not determine a constructor"):
+        merge_file(kd_defaults(), str(path))
+
+
+def test_all_keys_lists_dotted_names():
+    assert {"KD.LOSS.NAME", "SOLVER.BASE_LR", "KD.TEACHER"} <= set(all_keys(kd_defaults()))
+
+
+def test_a_warm_up_is_given_in_iterations_or_as_a_share_and_not_as_both():
+    cfg = kd_defaults()
+    merge_list(cfg, ["KD.LOSS.NAME", "kd", "KD.LOSS.WARMUP_ITERS", "10", "SOLVER.MAX_ITER", "40"])
+    assert build_box_loss(cfg).warmup == 0.25
+    merge_list(cfg, ["KD.LOSS.WARMUP", "0.5"])
+    with pytest.raises(ValueError, match=r"KD.LOSS.WARMUP_ITERS 10 and KD.LOSS.WARMUP 0.5 both give the length"):
+        build_box_loss(cfg)
+    merge_list(cfg, ["KD.LOSS.WARMUP_ITERS", "0"])
+    assert build_box_loss(cfg).warmup == 0.5
+
+
+def test_a_k_that_the_classes_do_not_allow_is_refused_when_the_loss_is_built():
+    cfg = kd_defaults()
+    merge_list(cfg, ["KD.LOSS.NAME", "gdkd", "KD.LOSS.GDKD.K", "11", "MODEL.ROI_HEADS.NUM_CLASSES", "10"])
+    with pytest.raises(ValueError, match=r"^KD.LOSS gdkd: k is 11, but it must be below the number of classes, 11"):
+        build_box_loss(cfg)

@@ -1,0 +1,155 @@
+"""The trainer, in this process: resuming, its hooks, and what it says when the numbers break."""
+
+import json
+import logging
+import shutil
+import warnings
+
+import pytest
+import torch
+import yaml
+from detectron2.utils.env import seed_all_rng
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from helpers.few_digits import few_digits
+from kd_det.data import register_datasets
+from kd_det.engine.hooks.checkpointing import cut_metrics, student_config
+from kd_det.engine.trainer import KEEP_BUFFERS, DistillationTrainer
+from kd_det.modeling.teacher.build import teacher_config
+
+from .test_stream_trainer import assert_equal_trees
+
+TRAINING = (
+    "KD.LOSS.NAME", "dkd", "KD.LOSS.WARMUP_ITERS", 4, "DATASETS.TRAIN", "('digits_train',)", "DATASETS.TEST", "()",
+    "INPUT.MIN_SIZE_TRAIN", "(64,)", "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 8, "SOLVER.STEPS", "(6,)",
+    "SOLVER.BASE_LR", 0.01,
+    "SOLVER.CHECKPOINT_PERIOD", 4, "DATALOADER.NUM_WORKERS", 0, "SEED", 1,
+)  # fmt: skip
+
+
+def train(cfg, resume=False):
+    """The losses of every step and the weights after the last."""
+    seed_all_rng(1)  # as detectron2's default_setup does
+    trainer = DistillationTrainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    steps = []
+    trainer._trainer.model.register_forward_hook(
+        lambda _, __, out: steps.append((trainer.iter, {k: v.item() for k, v in out.items()}))
+    )
+    trainer.train()
+    return steps, trainer._trainer.model.state_dict()
+
+
+@pytest.fixture
+def cfg(tiny_cfg, tmp_path):
+    (tmp_path / "output").mkdir()
+    return tiny_cfg(*TRAINING)
+
+
+def test_a_resumed_run_takes_the_very_steps_of_an_undisturbed_one(cfg, tmp_path):
+    steps, weights = train(cfg)
+    cfg.OUTPUT_DIR = str(shutil.copytree(tmp_path / "output", tmp_path / "resumed"))
+    (tmp_path / "resumed" / "last_checkpoint").write_text("model_0000003.pth")
+    resumed, ours = train(cfg, resume=True)
+    assert [i for i, _ in resumed] == [4, 5, 6, 7]
+    assert resumed == steps[4:]
+    assert all(torch.equal(weights[k], ours[k]) for k in weights)
+
+
+def test_a_student_with_channels_last_takes_the_same_first_step_and_resumes_to_the_bit(cfg, tmp_path):
+    cfg.SOLVER.OPTIMIZER = "deepkd_sgd"
+    (_, plain), *_ = train(cfg)[0]
+    (tmp_path / "last").mkdir()
+    cfg.KD.CHANNELS_LAST, cfg.OUTPUT_DIR = True, str(tmp_path / "last")
+    steps, weights = train(cfg)
+    assert steps[0][1] == pytest.approx(plain, rel=1e-4)
+    layout = DistillationTrainer.build_model(cfg).backbone.fpn_output2.weight
+    assert layout.is_contiguous(memory_format=torch.channels_last)
+    cfg.OUTPUT_DIR = str(shutil.copytree(tmp_path / "last", tmp_path / "resumed"))
+    (tmp_path / "resumed" / "last_checkpoint").write_text("model_0000003.pth")
+    resumed, ours = train(cfg, resume=True)
+    assert resumed == steps[4:]
+    assert_equal_trees(ours, weights)
+
+
+def test_a_run_killed_before_its_last_file_writes_it_when_it_is_resumed(cfg, tmp_path):
+    train(cfg)
+    path = tmp_path / "output" / "model_final.pth"
+    expected = torch.load(path, weights_only=True)
+    path.unlink()
+    (tmp_path / "output" / "last_checkpoint").write_text("model_0000007.pth")
+    steps, _ = train(cfg, resume=True)
+    written = torch.load(path, weights_only=True)
+    assert steps == [] and written["iteration"] == expected["iteration"] == 7
+    assert_equal_trees(written["model"], expected["model"])
+    assert_equal_trees(written["trainer"], expected["trainer"])
+
+
+def test_a_resume_with_another_length_of_the_schedule_is_refused(cfg):
+    train(cfg)
+    cfg.SOLVER.MAX_ITER = 12
+    with pytest.raises(ValueError, match=r"of a training of 8 iterations, but SOLVER.MAX_ITER is 12"):
+        DistillationTrainer(cfg).resume_or_load(resume=True)
+
+
+def test_evaluation_alone_needs_weights(cfg):
+    with pytest.raises(ValueError, match=r"--eval-only: MODEL.WEIGHTS is empty"):
+        DistillationTrainer.evaluate_only(cfg)
+    with pytest.raises(ValueError, match=r"there is no checkpoint in OUTPUT_DIR"):
+        DistillationTrainer.evaluate_only(cfg, resume=True)
+
+
+def test_the_distillation_loss_warms_up_over_its_iterations(cfg):
+    cfg.SOLVER.BASE_LR = 0.0
+    steps, _ = train(cfg)
+    assert steps[0][1]["loss_kd_nckd"] == 0 and steps[1][1]["loss_kd_nckd"] > 0
+
+
+def test_the_teachers_ap_is_reported_when_asked_for(cfg, tmp_path, caplog):
+    entry = few_digits(tmp_path, 3)
+    cfg.DATASETS.REGISTER, cfg.DATASETS.TEST = [entry], (entry[0],)
+    register_datasets(cfg)
+    teacher = yaml.safe_load((tmp_path / "teacher.yaml").read_text())
+    teacher["MODEL"]["ROI_HEADS"]["SCORE_THRESH_TEST"] = 0.0  # a random one is sure of nothing
+    teacher["INPUT"]["MIN_SIZE_TEST"] = 64
+    (tmp_path / "teacher.yaml").write_text(yaml.safe_dump(teacher))
+    cfg.KD.TEACHER.EVALUATE, cfg.SOLVER.MAX_ITER, cfg.INPUT.MIN_SIZE_TEST = True, 1, 64
+    trainer = DistillationTrainer(cfg)
+    with caplog.at_level(logging.INFO, logger="kd_det"):
+        trainer.train()
+    assert "Evaluating the teacher" in caplog.text
+    reported = json.loads((tmp_path / "output" / "teacher" / "inference" / "coco_instances_results.json").read_text())
+    again = teacher_config(cfg)
+    again.DATASETS.TEST, again.OUTPUT_DIR = cfg.DATASETS.TEST, str(tmp_path / "again")
+    results = trainer.test(again, trainer.checkpointer.model.teacher.model)
+    assert results["bbox"]["AP"] >= 0 and reported
+    assert reported == json.loads((tmp_path / "again" / "inference" / "coco_instances_results.json").read_text())
+
+
+def test_metrics_are_cut_where_a_resumed_run_writes_them_again(tmp_path):
+    path = tmp_path / "metrics.json"
+    path.write_text("".join(json.dumps({"iteration": i}) + "\n" for i in (19, 39, 59)) + '{"iteration": 7')
+    cut_metrics(path, 40)
+    assert [json.loads(line)["iteration"] for line in path.read_text().splitlines()] == [19, 39]
+
+
+def test_the_students_config_has_no_key_that_plain_detectron2_refuses(cfg):
+    from detectron2.config import get_cfg
+
+    plain = get_cfg()
+    plain.merge_from_other_cfg(student_config(cfg))
+    assert plain.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+    assert plain.MODEL.WEIGHTS.endswith("model_final.pth")
+    assert plain.MODEL.FPN.OUT_CHANNELS == cfg.MODEL.FPN.OUT_CHANNELS
+
+
+def test_processes_keep_buffers_of_their_own_by_the_word_that_this_torch_has(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            wrapped = DistributedDataParallel(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)), **KEEP_BUFFERS)
+        assert not getattr(wrapped, "forward_sync_buffers", None) and not wrapped.will_sync_module_buffers()
+    finally:
+        torch.distributed.destroy_process_group()

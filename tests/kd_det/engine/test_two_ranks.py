@@ -1,0 +1,94 @@
+"""Two gloo processes under torchrun: equal parameters, and the gradient of one process."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from helpers import HELPERS
+from helpers.few_digits import few_digits
+from helpers.tiny_detector import make_batch
+from helpers.two_ranks import gradients
+
+from ..conftest import ROOT
+
+
+@pytest.fixture
+def unpinned(monkeypatch):
+    """What `gradients` pins is put back after the test."""
+    from detectron2.modeling.proposal_generator import proposal_utils
+
+    monkeypatch.setattr(torch, "randperm", torch.randperm)
+    monkeypatch.setattr(proposal_utils, "batched_nms", proposal_utils.batched_nms)
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+DEEPKD = (
+    "KD.LOSS.NAME", "dkd", "KD.LOSS.TEMPERATURE", 1.0, "SOLVER.OPTIMIZER", "deepkd_sgd", "SOLVER.BASE_LR", 0.005,
+    "DATASETS.TEST", "()", "INPUT.MIN_SIZE_TRAIN", "(64,)", "DATALOADER.NUM_WORKERS", 0, "SEED", 1,
+)  # fmt: skip
+
+
+def on_two_ranks(*command):
+    """Run a script in two gloo processes of one thread each; a hang is an error too."""
+    done = subprocess.run(
+        [*TORCHRUN, *map(str, command)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("options", [(), ("KD.ROWS", "foreground", "KD.PROPOSALS", "student+teacher")])
+def test_two_ranks_share_parameters_and_statistics_and_step_by_one_process_gradient(
+    tiny_cfg, tmp_path, unpinned, options
+):
+    cfg = tiny_cfg(
+        *DEEPKD, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.MAX_ITER", 3, "DATASETS.TRAIN", "('digits_train',)",
+        "SOLVER.EMA.ENABLED", True, *options,
+    )  # fmt: skip
+    (tmp_path / "output").mkdir()
+    config = tmp_path / "config.yaml"
+    config.write_text(cfg.dump())
+    on_two_ranks(HELPERS / "two_ranks.py", config, tmp_path)
+    first, second = (torch.load(tmp_path / f"rank{rank}.pth", weights_only=True) for rank in (0, 1))
+    for trained in ("model", "synchronised"):
+        assert any("running_var" in name for name in first[trained])
+        assert all(torch.equal(value, second[trained][name]) for name, value in first[trained].items())
+
+    for norms, own in ((first["norms"], 1.0), (second["norms"], 2.0)):
+        assert norms["trained.running_mean"].eq(1.5).all() and norms["trained.running_var"].eq(1.5).all()
+        assert norms["frozen.running_mean"].eq(own).all() and norms["frozen.running_var"].eq(own).all()
+    assert first["disagreement"] == second["disagreement"]
+    assert "After 8 iterations, the parameters of rank 1 differ from those of rank 0" in first["disagreement"]
+
+    cfg.SOLVER.EMA.ENABLED = False
+    alone = gradients(cfg, make_batch(8))
+    assert alone.keys() == first["gradients"].keys()
+    for name, gradient in alone.items():
+        assert torch.equal(first["gradients"][name], second["gradients"][name])
+        assert_close(first["gradients"][name], gradient, rtol=0, atol=1e-10)
+
+
+def test_train_net_under_torchrun_keeps_two_ranks_equal_to_the_bit_though_batches_have_no_object(tiny_cfg, tmp_path):
+    cfg = tiny_cfg(
+        *DEEPKD, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 30, "SOLVER.STEPS", "(20,)", "KD.LOSS.TOPK.ENABLED",
+        True, "SOLVER.CHECKPOINT_PERIOD", 10, "DATALOADER.FILTER_EMPTY_ANNOTATIONS", False,
+    )  # fmt: skip
+    entry = few_digits(tmp_path, 8, empty=(0, 2, 3, 5, 6), split="digits_train")
+    cfg.DATASETS.REGISTER, cfg.DATASETS.TRAIN = [entry], (entry[0],)
+    config = tmp_path / "config.yaml"
+    config.write_text(cfg.dump())
+    on_two_ranks("tools/train_net.py", "--config-file", config, "--num-gpus", 0)
+    logs = [(tmp_path / "output" / name).read_text() for name in ("log.txt", "log.txt.rank1")]
+    digests = [re.findall(r"Parameters after (\d+) iterations on rank \d: ([0-9a-f]{64})", log) for log in logs]
+    assert [int(iterations) for iterations, _ in digests[0]] == [10, 20, 30] and digests[0] == digests[1]
+    assert len({digest for _, digest in digests[0]}) == 3

@@ -1,0 +1,72 @@
+"""COCO evaluation: which implementation computes it, and what a model that detects nothing is told."""
+
+import logging
+import sys
+from types import ModuleType
+
+import pytest
+from detectron2.data import DatasetCatalog
+from detectron2.evaluation import coco_evaluation
+from pycocotools.cocoeval import COCOeval
+
+from helpers.few_digits import few_digits
+from kd_det.data import register_datasets
+from kd_det.evaluation.evaluator import build_evaluator, coco_eval_class, evaluating_with
+
+
+class Faster(COCOeval):
+    """Stands for faster-coco-eval's class, and counts its uses."""
+
+    uses = 0
+
+    def evaluate(self):
+        Faster.uses += 1
+        return super().evaluate()
+
+
+@pytest.fixture
+def evaluated(tiny_cfg, tmp_path):
+    """An evaluator of four images, and the ground truth of the first as a perfect detection."""
+    entry = few_digits(tmp_path, 4)
+    cfg = tiny_cfg()
+    cfg.DATASETS.REGISTER = [entry]
+    register_datasets(cfg)
+    evaluator = build_evaluator(cfg, entry[0])
+    evaluator.reset()
+    first = DatasetCatalog.get(entry[0])[0]
+    found = [
+        {"image_id": first["image_id"], "category_id": a["category_id"], "bbox": a["bbox"], "score": 0.9}
+        for a in first["annotations"]
+    ]
+    return evaluator, {"image_id": first["image_id"], "instances": found}
+
+
+def test_pycocotools_evaluates_where_faster_coco_eval_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    assert coco_eval_class() is COCOeval
+
+
+def test_faster_coco_eval_evaluates_where_it_is_installed(evaluated, monkeypatch):
+    package = ModuleType("faster_coco_eval")
+    package.COCOeval_faster = Faster
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", package)
+    evaluator, prediction = evaluated
+    evaluator._predictions = [prediction]
+    Faster.uses = 0
+    assert evaluator.evaluate()["bbox"]["AP"] > 0
+    assert Faster.uses == 1 and coco_evaluation.COCOeval is COCOeval
+
+
+def test_detectron2s_own_class_is_put_back_after_an_error():
+    with pytest.raises(KeyError), evaluating_with(Faster):
+        assert coco_evaluation.COCOeval is Faster
+        raise KeyError
+    assert coco_evaluation.COCOeval is COCOeval
+
+
+def test_a_model_that_detects_nothing_is_told_so_loudly(evaluated, caplog):
+    evaluator, prediction = evaluated
+    evaluator._predictions = [{**prediction, "instances": []}]
+    with caplog.at_level(logging.ERROR, logger="kd_det"):
+        evaluator.evaluate()
+    assert "NOT ONE DETECTION on 1 images" in caplog.text and "SCORE_THRESH_TEST" in caplog.text

@@ -1,0 +1,68 @@
+"""Figures and pictures of finished trainings."""
+
+import json
+
+import pytest
+from detectron2.modeling import build_model
+
+from kd_det.checkpoint.checkpointer import WholeCheckpointer
+from kd_det.engine.hooks.checkpointing import student_config
+from kd_det.evaluation import report
+
+
+def write_run(folder, ap=31.5):
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [
+        {"iteration": 19, "time": 0.5, "total_loss": 1.0},
+        {"iteration": 40, "time": 0.7, "total_loss": 0.9, "bbox/AP": ap, "bbox/AP50": ap, "bbox/AP75": ap},
+    ]
+    (folder / "metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture
+def finished(tiny_cfg, tmp_path):
+    """A folder as a training leaves it: metrics, student.yaml and weights."""
+    cfg = tiny_cfg()
+    folder = write_run(tmp_path / "output")
+    (folder / "student.yaml").write_text(student_config(cfg).dump())
+    model = build_model(cfg)
+    WholeCheckpointer(model, str(folder)).save("model_final")
+    return folder, sum(p.numel() for p in model.parameters())
+
+
+def test_a_run_is_read_from_its_folder(finished):
+    folder, parameters = finished
+    run = report.read_run(folder)
+    assert (run.ap, run.parameters) == (31.5, parameters)
+    assert run.seconds_per_iteration == pytest.approx(0.6)
+    assert run.training_seconds == pytest.approx(0.6 * 40)
+
+
+def test_not_one_detection_is_an_ap_of_zero(finished):
+    folder, _ = finished
+    write_run(folder, ap=float("nan"))
+    assert report.read_run(folder).ap == 0.0
+
+
+def test_an_unfinished_run_is_said_to_be_one(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no finished training: metrics.json has no bbox/AP"):
+        report.read_run(tmp_path)
+
+
+def test_the_table_gives_one_value_or_mean_and_standard_deviation():
+    runs = [report.Run(ap, 50.0, 20.0, 0.25, 90.0, 1_670_000) for ap in (30.0, 32.0)]
+    lines = report.table({"teacher": runs[:1], "DKD": runs}).splitlines()
+    assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == [
+        "teacher", "30.00", "50.00", "20.00", "1.67 M", "0.250", "1 min 30 s",
+    ]  # fmt: skip
+    assert "31.00 ± 1.41" in lines[3]
+
+
+def test_the_picture_has_a_column_a_model_and_a_row_an_image(finished, tmp_path):
+    folder, _ = finished
+    report.draw_detections({"one": folder, "two": folder}, "digits_val", tmp_path / "a" / "picture.png", images=1)
+    from PIL import Image
+
+    width, height = Image.open(tmp_path / "a" / "picture.png").size
+    assert width == 3 * height
