@@ -28,7 +28,7 @@ from memory import silence_random_blocks
 from timing import timed
 
 from kd_det.analysis.iteration import Iteration, build_iteration
-from kd_det.config.defaults import merge_list
+from kd_det.config import merge_list
 from kd_det.data import register_datasets
 from kd_det.data.loader import TrainLoader, build_train_loader
 from kd_det.data.two_sizes import build_train_mapper

@@ -28,7 +28,7 @@ from torch import nn
 
 from kd_core.streams import backward_streams
 from kd_det.analysis.iteration import Iteration, build_iteration
-from kd_det.config.defaults import merge_list
+from kd_det.config import merge_list
 from kd_det.engine.launch import choose_device, read_config
 from kd_det.engine.train_step import stream_losses
 

@@ -19,7 +19,7 @@ from figures import Bound, Table, options, write_figures
 from live_tensors import LiveTensors
 from torch import nn
 
-from kd_det.config.defaults import kd_defaults, merge_file, merge_list
+from kd_det.config import kd_defaults, merge_file, merge_list
 from kd_det.modeling.meta_arch.rcnn import DistilledRCNN
 
 ROOT = Path(__file__).resolve().parents[1]

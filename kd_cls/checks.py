@@ -6,8 +6,8 @@ from typing import Any
 from fvcore.common.config import CfgNode
 from timm.optim import list_optimizers
 
-from kd_cls.config_merge import lookup
 from kd_core.optim.config import STREAM_OPTIMIZERS
+from kd_core.utils.config import lookup
 
 SCHEDULES = ("multistep", "cosine", "step", "poly", "tanh", "wsd", "rsqrt", "constant")
 

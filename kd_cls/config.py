@@ -1,11 +1,13 @@
 """Every config key of kd_cls, each with what it means."""
 
 import hashlib
+from pathlib import Path
 
 from fvcore.common.config import CfgNode
 
-from kd_cls.config_merge import merge_mapping, merge_options, read_yaml
 from kd_core.losses import add_loss_config
+from kd_core.utils.config import merge_file, merge_list
+from kd_core.utils.errors import UserError
 
 
 def get_cfg() -> CfgNode:
@@ -199,11 +201,13 @@ def load_cfg(path: str, options: list[str] | None = None) -> CfgNode:
     """Read a config file with its `_BASE_` files, then the `KEY VALUE` words of a command line.
 
     Raises:
-        ValueError: no such file, an unknown key (with the nearest there are), or a value of the wrong type.
+        UserError: no such file, an unknown key (with the nearest there are), or a value of the wrong type.
     """
+    if not Path(path).is_file():
+        raise UserError(f"--config-file: there is no file {path}")
     cfg = get_cfg()
-    merge_mapping(cfg, read_yaml(path), path)
-    merge_options(cfg, options or [])
+    merge_file(cfg, path)
+    merge_list(cfg, options or [])
     return cfg
 
 

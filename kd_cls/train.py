@@ -22,10 +22,10 @@ from kd_cls.checkpoint.checkpoint import LAST, read_checkpoint, read_metadata
 from kd_cls.checks import check_config
 from kd_cls.cli import Process, agree, option_parser, run_command, start_process
 from kd_cls.config import load_cfg
-from kd_cls.config_merge import all_keys, lookup
 from kd_cls.engine.cuda_graph import check_device
 from kd_cls.engine.writers import setup_logging
 from kd_cls.task.teacher import teacher_description
+from kd_core.utils.config import list_values
 from kd_core.utils.files import sweep_unfinished, write_text
 from kd_core.utils.wandb import import_wandb
 
@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, object]:
     options = parser.parse_intermixed_args(arguments)
     cfg = load_cfg(options.config_file, options.options)
     if options.list_keys:
-        print("\n".join(f"{key} {lookup(cfg, key)!r}" for key in all_keys(cfg)))
+        print(list_values(cfg))
         return {}
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
     with start_process(cfg.DEVICE) as process:

@@ -20,7 +20,7 @@ with warnings.catch_warnings():  # it scripts functions when it is imported, whi
     import detectron2.modeling  # noqa: F401
 
 from kd_det import data  # noqa: F401  (registers the built-in data sets)
-from kd_det.config.defaults import add_kd_config, add_timm_config
+from kd_det.config import add_kd_config, add_timm_config
 from kd_det.modeling import backbone  # noqa: F401  (registers build_timm_fpn_backbone)
 from kd_det.modeling.meta_arch.rcnn import DistilledRCNN
 from kd_det.modeling.teacher.teacher import Teacher

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kd_core.utils.files import write_text, write_whole
 from kd_det.checkpoint.checkpointer import WholeCheckpointer
-from kd_det.config.defaults import kd_defaults, merge_file
+from kd_det.config import kd_defaults, merge_file
 from kd_det.engine.hooks.checkpointing import TIMM_NOTE, student_config
 
 CONFIGS = ("student.yaml", "config.yaml")  # what a training leaves beside its checkpoints

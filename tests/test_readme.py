@@ -60,7 +60,7 @@ def test_every_tool_is_named_in_the_readme():
 
 
 def test_keys_in_commands_exist():
-    from kd_det.config.defaults import all_keys, kd_defaults
+    from kd_det.config import all_keys, kd_defaults
 
     keys = set(all_keys(kd_defaults()))
     named = set(re.findall(r"\b(?:KD|SOLVER|MODEL|DATASETS|INPUT)(?:\.[A-Z][A-Z0-9_]+)+\b", README))

@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kd_core.utils.errors import DivergedError
+
 
 class StepMeters:
     """Means of the terms and of top-1 since the last `read`, and the first iteration with a term that is no number.
@@ -42,7 +44,7 @@ class StepMeters:
         """Stop at a loss that is no number, on every process.
 
         Raises:
-            FloatingPointError: names the first iteration, the terms that were not finite at it and the learning rate.
+            DivergedError: names the first iteration, the terms that were not finite at it and the learning rate.
         """
         first_bad = self.first_bad
         if dist.is_initialized():
@@ -51,7 +53,7 @@ class StepMeters:
         first = float(first_bad.min())
         if math.isfinite(first):
             bad = [name for name, when in zip(self.names, first_bad.tolist(), strict=True) if when == first]
-            raise FloatingPointError(
+            raise DivergedError(
                 f"the loss is not finite at iteration {int(first)}: {', '.join(bad)} (learning rate "
                 f"{learning_rate:.4g}). The last checkpoint is from before; lower SOLVER.BASE_LR or set "
                 "SOLVER.CLIP_GRADIENTS.ENABLED True"

@@ -1,4 +1,4 @@
-"""One layout of config keys for every loss, shared by kd_det and kd_cls, and the way from such a node to a loss."""
+"""One layout of config keys for every loss, shared by kd_det and kd_cls, and how such a node becomes a loss."""
 
 from typing import Any
 
@@ -12,6 +12,7 @@ from kd_core.losses.foreground_background import ForegroundBackground
 from kd_core.losses.gdkd import GDKD3Loss, GDKDLoss
 from kd_core.losses.kd import KDLoss
 from kd_core.topk import TopKSchedule
+from kd_core.utils.errors import UserError
 
 # Builders of losses by the name in LOSS.NAME. A builder takes the config node and returns the loss:
 #
@@ -104,19 +105,19 @@ def build_loss(cfg: Any, num_classes: int | None = None) -> nn.Module | None:
         num_classes: C, background included; where it is given, k is checked against it.
 
     Raises:
-        ValueError: a name that is not registered (the message lists those that are), or a value that the loss refuses.
+        UserError: a name that is not registered (the message lists those that are), or a value that the loss refuses.
     """
     if cfg.NAME == "none":
         return None
     names = [name for name, _ in LOSS_REGISTRY]
     if cfg.NAME not in names:
-        raise ValueError(f"LOSS.NAME is {cfg.NAME!r}, but the losses are: {', '.join(['none', *sorted(names)])}")
+        raise UserError(f"LOSS.NAME is {cfg.NAME!r}, but the losses are: {', '.join(['none', *sorted(names)])}")
     try:
         loss = LOSS_REGISTRY.get(cfg.NAME)(cfg)
         if num_classes is not None:
             loss.check_num_classes(num_classes)
     except ValueError as error:
-        raise ValueError(f"LOSS {cfg.NAME}: {error}") from error
+        raise UserError(f"LOSS {cfg.NAME}: {error}") from error
     if cfg.COMPILE and isinstance(loss, DistillationLoss):  # the parts of gdkds have come through here
         loss.compile()
     return loss
@@ -167,7 +168,7 @@ def gdkds(cfg: Any) -> ForegroundBackground:
     parts = []
     for name in (cfg.GDKDS.FOREGROUND, cfg.GDKDS.BACKGROUND):
         if name in ("none", "gdkds"):
-            raise ValueError(f"GDKDS.FOREGROUND and GDKDS.BACKGROUND must each name a loss of its own, not {name!r}")
+            raise UserError(f"GDKDS.FOREGROUND and GDKDS.BACKGROUND must each name a loss of its own, not {name!r}")
         part = cfg.clone()
         part.defrost()
         part.NAME = name

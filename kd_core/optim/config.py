@@ -10,6 +10,7 @@ from kd_core.optim.base import StreamOptimizer
 from kd_core.optim.gsnr import AutoMomenta
 from kd_core.optim.presets import deepkd_sgd, dot_sgd
 from kd_core.optim.stream_adamw import StreamAdamW
+from kd_core.utils.errors import UserError
 
 STREAM_OPTIMIZERS = ("dot_sgd", "deepkd_sgd", "stream_adamw")
 
@@ -18,7 +19,7 @@ def build_stream_optimizer(solver: CfgNode, groups: list[dict[str, Any]]) -> Str
     """The optimizer of `solver.OPTIMIZER`, one of `STREAM_OPTIMIZERS`, over parameter groups.
 
     Raises:
-        ValueError: momenta outside [0, 1) and other values that the optimizer refuses, with their keys.
+        UserError: momenta outside [0, 1) and other values that the optimizer refuses, with their keys.
     """
     deltas = {"tog": solver.DEEPKD.DELTA_TOG, "tcg": solver.DEEPKD.DELTA_TCG, "ncg": solver.DEEPKD.DELTA_NCG}
     sgd = {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV, "step": solver.STEP}
@@ -32,7 +33,7 @@ def build_stream_optimizer(solver: CfgNode, groups: list[dict[str, Any]]) -> Str
         return StreamAdamW(groups, **common, momenta=momenta)
     except ValueError as error:
         keys = f"DOT.DELTA {solver.DOT.DELTA}" if solver.OPTIMIZER == "dot_sgd" else f"DEEPKD {deltas}"
-        raise ValueError(f"SOLVER.OPTIMIZER {solver.OPTIMIZER}, MOMENTUM {solver.MOMENTUM}, {keys}: {error}") from error
+        raise UserError(f"SOLVER.OPTIMIZER {solver.OPTIMIZER}, MOMENTUM {solver.MOMENTUM}, {keys}: {error}") from error
 
 
 def build_auto_momenta(
@@ -41,7 +42,7 @@ def build_auto_momenta(
     """What `solver.MOMENTA` auto asks for, None otherwise.
 
     Raises:
-        ValueError: a window with fewer than two samples, or momenta outside [0, 1).
+        UserError: a window with fewer than two samples, or momenta outside [0, 1).
     """
     if solver.MOMENTA != "auto":
         return None
@@ -51,4 +52,4 @@ def build_auto_momenta(
             optimizer, named_parameters, gsnr.WINDOW, gsnr.PERIOD, gsnr.SAMPLE, solver.MOMENTUM, gsnr.SPAN
         )
     except ValueError as error:
-        raise ValueError(f"SOLVER.GSNR: {error}") from error
+        raise UserError(f"SOLVER.GSNR: {error}") from error

@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
 from kd_det.checks import check_backbone, check_frozen_stem, check_max_iter, check_meta_architecture
-from kd_det.config.defaults import build_box_loss
+from kd_det.config import build_box_loss
 from kd_det.data import check_datasets, register_datasets
 from kd_det.modeling.teacher.build import each_teacher, teacher_config
 from kd_det.solver import check_images, check_solver, scale_to_world_size

@@ -10,6 +10,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from kd_core.utils.errors import DivergedError
 from kd_core.utils.files import unreadable_because, write_text, write_whole
 
 # What a model-zoo pickle is made of: dicts, strings and numpy arrays.
@@ -58,7 +59,7 @@ class WholeCheckpointer(DetectionCheckpointer):
         state = {"model": self.model.state_dict()}
         for key, value in state["model"].items():
             if value.is_floating_point() and not torch.isfinite(value).all():
-                raise FloatingPointError(f"{key} is not finite any more: no checkpoint {name} is written")
+                raise DivergedError(f"{key} is not finite any more: no checkpoint {name} is written")
         state.update((key, obj.state_dict()) for key, obj in self.checkpointables.items())
         state.update(kwargs)
         path = Path(self.save_dir, f"{name}.pth")

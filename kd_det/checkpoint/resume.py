@@ -9,51 +9,83 @@ from detectron2.config import CfgNode
 from detectron2.engine import SimpleTrainer
 from torch import nn
 
-from kd_det.config.defaults import kd_defaults
+from kd_core.utils.errors import UserError
+from kd_core.utils.resume import RESUME_HINT, check_same_run
+from kd_det.config import kd_defaults
 
 logger = logging.getLogger(__name__)
 
-NO_MATTER = ("OUTPUT_DIR", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS", "WANDB.ENABLED", "WANDB.PROJECT", "VIS_PERIOD")
-ANOTHER = "resume with the config that it was written with, or give it as MODEL.WEIGHTS to a training elsewhere"
+# Keys, and groups of keys, that may differ between a run and its resumption: where files are, what is shown, how fast
+# it goes, how it is evaluated, and where the student's first weights came from.
+IGNORED_ON_RESUME = (
+    "VERSION",
+    "OUTPUT_DIR",
+    "VIS_PERIOD",
+    "CUDNN_BENCHMARK",
+    "WANDB",
+    "TEST",
+    "DATALOADER.NUM_WORKERS",
+    "DATASETS.REGISTER",
+    "DATASETS.TEST",
+    "DATASETS.PROPOSAL_FILES_TEST",
+    "INPUT.MIN_SIZE_TEST",
+    "INPUT.MAX_SIZE_TEST",
+    "KD.CHANNELS_LAST",
+    "KD.COMPILE",
+    "KD.LOSS.COMPILE",
+    "KD.TEACHER.CHANNELS_LAST",
+    "KD.TEACHER.COMPILE",
+    "KD.TEACHER.EVALUATE",
+    "KD.TEACHER.FOLD_BN",
+    "MODEL.DEVICE",
+    "MODEL.WEIGHTS",
+    "MODEL.TIMM.PRETRAINED",
+    "MODEL.TIMM.WEIGHTS",
+    "MODEL.ROI_HEADS.NMS_THRESH_TEST",
+    "MODEL.ROI_HEADS.SCORE_THRESH_TEST",
+    "MODEL.RPN.POST_NMS_TOPK_TEST",
+    "MODEL.RPN.PRE_NMS_TOPK_TEST",
+    "SOLVER.CHECKPOINT_PERIOD",
+)
 
 
 def check_state(state: dict[str, Any], optimizer_name: str, max_iter: int) -> None:
     """Refuse the trainer's state of another method or another schedule.
 
     Raises:
-        ValueError: names what was saved and what is configured.
+        UserError: names what was saved and what is configured.
     """
     saved = state.get("optimizer_name", "sgd")
     if saved != optimizer_name:
-        raise ValueError(
+        raise UserError(
             f"The checkpoint to resume was trained with SOLVER.OPTIMIZER {saved}, but this config says "
             f"{optimizer_name}: resume with the same, or give its weights as MODEL.WEIGHTS to a training in another "
             "OUTPUT_DIR"
         )
     if state.get("max_iter", max_iter) != max_iter:
-        raise ValueError(
+        raise UserError(
             f"The checkpoint to resume is of a training of {state['max_iter']} iterations, but "
             f"SOLVER.MAX_ITER is {max_iter}: that is another schedule. Resume with the same, or start anew "
             "from its weights"
         )
     if "_trainer" not in state:
-        raise ValueError(
+        raise UserError(
             "The checkpoint to resume holds no optimizer: it was written by detectron2 0.5's own trainer, which saves "
             "none. Give its weights as MODEL.WEIGHTS to a training in another OUTPUT_DIR"
         )
 
 
 def check_model(incompatible: Any, path: str) -> None:
-    """Every weight of the student must have come out of the checkpoint `path`; raises ValueError otherwise.
+    """Every weight of the student must have come out of the checkpoint `path`; raises UserError otherwise.
 
     Args:
         incompatible: what fvcore's checkpointer could not match.
     """
     wrong = [name for name, *_ in incompatible.incorrect_shapes] + list(incompatible.missing_keys)
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"--resume: {path} is of another model: {len(set(wrong))} weights of the student are not in it or have "
-            f"another shape, the first is {wrong[0]}; {ANOTHER}"
+            f"another shape, the first is {wrong[0]}; {RESUME_HINT}"
         )
 
 
@@ -61,13 +93,13 @@ def load_step(step: SimpleTrainer, state: dict[str, Any], path: str) -> None:
     """Load the optimizer's state, and warn of every setting in which it overrules the config.
 
     Raises:
-        ValueError: the state is of an optimizer of other parameters or streams.
+        UserError: the state is of an optimizer of other parameters or streams.
     """
     configured = settings(step)
     try:
         step.load_state_dict(state)
     except (ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"--resume: the optimizer's state in {path} does not fit: {error}; {ANOTHER}") from error
+        raise UserError(f"--resume: the optimizer's state in {path} does not fit: {error}; {RESUME_HINT}") from error
     measured = getattr(step, "auto_momenta", None)
     for key, value in settings(step).items():
         set_by_measuring = key == "momenta" and measured is not None and measured.momenta is not None
@@ -85,7 +117,7 @@ def settings(step: SimpleTrainer) -> dict[str, Any]:
 def check_begun(path: str, with_trainer: bool) -> None:
     """A file without a trainer's state gives weights, and no training to go on with."""
     if not with_trainer:
-        raise ValueError(
+        raise UserError(
             f"--resume: {path} holds weights, but no training (key trainer): give it as MODEL.WEIGHTS, without --resume"
         )
 
@@ -93,7 +125,7 @@ def check_begun(path: str, with_trainer: bool) -> None:
 def check_file(path: str) -> None:
     """`last_checkpoint` must name a file that is there."""
     if not Path(path).is_file():
-        raise ValueError(f"--resume: there is no file {path}, which last_checkpoint names; {other_checkpoints(path)}")
+        raise UserError(f"--resume: there is no file {path}, which last_checkpoint names; {other_checkpoints(path)}")
 
 
 def other_checkpoints(path: str) -> str:
@@ -113,12 +145,12 @@ def check_initial_weights(path: str, incompatible: Any, model: nn.Module) -> Non
         model: the student.
 
     Raises:
-        ValueError: no weight fits, or the backbone's are those of another backbone.
+        UserError: no weight fits, or the backbone's are those of another backbone.
     """
     misfits = [row for row in incompatible.incorrect_shapes if row[0].startswith("backbone.")]
     if misfits:
         name, found, expected = misfits[0]
-        raise ValueError(
+        raise UserError(
             f"MODEL.WEIGHTS: {path} is of another backbone: {len(misfits)} of its weights have another shape, the "
             f"first is {name} with {tuple(found)}, expected {tuple(expected)}. MODEL.WEIGHTS is the student's start; "
             "a teacher's file is KD.TEACHER.WEIGHTS"
@@ -126,7 +158,7 @@ def check_initial_weights(path: str, incompatible: Any, model: nn.Module) -> Non
     weights = model.state_dict().keys() & {name for name, _ in model.named_parameters()}  # not BatchNorm's counters
     if weights <= {*incompatible.missing_keys, *(name for name, *_ in incompatible.incorrect_shapes)}:
         unknown = ", ".join(list(incompatible.unexpected_keys)[:3])
-        raise ValueError(
+        raise UserError(
             f"MODEL.WEIGHTS: {path} has not one of the student's {len(weights)} weights; its keys are {unknown} …: "
             "tools/convert_weights.py takes ResNets of torchvision and of timm"
         )
@@ -146,41 +178,25 @@ def note_teachers_file(cfg: CfgNode) -> None:
         logger.warning("MODEL.WEIGHTS: %s is the teacher's file, too: the student starts as it", cfg.MODEL.WEIGHTS)
 
 
-def changed_keys(cfg: CfgNode) -> list[str]:
-    """How `cfg` differs from the config.yaml of the training in its OUTPUT_DIR, a line a key.
+def check_resumable(cfg: CfgNode) -> None:
+    """Refuse to resume another run than that of the checkpoint in OUTPUT_DIR, by the config.yaml beside it.
 
-    A key that the saved config lacks was added by a later version: it differs where it is not at its default.
+    Raises:
+        UserError: names the first key that differs, with both values.
     """
-    text = saved_config(cfg.OUTPUT_DIR)
-    if text is None:
-        return []
+    path = config_file(cfg.OUTPUT_DIR)
+    if not path.is_file() or not Path(cfg.OUTPUT_DIR, "last_checkpoint").is_file():
+        return
     try:
-        saved = flat(yaml.safe_load(text))
-    except (yaml.YAMLError, AttributeError):
-        return [f"{config_file(cfg.OUTPUT_DIR)} cannot be read (a kill may have cut it off), so nothing was compared"]
-    ours, defaults = flat(yaml.safe_load(cfg.dump())), flat(yaml.safe_load(kd_defaults().dump()))
-    lines = [f"{key} was {value}, and is no key any more" for key, value in saved.items() if key not in ours]
-    for key, value in ours.items():
-        before = saved.get(key, defaults.get(key))
-        if value != before and not key.startswith(NO_MATTER):
-            lines.append(f"{key} was {before}, is {value}")
-    return lines
+        saved = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
+    except yaml.YAMLError:
+        saved = None
+    if isinstance(saved, dict):
+        check_same_run(saved, cfg, kd_defaults(), IGNORED_ON_RESUME, f"the run in OUTPUT_DIR {cfg.OUTPUT_DIR}")
+    else:
+        logger.warning("--resume: %s cannot be read, so it was not compared with this config", path)
 
 
 def config_file(output_dir: str) -> Path:
     """Where detectron2 writes a training's whole config."""
     return Path(output_dir, "config.yaml")
-
-
-def saved_config(output_dir: str) -> str | None:
-    """The config of the training in `output_dir`, as it is written there; None without one."""
-    path = config_file(output_dir)
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, by dotted keys."""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return leaves

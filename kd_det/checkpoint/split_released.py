@@ -31,7 +31,7 @@ from kd_det.checkpoint.convert_classifier import (
     mobilenet_names,
     some_of,
 )
-from kd_det.config.defaults import add_timm_config
+from kd_det.config import add_timm_config
 from kd_det.engine.hooks.checkpointing import TIMM_NOTE
 
 TEACHER = "teacher."

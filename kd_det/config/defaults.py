@@ -4,9 +4,7 @@ from detectron2.config import CfgNode, get_cfg
 from torch import nn
 
 from kd_core.losses import add_loss_config, build_loss
-from kd_det.config.merge import all_keys, merge_file, merge_list
-
-__all__ = ["add_kd_config", "add_timm_config", "all_keys", "build_box_loss", "kd_defaults", "merge_file", "merge_list"]
+from kd_core.utils.errors import UserError
 
 
 def add_kd_config(cfg: CfgNode) -> None:
@@ -157,7 +155,7 @@ def build_box_loss(cfg: CfgNode) -> nn.Module | None:
     node = cfg.KD.LOSS.clone()
     node.defrost()
     if node.WARMUP_ITERS and node.WARMUP:
-        raise ValueError(
+        raise UserError(
             f"KD.LOSS.WARMUP_ITERS {node.WARMUP_ITERS} and KD.LOSS.WARMUP {node.WARMUP} both give the length of the "
             "warm-up: set one of them to 0"
         )
@@ -166,4 +164,4 @@ def build_box_loss(cfg: CfgNode) -> nn.Module | None:
     try:
         return build_loss(node, cfg.MODEL.ROI_HEADS.NUM_CLASSES + 1)  # background is a class
     except ValueError as error:  # names the keys under LOSS
-        raise ValueError(f"KD.{error}") from error
+        raise UserError(f"KD.{error}") from error

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import convert_conv2d_weight_memory_format
 from torch.optim import Optimizer
 
-from kd_core.utils.files import write_text
+from kd_core.utils.errors import DivergedError
 from kd_det.checkpoint.checkpointer import UnreadableFile, WholeCheckpointer, load_all_weights
 from kd_det.checkpoint.resume import (
     check_begun,
@@ -25,7 +25,6 @@ from kd_det.checkpoint.resume import (
     check_initial_weights,
     check_model,
     check_state,
-    config_file,
     load_step,
     note_teachers_file,
     other_checkpoints,
@@ -150,8 +149,6 @@ class DistillationTrainer(DefaultTrainer):
         self.loader.start = self.start_iter * self.cfg.SOLVER.ACCUMULATE_STEPS
         if comm.is_main_process():
             cut_metrics(Path(self.cfg.OUTPUT_DIR, "metrics.json"), self.start_iter)
-            if resume:  # accepted: from here on it is this config's training
-                write_text(config_file(self.cfg.OUTPUT_DIR), self.cfg.dump())
 
     def train(self) -> dict[str, Any] | None:
         """Run the training; returns the last evaluation's results."""
@@ -208,7 +205,7 @@ class DistillationTrainer(DefaultTrainer):
         try:
             super().run_step()
         except FloatingPointError as error:
-            raise FloatingPointError(self.describe_failure(error)) from error
+            raise DivergedError(self.describe_failure(error)) from error
 
     def describe_failure(self, error: FloatingPointError) -> str:
         """Iteration, learning rate, the last logged terms and the way back."""

@@ -17,7 +17,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.visualizer import Visualizer
 from tabulate import tabulate
 
-from kd_det.config.defaults import add_timm_config
+from kd_det.config import add_timm_config
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from detectron2.engine import HookBase
 from detectron2.utils.env import seed_all_rng
 
 from kd_det.checks import check_data
-from kd_det.config.defaults import all_keys, kd_defaults, merge_file, merge_list
+from kd_det.config import all_keys, kd_defaults, merge_file, merge_list
 from kd_det.data import prepare_digits
 from kd_det.engine.trainer import DistillationTrainer
 from kd_det.modeling.teacher.build import config_path

@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 import torch
 
 from kd_core.utils import files
-from kd_det.config.defaults import kd_defaults, merge_list
+from kd_det.config import kd_defaults, merge_list
 from kd_det.engine.launch import argument_parser
 from kd_det.engine.trainer import DistillationTrainer
 

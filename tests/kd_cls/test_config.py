@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kd_cls.config import config_hash, get_cfg, load_cfg
-from kd_cls.config_merge import all_keys
+from kd_core.utils.config import all_keys
 
 ROOT = Path(__file__).resolve().parents[2]
 # Read by kd_core.losses.build_loss, which gets the whole node.
@@ -42,11 +42,11 @@ def test_numbers_that_yaml_reads_as_words_or_integers_become_floats(tmp_path: Pa
         ("{}", ["KD.LOSS.DKD.BETA", "eight"], r"KD.LOSS.DKD.BETA is 'eight', expected a number such as 8.0"),
         ("{}", ["KD.LOSS.DKD.GAMMA", "8"], r"the command line: unknown key KD.LOSS.DKD.GAMMA"),
         ("{}", ["SEED"], r"odd number of words"),
-        ("a: [", [], r"no yaml that can be read"),
+        ("a: [", [], r"not valid yaml"),
         ("_BASE_: gone.yaml", [], r"_BASE_ names .*gone.yaml, which does not exist"),
         ("- 1", [], r"holds no keys"),
         ("", [], r"holds no keys"),
-        ("SEED: !!python/object/apply:os.getcwd []", [], r"no yaml that can be read"),
+        ("SEED: !!python/object/apply:os.getcwd []", [], r"not valid yaml"),
     ],
 )
 def test_bad_input_is_named_with_its_key(tmp_path: Path, text: str, options: list[str], message: str) -> None:

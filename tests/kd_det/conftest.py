@@ -10,7 +10,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from helpers.tiny_detector import TINY, make_batch
-from kd_det.config.defaults import kd_defaults, merge_list
+from kd_det.config import kd_defaults, merge_list
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -19,7 +19,7 @@ import kd_det.config.defaults as det_config
 from helpers import config_walk
 from kd_core.optim.config import build_stream_optimizer
 from kd_det.checks import check_backbone, check_frozen_stem, check_meta_architecture
-from kd_det.config.defaults import build_box_loss, kd_defaults, merge_file
+from kd_det.config import build_box_loss, kd_defaults, merge_file
 from kd_det.solver import check_solver
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from kd_det.config.defaults import build_box_loss, kd_defaults, merge_file
+from kd_det.config import build_box_loss, kd_defaults, merge_file
 from kd_det.solver import check_solver
 
 from .conftest import ROOT

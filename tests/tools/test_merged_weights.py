@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kd_det.checkpoint.convert_classifier import mobilenet_names
 from kd_det.checkpoint.split_released import released_name, split
-from kd_det.config.defaults import add_timm_config
+from kd_det.config import add_timm_config
 
 LOADS = """
 import sys, torch

@@ -16,7 +16,7 @@ from detectron2.utils.env import seed_all_rng
 from torch import nn
 
 from kd_core.utils.files import write_text, write_whole
-from kd_det.config.defaults import add_timm_config
+from kd_det.config import add_timm_config
 
 # At the head of the student's config: detectron2 refuses keys that it does not know.
 TIMM_NOTE = "# Its backbone is timm's: before merging this file, import kd_det and call kd_det.add_timm_config(cfg).\n"

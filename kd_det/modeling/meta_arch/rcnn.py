@@ -11,7 +11,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from kd_det.config.defaults import build_box_loss
+from kd_det.config import build_box_loss
 from kd_det.modeling.aekt import build_serialization, keep_out_of_state_dict, serialized_outputs
 from kd_det.modeling.box_stages import capture_box_stages, capture_head_inputs
 from kd_det.modeling.rows import ROWS, BoxStage, join_stages, select_rows

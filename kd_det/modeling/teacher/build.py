@@ -12,7 +12,7 @@ from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.utils.file_io import PathManager
 
 from kd_det.checkpoint.checkpointer import load_all_weights
-from kd_det.config.defaults import kd_defaults, merge_file
+from kd_det.config import kd_defaults, merge_file
 from kd_det.modeling.teacher.view import convert_channels
 
 logger = logging.getLogger(__name__)

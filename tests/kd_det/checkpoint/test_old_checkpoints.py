@@ -9,8 +9,9 @@ import torch
 import yaml
 from detectron2.utils.env import seed_all_rng
 
-from kd_det.checkpoint.resume import changed_keys
-from kd_det.config.defaults import kd_defaults, merge_file
+from kd_core.utils.errors import UserError
+from kd_det.checkpoint.resume import IGNORED_ON_RESUME, check_resumable
+from kd_det.config import all_keys, kd_defaults, merge_file
 from kd_det.engine.launch import argument_parser, setup
 from kd_det.engine.trainer import DistillationTrainer
 
@@ -126,26 +127,50 @@ def test_weights_alone_are_no_training_to_resume(old, tmp_path):
 
 def test_a_checkpoint_of_another_student_is_not_resumed(old):
     with pytest.raises(
-        ValueError, match=r"is of another model: \d+ weights .* is roi_heads.box_head.fc1.weight; resume"
+        ValueError, match=r"is of another model: \d+ weights .* is roi_heads.box_head.fc1.weight; that would mix"
     ):
         resume(old("MODEL.ROI_BOX_HEAD.FC_DIM", 8))
 
 
+def test_another_run_is_not_resumed(old, tmp_path):
+    (tmp_path / "output" / "config.yaml").write_text(old().dump())  # whose teacher.yaml is this test's
+    for key, value in (("KD.LOSS.NAME", "gdkd"), ("SOLVER.MAX_ITER", 3), ("KD.TEACHER.WEIGHTS", "a.pth"), ("SEED", 2)):
+        with pytest.raises(UserError, match=rf"was started with {key} .*, now it is '?{value}'?; that would mix two"):
+            check_resumable(old(key, value))
+    with pytest.raises(UserError, match=r"KD.LOSS.NAME 'dkd', now it is 'kd' \(and 1 more keys differ\)"):
+        check_resumable(old("KD.LOSS.NAME", "kd", "SOLVER.BASE_LR", 1.0))
+    (tmp_path / "output" / "last_checkpoint").unlink()  # nothing was trained yet
+    check_resumable(old("KD.LOSS.NAME", "kd"))
+
+
+def test_where_files_are_how_fast_it_goes_and_how_it_is_evaluated_may_change(old, tmp_path):
+    (tmp_path / "output" / "config.yaml").write_text(old().dump())
+    check_resumable(
+        old(
+            "TEST.EVAL_PERIOD", 7, "DATASETS.TEST", "('digits_val',)", "SOLVER.CHECKPOINT_PERIOD", 9, "VIS_PERIOD", 1,
+            "KD.COMPILE", True, "KD.TEACHER.FOLD_BN", False, "MODEL.WEIGHTS", "a.pth", "DATALOADER.NUM_WORKERS", 3,
+            "DATASETS.REGISTER", [["mine", "a.json", "images"]], "WANDB.ENABLED", True,
+        )
+    )  # fmt: skip
+
+
+def test_every_key_that_may_differ_on_resume_exists():
+    assert set(IGNORED_ON_RESUME) <= set(all_keys(kd_defaults()))
+
+
 def test_a_config_saved_by_another_version_is_compared_key_by_key(old, tmp_path):
     path = tmp_path / "output" / "config.yaml"
-    cfg = old("KD.LOSS.NAME", "kd")
+    cfg = old()
     saved = yaml.safe_load(path.read_text())
     del saved["SOLVER"]["EMA"], saved["WANDB"]  # keys that an older version did not have
     saved["KD"]["TEACHER"] |= {"FREEZE": True, "CONFIG_FILE": cfg.KD.TEACHER.CONFIG_FILE}
     path.write_text(yaml.safe_dump(saved))
-    assert changed_keys(cfg) == [
-        "KD.TEACHER.FREEZE was True, and is no key any more",
-        "KD.LOSS.NAME was dkd, is kd",
-    ]
+    check_resumable(cfg)
     cfg.SOLVER.EMA.ENABLED = True
-    assert "SOLVER.EMA.ENABLED was False, is True" in changed_keys(cfg)
+    with pytest.raises(UserError, match=r"SOLVER.EMA.ENABLED False, now it is True"):
+        check_resumable(cfg)
     path.unlink()
-    assert changed_keys(cfg) == []
+    check_resumable(cfg)
 
 
 def test_a_config_file_with_a_key_of_another_version_is_refused_by_name(old, tmp_path):
@@ -223,14 +248,20 @@ def test_an_evaluation_and_a_refused_resume_leave_the_trainings_config_alone(tin
     setup(parser.parse_args(words))
     written = (output / "config.yaml").read_text()
     assert "MAX_ITER: 4" in written
-    for more in (["--eval-only", "SOLVER.MAX_ITER", "9"], ["--resume", "SOLVER.MAX_ITER", "9"]):
-        setup(parser.parse_args([*words, *more]))
-        assert (output / "config.yaml").read_text() == written
+    setup(parser.parse_args([*words, "--eval-only", "SOLVER.MAX_ITER", "9"]))
+    assert (output / "config.yaml").read_text() == written
+    (output / "last_checkpoint").write_text("model_0000001.pth")
+    with pytest.raises(UserError, match=r"SOLVER.MAX_ITER 4, now it is 9"):
+        setup(parser.parse_args([*words, "--resume", "SOLVER.MAX_ITER", "9"]))
+    assert (output / "config.yaml").read_text() == written
 
 
-def test_a_config_that_a_kill_has_cut_off_is_said_and_no_hindrance(tiny_cfg, tmp_path):
+def test_a_config_that_a_kill_has_cut_off_is_named_and_does_not_stop_a_resume(tiny_cfg, tmp_path, caplog):
     (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "last_checkpoint").write_text("model_0000001.pth")
     for content in ("", "MODEL: [", "just words"):
         (tmp_path / "output" / "config.yaml").write_text(content)
-        (line,) = changed_keys(tiny_cfg())
-        assert "config.yaml cannot be read" in line
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="kd_det"):
+            check_resumable(tiny_cfg())
+        assert "config.yaml cannot be read" in caplog.text

@@ -7,39 +7,45 @@ from pathlib import Path
 import pytest
 
 from kd_core.losses import DKDLoss
-from kd_det.config.defaults import kd_defaults, merge_list
-from kd_det.engine.launch import end_in_one_line, list_keys
+from kd_det.config import build_box_loss, kd_defaults, merge_list
+from kd_det.engine.launch import list_keys, run_in_process
 
 
 def run(main):
-    return end_in_one_line("tool", main, argparse.Namespace())
+    return run_in_process("tool", main, argparse.Namespace())
+
+
+def with_temperature_0():
+    cfg = kd_defaults()
+    merge_list(cfg, ["KD.LOSS.NAME", "dkd", "KD.LOSS.TEMPERATURE", "0"])
+    return cfg
 
 
 @pytest.mark.parametrize(
     ("main", "message"),
     [
         (lambda _: merge_list(kd_defaults(), ["SEED"]), "^tool: Overrides come as KEY VALUE pairs"),
-        (lambda _: DKDLoss(temperature=0), "^tool: temperature must be above 0"),
-        (lambda _: Path("no/such/file").read_text(), r"^tool: \[Errno 2\] No such file or directory: 'no/such/file'"),
+        (lambda _: build_box_loss(with_temperature_0()), "^tool: KD.LOSS dkd: temperature must be above 0"),
+        (lambda _: Path("no/such/file").read_text(), "^tool: no/such/file: No such file or directory"),
     ],
 )
-def test_errors_made_to_be_read_end_in_one_line(main, message):
+def test_what_the_user_can_mend_ends_in_one_line(main, message):
     with pytest.raises(SystemExit, match=message) as raised:
         run(main)
     assert "\n" not in raised.value.code
 
 
-@pytest.mark.parametrize("main", [lambda _: json.loads("{"), lambda _: int("x"), lambda _: {}["x"]])
-def test_an_error_of_another_library_or_of_our_own_making_keeps_its_traceback(main):
+@pytest.mark.parametrize("main", [lambda _: json.loads("{"), lambda _: DKDLoss(temperature=0), lambda _: {}["x"]])
+def test_a_bug_of_ours_or_of_a_library_keeps_its_traceback(main):
     with pytest.raises((ValueError, KeyError)):
         run(main)
 
 
-def test_an_interruption_says_how_to_go_on():
+def test_an_interruption_says_how_to_resume():
     def interrupted(_):
         raise KeyboardInterrupt
 
-    with pytest.raises(SystemExit, match="interrupted; --resume goes on from the last checkpoint"):
+    with pytest.raises(SystemExit, match="interrupted; --resume continues from the last checkpoint"):
         run(interrupted)
 
 

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from kd_core.losses import DKDLoss
 from kd_det import Teacher
-from kd_det.config.defaults import kd_defaults, merge_file, merge_list
+from kd_det.config import kd_defaults, merge_file, merge_list
 from kd_det.modeling.teacher.build import each_teacher
 from kd_det.modeling.teacher.teacher import mean_of_teachers
 

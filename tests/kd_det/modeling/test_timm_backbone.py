@@ -24,7 +24,7 @@ import kd_det
 from kd_det.checkpoint.classifier_weights import Classifier
 from kd_det.checkpoint.convert_classifier import convert, save
 from kd_det.checks import check_before_training
-from kd_det.config.defaults import kd_defaults, merge_list
+from kd_det.config import kd_defaults, merge_list
 from kd_det.engine.hooks.checkpointing import SaveStudentConfig
 from kd_det.engine.trainer import DistillationTrainer
 from kd_det.export import read_student, save_plain

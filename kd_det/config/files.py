@@ -1,0 +1,40 @@
+"""Reading a detection config: as `kd_core.utils.config` does it, and files of detectron2's older versions."""
+
+import os
+
+from detectron2.config import CfgNode, downgrade_config, upgrade_config
+
+from kd_core.utils.config import merge_list, merge_mapping, read_yaml
+from kd_core.utils.errors import UserError
+from kd_det.config.defaults import kd_defaults
+
+
+def merge_file(cfg: CfgNode, path: str) -> None:
+    """Merge a yaml file and its `_BASE_` files into `cfg`; a file with an older VERSION is upgraded.
+
+    Raises:
+        UserError: as `kd_core.utils.config.merge_file`; a VERSION that this detectron2 does not know.
+    """
+    values = read_yaml(path, CfgNode)
+    version = values.get("VERSION", cfg.VERSION)
+    if version == cfg.VERSION:
+        return merge_mapping(cfg, values, path)
+    if version not in range(1, cfg.VERSION):
+        raise UserError(f"{path}: VERSION is {version!r}, but this detectron2 reads 1 to {cfg.VERSION}")
+    old = downgrade_config(cfg, to_version=version)
+    merge_mapping(old, values, path)
+    upgraded = upgrade_config(old)
+    cfg.clear()
+    return cfg.update(upgraded)
+
+
+def read_config(path: str, options: list[str]) -> CfgNode:
+    """kd_det's defaults, the yaml file and the overrides of the command line, in that order."""
+    cfg = kd_defaults()
+    if not path:
+        raise UserError("--config-file is missing: give one of configs/, or your own")
+    if not os.path.isfile(path):
+        raise UserError(f"--config-file: there is no file {path}")
+    merge_file(cfg, path)
+    merge_list(cfg, options)
+    return cfg
