@@ -26,6 +26,7 @@ from kd_cls.task.logit_cache import LogitCache
 from kd_cls.task.student import Student
 from kd_cls.task.teacher import Teacher, build_teacher, digest
 from kd_core.losses import DistillationLoss, SerializationLayer, build_loss
+from kd_core.utils.errors import UserError
 
 logger = logging.getLogger("kd_cls")
 
@@ -34,7 +35,7 @@ def build_trainer(cfg: CfgNode, process: Process) -> Trainer:
     """Everything that a run needs, checked.
 
     Raises:
-        ValueError: anything in the config that cannot be had or does not fit together.
+        UserError: anything in the config that cannot be had or does not fit together.
     """
     data = build_data(cfg)
     seed_step(cfg.SEED, 0, 0)  # the same first weights on every process, whatever the method
@@ -61,22 +62,22 @@ def build_distillation_loss(cfg: CfgNode, num_classes: int) -> DistillationLoss 
     """The loss of KD.LOSS, its warm-up as a share of the training.
 
     Raises:
-        ValueError: an unknown name, a parameter the loss refuses for so many classes, or mixed labels and a loss that
+        UserError: an unknown name, a parameter the loss refuses for so many classes, or mixed labels and a loss that
             needs one.
     """
     node = cfg.KD.LOSS.clone()
     node.defrost()
     if node.WARMUP and node.WARMUP_EPOCHS:
-        raise ValueError(
+        raise UserError(
             f"KD.LOSS.WARMUP is {node.WARMUP} (a share) and KD.LOSS.WARMUP_EPOCHS {node.WARMUP_EPOCHS}: set one of them"
         )
     node.WARMUP = node.WARMUP or min(node.WARMUP_EPOCHS / cfg.SOLVER.EPOCHS, 1.0)
     if node.NAME == "gdkds":
-        raise ValueError("KD.LOSS.NAME gdkds is a mix for foreground and background, as detectors have: use gdkd3")
+        raise UserError("KD.LOSS.NAME gdkds is a mix for foreground and background, as detectors have: use gdkd3")
     try:
         loss = build_loss(node, num_classes)
     except ValueError as error:
-        raise ValueError(f"KD.{error}") from error
+        raise UserError(f"KD.{error}") from error
     if loss is not None and mixes(cfg):
         check_mixed_labels(cfg, loss)
     return loss
@@ -90,7 +91,7 @@ def check_mixed_labels(cfg: CfgNode, loss: DistillationLoss) -> None:
         and cfg.SOLVER.OPTIMIZER not in ("dot_sgd", "deepkd_sgd")
     )
     if loss.needs_target and not whole_kl:
-        raise ValueError(
+        raise UserError(
             f"SOLVER.MIXUP mixes the labels of two images, and KD.LOSS.NAME {cfg.KD.LOSS.NAME!r} splits the classes by "
             "one label: set ALPHA and CUTMIX_ALPHA to 0, or use gdkd, gdkd3, kd without TOPK "
             "under sgd, or KD.LOSS.DKD.PARTITION teacher_top1"
@@ -114,11 +115,11 @@ def build_cache(cfg: CfgNode, data: DataSets, teacher: Teacher) -> LogitCache:
     """The cache of the teacher's logits on this run's images.
 
     Raises:
-        ValueError: images that another run would not see again, or the folder is a cache of something else.
+        UserError: images that another run would not see again, or the folder is a cache of something else.
     """
     if mixes(cfg) or not cfg.DATA.REPRODUCIBLE:
         reason = "SOLVER.MIXUP mixes images at random" if mixes(cfg) else "DATA.REPRODUCIBLE is False"
-        raise ValueError(
+        raise UserError(
             f"KD.TEACHER.CACHE {cfg.KD.TEACHER.CACHE} keeps logits of images that come again, and {reason}: set "
             "KD.TEACHER.CACHE none, or train without it"
         )

@@ -8,6 +8,7 @@ from timm.optim import list_optimizers
 
 from kd_core.optim.config import STREAM_OPTIMIZERS
 from kd_core.utils.config import lookup
+from kd_core.utils.errors import UserError
 
 SCHEDULES = ("multistep", "cosine", "step", "poly", "tanh", "wsd", "rsqrt", "constant")
 
@@ -64,16 +65,16 @@ def check_config(cfg: CfgNode, world_size: int) -> None:
     """Refuse what no run could mean.
 
     Raises:
-        ValueError: names the key, its value and what is expected.
+        UserError: names the key, its value and what is expected.
     """
     for key, (good, expected) in RULES.items():
         if not good(lookup(cfg, key)):
-            raise ValueError(f"{key} is {lookup(cfg, key)!r}, expected {expected}")
+            raise UserError(f"{key} is {lookup(cfg, key)!r}, expected {expected}")
     check_batch(cfg, world_size)
     if cfg.SOLVER.CUDA_GRAPH:
         check_graph(cfg, world_size)
     if cfg.SOLVER.OPTIMIZER in ("dot_sgd", "deepkd_sgd") and cfg.KD.LOSS.NAME == "none":
-        raise ValueError(
+        raise UserError(
             f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}, which gives distillation a momentum of its own, but "
             "KD.LOSS.NAME is 'none': use sgd, or a distillation loss"
         )
@@ -84,13 +85,13 @@ def check_batch(cfg: CfgNode, world_size: int) -> None:
     solver = cfg.SOLVER
     parts = world_size * solver.ACCUMULATE_STEPS
     if solver.IMS_PER_BATCH < 1 or solver.IMS_PER_BATCH % parts:
-        raise ValueError(
+        raise UserError(
             f"SOLVER.IMS_PER_BATCH is {solver.IMS_PER_BATCH}, expected a multiple of {parts} ({world_size} processes × "
             f"SOLVER.ACCUMULATE_STEPS {solver.ACCUMULATE_STEPS})"
         )
     share = solver.IMS_PER_BATCH // world_size
     if mixes(cfg) and share % 2:
-        raise ValueError(
+        raise UserError(
             f"SOLVER.MIXUP mixes pairs of images, but SOLVER.IMS_PER_BATCH leaves {share} to each process: use an even "
             "share"
         )
@@ -115,7 +116,7 @@ def check_graph(cfg: CfgNode, world_size: int) -> None:
     }
     for what, (found, fix) in refused.items():
         if found:
-            raise ValueError(f"SOLVER.CUDA_GRAPH True does not go with {what}: {fix}, or set SOLVER.CUDA_GRAPH False")
+            raise UserError(f"SOLVER.CUDA_GRAPH True does not go with {what}: {fix}, or set SOLVER.CUDA_GRAPH False")
 
 
 def mixes(cfg: CfgNode) -> bool:

@@ -14,6 +14,7 @@ from timm.utils.distributed import init_distributed_device_so
 from torch import nn
 
 from kd_cls.data.reproducible import mix_seed
+from kd_core.utils.errors import UserError
 
 
 class Process(NamedTuple):
@@ -36,11 +37,11 @@ def start_process(device: str) -> Iterator[Process]:
     A process group that exists already is used as it is, and left.
 
     Raises:
-        ValueError: the device is not to be had.
+        UserError: the device is not to be had.
     """
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if kind.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"DEVICE is {device!r}, but torch finds no CUDA device: use DEVICE cpu or auto")
+        raise UserError(f"DEVICE is {device!r}, but torch finds no CUDA device: use DEVICE cpu or auto")
     if dist.is_initialized():
         yield Process(torch.device(kind), dist.get_rank(), dist.get_world_size())
         return

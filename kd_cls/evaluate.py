@@ -22,6 +22,7 @@ from kd_cls.config import load_cfg
 from kd_cls.data.build import build_data, build_val_loader
 from kd_cls.engine.writers import setup_logging
 from kd_cls.models.factory import InputStats, create_network, input_stats
+from kd_core.utils.errors import UserError
 
 logger = logging.getLogger("kd_cls")
 
@@ -55,14 +56,14 @@ def evaluate_checkpoint(cfg: CfgNode, process: Process) -> dict[str, float]:
     The checkpoint says which network it is of and what its input statistics are; for files of others the config does.
 
     Raises:
-        ValueError: no such file, another architecture, or another number of classes than the data set's.
+        UserError: no such file, another architecture, or another number of classes than the data set's.
     """
     key = "MODEL.WEIGHTS" if cfg.MODEL.WEIGHTS else "OUTPUT_DIR"
     path = fetch(cfg.MODEL.WEIGHTS or str(Path(cfg.OUTPUT_DIR, BEST)), key)
     metadata = read_metadata(path)
     data = build_data(cfg)
     if metadata.get("num_classes", data.num_classes) != data.num_classes:
-        raise ValueError(
+        raise UserError(
             f"{key}: {path} knows {metadata['num_classes']} classes, {cfg.DATA.NAME} has {data.num_classes}"
         )
     model = create_network(cfg.MODEL.NAME, data.num_classes, cfg.MODEL.KWARGS, False, "MODEL")

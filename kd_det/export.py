@@ -14,6 +14,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import GeneralizedRCNN, build_model
 from torch import Tensor, nn
 
+from kd_core.utils.errors import UserError
 from kd_core.utils.files import write_text, write_whole
 from kd_det.checkpoint.checkpointer import WholeCheckpointer
 from kd_det.config import kd_defaults, merge_file
@@ -43,14 +44,14 @@ def read_student(source: str | os.PathLike, config_file: str | None = None, aver
         config_file: of the training, or plain detectron2's; by default what stands beside the checkpoint.
         average: take the moving average of the weights (SOLVER.EMA), which a checkpoint holds beside them.
     Raises:
-        ValueError: no such file; a weight missing, left over or of another shape.
+        UserError: no such file; a weight missing, left over or of another shape.
     """
     weights = find_weights(Path(source).expanduser())
     config = read_config(config_file or find_config(weights))
     model = build_model(config).eval()
     checkpoint = WholeCheckpointer(model, save_to_disk=False)._load_file(str(weights))
     if average and "ema" not in checkpoint:
-        raise ValueError(f"{weights} holds no moving average: it was trained without SOLVER.EMA.ENABLED")
+        raise UserError(f"{weights} holds no moving average: it was trained without SOLVER.EMA.ENABLED")
     load_strictly(model, checkpoint["ema" if average else "model"], str(weights))
     return Student(model, config, weights)
 
@@ -65,7 +66,7 @@ def find_weights(source: Path) -> Path:
         if (source / name).is_file():
             return source / name
     what = f"holds none of {', '.join(names)}" if source.is_dir() else "is neither a file nor a folder"
-    raise ValueError(f"{source} {what}: give a training's OUTPUT_DIR, or a checkpoint")
+    raise UserError(f"{source} {what}: give a training's OUTPUT_DIR, or a checkpoint")
 
 
 def find_config(weights: Path) -> str:
@@ -73,13 +74,13 @@ def find_config(weights: Path) -> str:
     for name in CONFIGS:
         if weights.with_name(name).is_file():
             return str(weights.with_name(name))
-    raise ValueError(f"there is no {' or '.join(CONFIGS)} beside {weights}: give --config-file")
+    raise UserError(f"there is no {' or '.join(CONFIGS)} beside {weights}: give --config-file")
 
 
 def read_config(path: str) -> CfgNode:
     """Plain detectron2's config of the student that `path` describes, ours or plain."""
     if not os.path.isfile(path):
-        raise ValueError(f"--config-file: there is no file {path}")
+        raise UserError(f"--config-file: there is no file {path}")
     cfg = kd_defaults()
     merge_file(cfg, path)
     plain = student_config(cfg)
@@ -97,7 +98,7 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], source: str) -> No
     }
     for what, names in kinds.items():
         if names:
-            raise ValueError(f"{source} {what}: {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}")
+            raise UserError(f"{source} {what}: {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}")
     model.load_state_dict(state)
 
 
@@ -116,12 +117,12 @@ def adapter(student: Student) -> nn.Module:
     """The detector as a function of one image (3, H, W) that returns tensors, for tracing.
 
     Raises:
-        ValueError: this detectron2 has no `TracingAdapter`, and why.
+        UserError: this detectron2 has no `TracingAdapter`, and why.
     """
     try:
         from detectron2.export import TracingAdapter
     except ImportError as error:  # v0.5 imports caffe2, which torch no longer has
-        raise ValueError(
+        raise UserError(
             f"TorchScript and ONNX need detectron2.export.TracingAdapter, and detectron2 {detectron2.__version__} "
             f"cannot import it ({error}); tools/install_detectron2.py installs one that can"
         ) from error
@@ -151,7 +152,7 @@ def save_torchscript(student: Student, path: Path) -> list[str]:
     Returns:
         The names of the outputs, in order.
     Raises:
-        ValueError: detectron2 cannot trace it; RuntimeError: the trace gives other detections.
+        UserError: detectron2 cannot trace it; RuntimeError: the trace gives other detections.
     """
     traceable = adapter(student)
     names = output_names(traceable)
@@ -166,19 +167,19 @@ def save_onnx(student: Student, path: Path) -> list[str]:
     """Write the student as ONNX; checked as in `save_torchscript` where onnxruntime is installed.
 
     Raises:
-        ValueError: this torch and detectron2 cannot, and why.
+        UserError: this torch and detectron2 cannot, and why.
     """
     traceable = adapter(student)
     names = output_names(traceable)
     if find_spec("onnx") is None:
-        raise ValueError(f"ONNX: torch {torch.__version__} writes it by means of the package onnx: pip install onnx")
+        raise UserError(f"ONNX: torch {torch.__version__} writes it by means of the package onnx: pip install onnx")
     buffer = io.BytesIO()
     options = {"input_names": ["image"], "output_names": names, "dynamic_axes": {"image": {1: "height", 2: "width"}}}
     try:
         torch.onnx.export(traceable, (example(TRACED_AT),), buffer, opset_version=OPSET, dynamo=False, **options)
     except Exception as error:  # an operator without a counterpart, a missing package: of many kinds
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(
+        raise UserError(
             f"ONNX: torch {torch.__version__} and detectron2 {detectron2.__version__} cannot export this detector "
             f"({type(error).__name__}: {reason})"
         ) from error

@@ -16,6 +16,7 @@ from timm.models import load_state_dict
 from timm.models._hub import download_cached_file
 from torch import nn
 
+from kd_core.utils.errors import UserError
 from kd_core.utils.files import unreadable_because, write_whole
 
 LAST, BEST = "last.pth", "best.pth"
@@ -33,19 +34,19 @@ def read_checkpoint(path: str | Path, key: str) -> dict[str, Any]:
         key: what named the file (a config key or an option), for the error message.
 
     Raises:
-        ValueError: no such file, a truncated one, or one that is not of tensors and plain values alone.
+        UserError: no such file, a truncated one, or one that is not of tensors and plain values alone.
     """
     if not Path(path).is_file():
-        raise ValueError(f"{key}: there is no file {path}")
+        raise UserError(f"{key}: there is no file {path}")
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # every way to be broken raises another kind
-        raise ValueError(
+        raise UserError(
             f"{key}: {path} is no checkpoint that can be read: it is truncated, or holds more than tensors and "
             f"plain values ({unreadable_because(error)})"
         ) from error
     if not isinstance(loaded, dict):
-        raise ValueError(f"{key}: {path} holds a {type(loaded).__name__}, expected a dict of tensors")
+        raise UserError(f"{key}: {path} holds a {type(loaded).__name__}, expected a dict of tensors")
     return loaded
 
 
@@ -62,15 +63,15 @@ def fetch(path: str, key: str) -> str:
     """A local path for `path`, which may be an URL (kept in torch's hub cache).
 
     Raises:
-        ValueError: no such file, or the URL cannot be fetched.
+        UserError: no such file, or the URL cannot be fetched.
     """
     if path.startswith(("http://", "https://")):
         try:
             return download_cached_file(path, check_hash=False)
         except OSError as error:
-            raise ValueError(f"{key}: {path} cannot be fetched ({error})") from error
+            raise UserError(f"{key}: {path} cannot be fetched ({error})") from error
     if not Path(path).is_file():
-        raise ValueError(f"{key}: there is no file {path}")
+        raise UserError(f"{key}: there is no file {path}")
     return path
 
 
@@ -83,14 +84,14 @@ def load_weights(model: nn.Module, path: str, key: str, new_classifier: bool = F
         new_classifier: keep the model's own classifier where the file's is for another number of classes.
 
     Raises:
-        ValueError: the file cannot be had or read, or any weight is missing, unknown or of another shape.
+        UserError: the file cannot be had or read, or any weight is missing, unknown or of another shape.
     """
     local = fetch(path, key)
     try:
         weights = load_state_dict(local)
     except Exception as error:  # every way to be broken raises another kind
         reason = unreadable_because(error)
-        raise ValueError(f"{key}: {path} is no file of weights that can be read ({reason})") from error
+        raise UserError(f"{key}: {path} is no file of weights that can be read ({reason})") from error
     own = model.state_dict()
     if new_classifier:
         weights = without_misfit_classifier(model, weights, own)
@@ -113,14 +114,14 @@ def check_fit(weights: dict[str, Any], own: dict[str, Any], source: str) -> None
     shapes = [name for name in own if name in weights and weights[name].shape != own[name].shape]
     if shapes:
         name = shapes[0]
-        raise ValueError(
+        raise UserError(
             f"{source} does not fit the model: {len(shapes)} weights have another shape, the first is {name} with "
             f"{tuple(weights[name].shape)}, expected {tuple(own[name].shape)}"
         )
     missing, unknown = own.keys() - weights.keys(), weights.keys() - own.keys()
     if missing or unknown:
         first = sorted(missing)[:1] or sorted(unknown)[:1]
-        raise ValueError(
+        raise UserError(
             f"{source} is of another architecture: it lacks {len(missing)} of the model's {len(own)} weights and has "
             f"{len(unknown)} that the model has not, such as {first[0]}"
         )

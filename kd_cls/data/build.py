@@ -9,13 +9,14 @@ from kd_cls.checks import mixes
 from kd_cls.cli import Process
 from kd_cls.data import DataSets, EveryNth, Loaders, create_datasets, create_loaders, default_augmentation
 from kd_cls.models.factory import InputStats, parse_mapping
+from kd_core.utils.errors import UserError
 
 
 def build_data(cfg: CfgNode) -> DataSets:
     """The training and validation images of DATA.
 
     Raises:
-        ValueError: an unknown data set, missing files, an empty class, or more images asked for than there are.
+        UserError: an unknown data set, missing files, an empty class, or more images asked for than there are.
     """
     data = create_datasets(cfg.DATA.NAME, cfg.DATA.ROOT, download=cfg.DATA.DOWNLOAD)
     return data._replace(
@@ -27,7 +28,7 @@ def build_data(cfg: CfgNode) -> DataSets:
 def take(dataset: Dataset, count: int, key: str) -> Dataset:
     """`count` images of a data set; 0: all."""
     if not 0 <= count <= len(dataset):
-        raise ValueError(f"{key} is {count}, expected 0 (all) … {len(dataset)}, the images there are")
+        raise UserError(f"{key} is {count}, expected 0 (all) … {len(dataset)}, the images there are")
     return EveryNth(dataset, count) if count else dataset
 
 
@@ -41,7 +42,7 @@ def build_loaders(cfg: CfgNode, data: DataSets, stats: InputStats, process: Proc
     timm_options = parse_mapping(cfg.DATA.TIMM_OPTIONS, "DATA.TIMM_OPTIONS")
     erasing = sorted(name for name in timm_options if name.startswith("re_"))
     if erasing:  # timm's loader erases on the device, from a generator that no seed of ours reaches
-        raise ValueError(
+        raise UserError(
             f"DATA.TIMM_OPTIONS has {', '.join(erasing)}, but random erasing is not reproducible here: leave it out"
         )
     return create_loaders(

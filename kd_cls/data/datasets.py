@@ -12,6 +12,7 @@ from kd_cls.data.digits import Digits
 from kd_cls.data.images import class_folder
 from kd_cls.data.published_splits import cub200, tiny_imagenet
 from kd_cls.data.statistics import CIFAR100_MEAN, CIFAR100_STD
+from kd_core.utils.errors import UserError
 
 TRAIN_FOLDERS = ("train", "training")
 VAL_FOLDERS = ("val", "validation", "valid", "eval", "test")
@@ -74,7 +75,7 @@ def create_datasets(
         train_split, val_split: names of the splits, for timm's names only.
 
     Raises:
-        ValueError: an unknown name; files that are missing (says what is expected where); an empty class folder; a
+        UserError: an unknown name; files that are missing (says what is expected where); an empty class folder; a
             validation set with other classes than the training set.
     """
     root = Path(root).expanduser()
@@ -83,7 +84,7 @@ def create_datasets(
     elif "/" in name:
         train, val = (_timm_dataset(name, root, split, download) for split in (train_split, val_split))
     else:
-        raise ValueError(
+        raise UserError(
             f"DATA.NAME {name!r} is unknown: choose one of {', '.join(sorted(DATASETS))}, or a prefixed name of timm's "
             "create_dataset such as torch/cifar10"
         )
@@ -141,12 +142,12 @@ def _timm_dataset(name: str, root: Path, split: str, download: bool, timms_name:
     try:
         dataset = create_dataset(timms_name or name, root=str(root), split=split, download=download)
     except (RuntimeError, AssertionError, OSError, ImportError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"DATA.NAME {name!r}, split {split!r}, is not to be had from DATA.ROOT {str(root)!r} ({error}). Point "
             "DATA.ROOT at the folder that holds it, or set DATA.DOWNLOAD True"
         ) from error
     if isinstance(dataset, IterableDataset):
-        raise ValueError(f"DATA.NAME {name!r} is a stream: its order cannot be resumed. Use a data set with an index")
+        raise UserError(f"DATA.NAME {name!r} is a stream: its order cannot be resumed. Use a data set with an index")
     if not hasattr(dataset, "classes"):
         dataset.classes = _class_names(name, dataset)
     return dataset
@@ -156,7 +157,7 @@ def _class_names(name: str, dataset: Dataset) -> list[str]:
     """Class names of a timm `ImageDataset`, from its reader."""
     mapping = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
     if not mapping:
-        raise ValueError(f"DATA.NAME {name!r} does not say which classes it has: use a data set with class names")
+        raise UserError(f"DATA.NAME {name!r} does not say which classes it has: use a data set with class names")
     return [label for label, _ in sorted(mapping.items(), key=lambda item: item[1])]
 
 
@@ -164,7 +165,7 @@ def _check_classes(name: str, train: list[str], val: list[str]) -> None:
     """Equal lists, or the class indices of the two splits would mean different things."""
     if list(train) != list(val):
         lost, extra = sorted(set(train) - set(val)), sorted(set(val) - set(train))
-        raise ValueError(
+        raise UserError(
             f"data set {name!r}: {len(train)} classes for training, {len(val)} for validation; "
             f"only in training: {lost[:3]}, only in validation: {extra[:3]}. Both splits need the same class folders"
         )

@@ -9,19 +9,21 @@ from timm.data import create_dataset
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from kd_core.utils.errors import UserError
+
 
 def read_rgb(path: str | Path) -> Image.Image:
     """The image at `path` as RGB; grey, palette and CMYK images are converted.
 
     Raises:
-        ValueError: the file cannot be read or decoded; the message names it. (timm's own data set would put the next
+        UserError: the file cannot be read or decoded; the message names it. (timm's own data set would put the next
             image in its place.)
     """
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL raises SyntaxError for a broken PNG
-        raise ValueError(f"{path} is no readable image ({error}): replace it or take it out of the data set") from error
+        raise UserError(f"{path} is no readable image ({error}): replace it or take it out of the data set") from error
 
 
 class ImageList(Dataset):
@@ -58,17 +60,17 @@ def class_folder(path: Path, expected: str) -> Dataset:
     `ImageFolder` and not timm's reader, which takes the innermost folder for the class: Tiny-ImageNet's is `images`.
 
     Raises:
-        ValueError: `path` is missing or has no class folders (the message says what is `expected`), or a class folder
+        UserError: `path` is missing or has no class folders (the message says what is `expected`), or a class folder
             has no image (the message names it).
     """
     if not path.is_dir():
-        raise ValueError(f"no folder {path}: {expected}")
+        raise UserError(f"no folder {path}: {expected}")
     classes = sorted(entry for entry in path.iterdir() if entry.is_dir())
     if not classes:
-        raise ValueError(f"no class folders in {path}: {expected}")
+        raise UserError(f"no class folders in {path}: {expected}")
     empty = [str(folder) for folder in classes if not _has_image(folder)]
     if empty:
-        raise ValueError(f"class folder without an image: {', '.join(empty)}. Add images or remove the folder")
+        raise UserError(f"class folder without an image: {', '.join(empty)}. Add images or remove the folder")
     return create_dataset("torch/image_folder", root=str(path), search_split=False, loader=read_rgb)
 
 

@@ -11,6 +11,7 @@ from kd_cls.data.reproducible import ReproducibleDataset, mix_seed
 from kd_cls.data.resident import ResidentLoader
 from kd_cls.data.sampler import EpochSampler
 from kd_cls.data.transforms import build_transforms
+from kd_core.utils.errors import UserError
 
 Loader = PrefetchLoader | ResidentLoader
 
@@ -57,7 +58,7 @@ def create_loaders(
         resident: keep all images on the device and augment them there, see `ResidentLoader`.
 
     Raises:
-        ValueError: an unknown augmentation, a batch size < 1, an empty split, or no full batch under `drop_last`.
+        UserError: an unknown augmentation, a batch size < 1, an empty split, or no full batch under `drop_last`.
     """
     _check_sizes(train_set, val_set, batch_size, val_batch_size)
     transforms = build_transforms(augmentation, input_size, **(timm_options or {}))
@@ -87,9 +88,9 @@ def create_loaders(
 def _check_sizes(train_set: Dataset, val_set: Dataset, batch_size: int, val_batch_size: int) -> None:
     for split, images in (("training", train_set), ("validation", val_set)):
         if len(images) == 0:
-            raise ValueError(f"the {split} split has no images")
+            raise UserError(f"the {split} split has no images")
     if batch_size < 1 or val_batch_size < 0:
-        raise ValueError(f"a batch needs an image: batch_size is {batch_size}, val_batch_size {val_batch_size}")
+        raise UserError(f"a batch needs an image: batch_size is {batch_size}, val_batch_size {val_batch_size}")
 
 
 def _with_sampler(loader: PrefetchLoader, sampler: Sampler | range, seed: int) -> PrefetchLoader:

@@ -5,6 +5,7 @@ from pathlib import Path
 from torch.utils.data import Dataset
 
 from kd_cls.data.images import ImageList, class_folder
+from kd_core.utils.errors import UserError
 
 TINY_LAYOUT = (
     "Tiny-ImageNet is expected as published, with train/<wnid>/images/*.JPEG, val/images/*.JPEG and "
@@ -29,7 +30,7 @@ def tiny_imagenet(root: Path) -> tuple[Dataset, Dataset]:
     samples = []
     for number, (name, wnid, *_box) in enumerate(_rows(annotations, columns=2, layout=TINY_LAYOUT), start=1):
         if wnid not in index:
-            raise ValueError(f"{annotations}, line {number}: class {wnid!r} has no folder in {root / 'train'}")
+            raise UserError(f"{annotations}, line {number}: class {wnid!r} has no folder in {root / 'train'}")
         samples.append((str(root / "val" / "images" / name), index[wnid]))
     _check_files(samples, annotations)
     return train, ImageList(samples, train.classes)
@@ -48,9 +49,9 @@ def cub200(root: Path) -> tuple[Dataset, Dataset]:
     for image, path in paths.items():
         for table, file in ((labels, "image_class_labels.txt"), (is_train, "train_test_split.txt")):
             if image not in table:
-                raise ValueError(f"{root / file} has no line for image {image} ({path}) of images.txt")
+                raise UserError(f"{root / file} has no line for image {image} ({path}) of images.txt")
         if labels[image] not in order or is_train[image] not in splits:
-            raise ValueError(
+            raise UserError(
                 f"image {image} ({path}) in {root}: class {labels[image]!r} must stand in classes.txt and its split "
                 f"{is_train[image]!r} be 1 (training) or 0 (test)"
             )
@@ -66,15 +67,15 @@ def _table(file: Path) -> dict[str, str]:
 
 def _rows(file: Path, columns: int, layout: str) -> list[list[str]]:
     if not file.is_file():
-        raise ValueError(f"no file {file}: {layout}")
+        raise UserError(f"no file {file}: {layout}")
     rows = [line.split() for line in file.read_text().splitlines() if line.strip()]
     for number, row in enumerate(rows, start=1):
         if len(row) < columns:
-            raise ValueError(f"{file}, line {number}: expected at least {columns} columns, got {' '.join(row)!r}")
+            raise UserError(f"{file}, line {number}: expected at least {columns} columns, got {' '.join(row)!r}")
     return rows
 
 
 def _check_files(samples: list[tuple[str, int]], listed_in: Path) -> None:
     missing = [path for path, _ in samples if not Path(path).is_file()]
     if missing:
-        raise ValueError(f"{len(missing)} of {len(samples)} images of {listed_in} are missing, the first: {missing[0]}")
+        raise UserError(f"{len(missing)} of {len(samples)} images of {listed_in} are missing, the first: {missing[0]}")

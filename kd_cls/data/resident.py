@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 from kd_cls.data.reproducible import mix_seed
 from kd_cls.data.sampler import EpochSampler
 from kd_cls.data.transforms import fit_size
+from kd_core.utils.errors import UserError
 
 PADDING = {"cifar": 4, "digits": 4, "none": 0}  # pixels on each side, from which a crop of the input size is drawn
 FLIPPED = ("cifar",)
@@ -32,7 +33,7 @@ class ResidentLoader:
         device: where the images stay.
 
     Raises:
-        ValueError: an augmentation that works on single images only.
+        UserError: an augmentation that works on single images only.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class ResidentLoader:
         device: torch.device | str = "cpu",
     ) -> None:
         if augmentation not in PADDING:
-            raise ValueError(
+            raise UserError(
                 f"augmentation {augmentation!r} works on single images and cannot run on the device (DATA.RESIDENT): "
                 f"set DATA.RESIDENT False, or choose one of {', '.join(sorted(PADDING))}"
             )

@@ -6,6 +6,7 @@ import torch
 from torch.utils.data import Sampler
 
 from kd_cls.data.reproducible import mix_seed
+from kd_core.utils.errors import UserError
 
 
 class EpochSampler(Sampler[int]):
@@ -45,7 +46,7 @@ class EpochSampler(Sampler[int]):
         self.epoch, self.start_batch = 0, 0
         self._last: tuple[int, torch.Tensor] | None = None  # an epoch and its order: a cache asks batch by batch
         if drop_last and size < batch_size * world_size:
-            raise ValueError(
+            raise UserError(
                 f"{size} training images do not fill one batch of {batch_size} on {world_size} rank(s), and the last, "
                 "smaller batch is to be dropped: use a smaller batch"
             )

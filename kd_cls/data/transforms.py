@@ -11,6 +11,8 @@ from timm.data import create_transform
 from timm.data.transforms import MaybePILToTensor
 from torchvision import transforms as T
 
+from kd_core.utils.errors import UserError
+
 Transform = Callable[[Any], torch.Tensor]
 Size = tuple[int, int]
 
@@ -95,15 +97,15 @@ def build_transforms(
     """The transforms (training, validation) of an augmentation for images of `input_size` (3, H, W).
 
     Raises:
-        ValueError: an unknown name or option (the message lists the known ones), options for another than "imagenet".
+        UserError: an unknown name or option (the message lists the known ones), options for another than "imagenet".
     """
     if augmentation not in AUGMENTATIONS:
-        raise ValueError(f"unknown augmentation {augmentation!r}: choose one of {', '.join(sorted(AUGMENTATIONS))}")
+        raise UserError(f"unknown augmentation {augmentation!r}: choose one of {', '.join(sorted(AUGMENTATIONS))}")
     if timm_options and augmentation != "imagenet":
-        raise ValueError(
+        raise UserError(
             f"augmentation {augmentation!r} takes no options, got {sorted(timm_options)}: only 'imagenet', timm's, does"
         )
     if unknown := sorted(set(timm_options) - set(TIMM_OPTIONS)):
-        raise ValueError(f"unknown options {unknown} of augmentation 'imagenet': it takes {', '.join(TIMM_OPTIONS)}")
+        raise UserError(f"unknown options {unknown} of augmentation 'imagenet': it takes {', '.join(TIMM_OPTIONS)}")
     build, size = AUGMENTATIONS[augmentation], tuple(input_size[-2:])
     return build(size, is_training=True, **timm_options), build(size, is_training=False, **timm_options)

@@ -12,13 +12,14 @@ from kd_cls.task.student import Student
 from kd_core.optim import config, deepkd_sgd
 from kd_core.optim.config import STREAM_OPTIMIZERS, build_stream_optimizer
 from kd_core.optim.gsnr import AutoMomenta
+from kd_core.utils.errors import UserError
 
 
 def build_optimizer(cfg: CfgNode, student: Student) -> Optimizer:
     """The optimizer of SOLVER.OPTIMIZER over the student's parameters.
 
     Raises:
-        ValueError: a hyperparameter that the optimizer refuses, such as a momentum of 1 or more.
+        UserError: a hyperparameter that the optimizer refuses, such as a momentum of 1 or more.
     """
     solver, groups = cfg.SOLVER, parameter_groups(cfg, student)
     if solver.OPTIMIZER in STREAM_OPTIMIZERS:
@@ -30,18 +31,18 @@ def build_optimizer(cfg: CfgNode, student: Student) -> Optimizer:
         equal = {"delta_tog": 0.0, "delta_tcg": 0.0, "delta_ncg": 0.0}  # torch.optim.SGD, one backward pass
         return deepkd_sgd(groups, **common, **equal, nesterov=solver.NESTEROV, step=solver.STEP)
     except ValueError as error:
-        raise ValueError(f"SOLVER.OPTIMIZER {solver.OPTIMIZER}: {error}") from error
+        raise UserError(f"SOLVER.OPTIMIZER {solver.OPTIMIZER}: {error}") from error
 
 
 def build_auto_momenta(cfg: CfgNode, optimizer: Optimizer, student: Student) -> AutoMomenta | None:
     """What SOLVER.MOMENTA auto asks for, None otherwise.
 
     Raises:
-        ValueError: an optimizer without streams, a window with fewer than two samples, or momenta outside [0, 1).
+        UserError: an optimizer without streams, a window with fewer than two samples, or momenta outside [0, 1).
     """
     streams = hasattr(optimizer, "set_momenta") and cfg.KD.LOSS.NAME != "none"
     if cfg.SOLVER.MOMENTA == "auto" and not streams:
-        raise ValueError(
+        raise UserError(
             f"SOLVER.MOMENTA auto compares the gradient streams of a distillation loss; with SOLVER.OPTIMIZER "
             f"{cfg.SOLVER.OPTIMIZER!r} and KD.LOSS.NAME {cfg.KD.LOSS.NAME!r} there are none: leave it empty"
         )

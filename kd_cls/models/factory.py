@@ -13,6 +13,7 @@ import kd_cls.models  # noqa: F401  (registers the papers' networks with timm)
 from kd_cls.checkpoint.checkpoint import load_weights
 from kd_cls.data import dataset_statistics
 from kd_core.utils.compiling import CompiledOrPlain
+from kd_core.utils.errors import UserError
 
 logger = logging.getLogger("kd_cls")
 
@@ -29,14 +30,14 @@ def parse_mapping(text: str, key: str) -> dict[str, Any]:
     """The yaml mapping in a config string.
 
     Raises:
-        ValueError: the string holds anything else.
+        UserError: the string holds anything else.
     """
     try:
         value = yaml.safe_load(text) if text else {}
     except yaml.YAMLError as error:
-        raise ValueError(f"{key} is {text!r}, which is no yaml: {error}") from error
+        raise UserError(f"{key} is {text!r}, which is no yaml: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{key} is {text!r}, expected a yaml mapping such as '{{drop_path_rate: 0.1}}'")
+        raise UserError(f"{key} is {text!r}, expected a yaml mapping such as '{{drop_path_rate: 0.1}}'")
     return value
 
 
@@ -47,11 +48,11 @@ def create_network(name: str, num_classes: int, kwargs: str, pretrained: bool, k
         key: the config node that asks for it, MODEL or KD.TEACHER.
 
     Raises:
-        ValueError: timm knows no such name, has no weights for it, or the network refuses `kwargs`.
+        UserError: timm knows no such name, has no weights for it, or the network refuses `kwargs`.
     """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
-        raise ValueError(
+        raise UserError(
             f"{key}.NAME is {name!r}, which timm does not know"
             + (f"; did you mean {' or '.join(near)}?" if near else "")
         )
@@ -59,12 +60,12 @@ def create_network(name: str, num_classes: int, kwargs: str, pretrained: bool, k
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **options)
     except TypeError as error:
-        raise ValueError(f"{key}.KWARGS is {kwargs!r}, which {name} refuses: {error}") from error
+        raise UserError(f"{key}.KWARGS is {kwargs!r}, which {name} refuses: {error}") from error
     except (RuntimeError, OSError) as error:
         if not pretrained:
             raise
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(
+        raise UserError(
             f"{key}.PRETRAINED: timm has no weights for {name}, or cannot fetch them ({reason}): set {key}.WEIGHTS"
         ) from error
 
@@ -84,7 +85,7 @@ def input_stats(cfg: CfgNode, model: nn.Module) -> InputStats:
     takes the data set's; the size is the network's own.
 
     Raises:
-        ValueError: a mean or std that is not three numbers, or a std of 0.
+        UserError: a mean or std that is not three numbers, or a std of 0.
     """
     own = model.pretrained_cfg
     mean, std = (
@@ -99,9 +100,9 @@ def check_stats(mean: Any, std: Any, key: str) -> None:
     """Raise a ValueError unless both are three numbers, and no std is 0 or less."""
     for name, values in (("MEAN", mean), ("STD", std)):
         if len(values) != 3 or not all(isinstance(value, int | float) for value in values):
-            raise ValueError(f"{key}.{name} is {list(values)}, expected three numbers, for red, green and blue")
+            raise UserError(f"{key}.{name} is {list(values)}, expected three numbers, for red, green and blue")
     if min(std) <= 0:
-        raise ValueError(f"{key}.STD is {list(std)}, expected numbers above 0")
+        raise UserError(f"{key}.STD is {list(std)}, expected numbers above 0")
 
 
 def compile_or_plain(model: nn.Module, name: str, **options: Any) -> CompiledOrPlain:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from kd_cls.models.factory import compile_or_plain
+from kd_core.utils.errors import UserError
 from kd_core.utils.folding import CONVOLUTIONS, fold_batch_norms
 
 logger = logging.getLogger("kd_cls")
@@ -104,7 +105,7 @@ class FastTeacher:
         """As a call, on the first batch; the log says how far `dtype` moves the logits from those of `network` itself.
 
         Raises:
-            ValueError: the network does not run in this type, or its logits overflow in it.
+            UserError: the network does not run in this type, or its logits overflow in it.
         """
         with torch.autocast(images.device.type, enabled=False):
             exact = network(images)
@@ -113,12 +114,12 @@ class FastTeacher:
             logits = self(images)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
-            raise ValueError(
+            raise UserError(
                 f"KD.TEACHER.DTYPE is {name!r}, in which the teacher does not run ({reason}): use float32, with "
                 "SOLVER.AMP for mixed precision"
             ) from error
         if exact.isfinite().all() and not logits.isfinite().all():
-            raise ValueError(f"KD.TEACHER.DTYPE is {name!r}, in which the teacher's logits overflow: use bfloat16")
+            raise UserError(f"KD.TEACHER.DTYPE is {name!r}, in which the teacher's logits overflow: use bfloat16")
         logger.info(
             "teacher in %s: on the first batch max |Δ logits| is %.2g × their std, and %d of %d rows have another "
             "arg max",

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kd_core.utils.errors import UserError
 from kd_core.utils.files import write_text
 
 KINDS = ("full", "topk")
@@ -35,7 +36,7 @@ class LogitCache:
         topk: classes kept by "topk".
 
     Raises:
-        ValueError: unknown kind, topk ≥ C, `folder` is a cache of something else, or the disk is too small.
+        UserError: unknown kind, topk ≥ C, `folder` is a cache of something else, or the disk is too small.
     """
 
     def __init__(
@@ -49,9 +50,9 @@ class LogitCache:
         topk: int = 20,
     ) -> None:
         if kind not in KINDS:
-            raise ValueError(f"KD.TEACHER.CACHE is {kind!r}, expected one of none, {', '.join(KINDS)}")
+            raise UserError(f"KD.TEACHER.CACHE is {kind!r}, expected one of none, {', '.join(KINDS)}")
         if kind == "topk" and not 0 < topk < num_classes:
-            raise ValueError(
+            raise UserError(
                 f"KD.TEACHER.CACHE_TOPK is {topk}, expected 1 … {num_classes - 1} for {num_classes} classes"
             )
         self.folder, self.kind, self.num_images, self.num_classes = folder, kind, num_images, num_classes
@@ -77,7 +78,7 @@ class LogitCache:
         found = json.loads(path.read_text())
         for name in identity:
             if found.get(name) != identity[name]:
-                raise ValueError(
+                raise UserError(
                     f"KD.TEACHER.CACHE_DIR: {self.folder} is a cache of another {name} ({found.get(name)}, this run "
                     f"has {identity[name]}): name another folder, or delete it"
                 )
@@ -88,7 +89,7 @@ class LogitCache:
         present = sum(file.stat().st_blocks * 512 for file in self.folder.glob("epoch_*.bin"))
         free = shutil.disk_usage(self.folder).free
         if needed - present > free:
-            raise ValueError(
+            raise UserError(
                 f"KD.TEACHER.CACHE: {self.folder} would take {needed / 1e9:.1f} GB ({self.num_images} images × "
                 f"{self.epochs} epochs × {self.record.itemsize} bytes), and {free / 1e9:.1f} GB are free: set "
                 "DATA.AUGMENTATION_EPOCHS, KD.TEACHER.CACHE topk or a smaller CACHE_TOPK"

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kd_core.losses import merge_linear
+from kd_core.utils.errors import UserError
 
 
 class Student(nn.Module):
@@ -16,7 +17,7 @@ class Student(nn.Module):
         freeze_bn: keep BatchNorm layers in eval mode and their weights as they are.
 
     Raises:
-        ValueError: a serialization layer and a classifier that is not linear.
+        UserError: a serialization layer and a classifier that is not linear.
     """
 
     def __init__(self, model: nn.Module, serialization: nn.Module | None = None, freeze_bn: bool = False) -> None:
@@ -69,7 +70,7 @@ def check_mergeable(model: nn.Module) -> None:
     """Raise a ValueError unless the network's last layer is linear with a bias, which W·z + b can be merged into."""
     last = classifier(model)
     if not isinstance(last, nn.Linear) or last.bias is None:
-        raise ValueError(
+        raise UserError(
             "KD.LOSS.NAME aekt merges its layer into a linear classifier with a bias, and the last layer of "
             f"{type(model).__name__} is {last}: use another student or another loss"
         )

@@ -17,6 +17,7 @@ from kd_cls.config import load_cfg
 from kd_cls.models.factory import InputStats, check_stats, create_network
 from kd_cls.task.acceleration import FastTeacher, TeacherSpeed
 from kd_cls.task.logit_cache import LogitCache
+from kd_core.utils.errors import UserError
 
 logger = logging.getLogger("kd_cls")
 
@@ -129,11 +130,11 @@ def teacher_description(cfg: CfgNode) -> tuple[str, str, str, CfgNode | None]:
     """(timm name, keyword arguments, weights, the teacher's own config or None) of KD.TEACHER.
 
     Raises:
-        ValueError: neither or both of NAME and CONFIG_FILE.
+        UserError: neither or both of NAME and CONFIG_FILE.
     """
     node = cfg.KD.TEACHER
     if bool(node.NAME) == bool(node.CONFIG_FILE):
-        raise ValueError(
+        raise UserError(
             f"KD.LOSS.NAME is {cfg.KD.LOSS.NAME!r}, so there must be a teacher: set one of KD.TEACHER.CONFIG_FILE "
             f"(now {node.CONFIG_FILE!r}) and KD.TEACHER.NAME (now {node.NAME!r})"
         )
@@ -149,13 +150,13 @@ def build_teacher(
     """The teacher of KD.TEACHER.
 
     Raises:
-        ValueError: no weights, a file that does not fit to the last key, or other classes than the student's.
+        UserError: no weights, a file that does not fit to the last key, or other classes than the student's.
     """
     node = cfg.KD.TEACHER
     name, kwargs, weights, own = teacher_description(cfg)
     metadata = read_metadata(weights) if weights else {}
     if metadata.get("num_classes", num_classes) != num_classes:
-        raise ValueError(
+        raise UserError(
             f"KD.TEACHER.WEIGHTS: {weights} is a teacher of {metadata['num_classes']} classes, the student learns "
             f"{num_classes} ({cfg.DATA.NAME}): teacher and student must know the same classes"
         )
@@ -168,7 +169,7 @@ def build_teacher(
         check_trained(weights, own is not None and not node.WEIGHTS, metadata, node.CONFIG_FILE)
         load_weights(model, weights, "KD.TEACHER.WEIGHTS")
     elif not node.PRETRAINED:
-        raise ValueError(
+        raise UserError(
             "KD.TEACHER.WEIGHTS is empty: name the teacher's weights, or set KD.TEACHER.PRETRAINED True for timm's "
             "(KD.TEACHER.ALLOW_RANDOM True for tests)"
         )
@@ -180,7 +181,7 @@ def check_pretrained_classes(name: str, num_classes: int) -> None:
     """Refuse timm's weights of a network for other classes: timm would put a random classifier on them."""
     found = getattr(timm.get_pretrained_cfg(name), "num_classes", num_classes)
     if found != num_classes:
-        raise ValueError(
+        raise UserError(
             f"KD.TEACHER.PRETRAINED: timm's weights of {name} know {found} classes, the student learns {num_classes}: "
             "train the teacher on the student's data first, and name it in KD.TEACHER.CONFIG_FILE"
         )
@@ -189,7 +190,7 @@ def check_pretrained_classes(name: str, num_classes: int) -> None:
 def check_trained(weights: str, is_own: bool, metadata: dict[str, Any], config_file: str) -> None:
     """Say what to do where the teacher of CONFIG_FILE has not been trained, or not to its end."""
     if is_own and not Path(weights).is_file():
-        raise ValueError(
+        raise UserError(
             f"KD.TEACHER.CONFIG_FILE: the teacher of {config_file} has not been trained, there is no {weights}: run "
             f"python -m kd_cls.train --config-file {config_file}, or name its weights in KD.TEACHER.WEIGHTS, or set "
             "KD.TEACHER.TRAIN_IF_MISSING True"

@@ -10,7 +10,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from kd_core.utils.errors import DivergedError
+from kd_core.utils.errors import DivergedError, UserError
 from kd_core.utils.files import unreadable_because, write_text, write_whole
 
 # What a model-zoo pickle is made of: dicts, strings and numpy arrays.
@@ -26,7 +26,7 @@ SAFE_GLOBALS = {
 }
 
 
-class UnreadableFile(ValueError):
+class UnreadableFile(UserError):
     """A file that is no checkpoint, or only a part of one."""
 
 
@@ -86,7 +86,7 @@ class WholeCheckpointer(DetectionCheckpointer):
                 f"({unreadable_because(error)})"
             ) from error
         if not isinstance(loaded, dict):
-            raise ValueError(f"{filename} holds a {type(loaded).__name__}, expected a dict of tensors")
+            raise UserError(f"{filename} holds a {type(loaded).__name__}, expected a dict of tensors")
         if filename.endswith(".pyth") and "model_state" in loaded:  # pycls': other names, which detectron2 can match
             state = {k: v for k, v in loaded["model_state"].items() if not k.endswith("num_batches_tracked")}
             return {"model": state, "__author__": "pycls", "matching_heuristics": True}
@@ -104,29 +104,29 @@ def load_all_weights(model: nn.Module, path: str, key: str) -> None:
         key: the config key that named the file, for the error message.
 
     Raises:
-        ValueError: the file is missing or unreadable, or any weight of the model is missing from it or has another
+        UserError: the file is missing or unreadable, or any weight of the model is missing from it or has another
         shape.
     """
     try:
         local = PathManager.get_local_path(path)
     except Exception as error:  # every file handler raises its own kinds
-        raise ValueError(f"{key}: {path} cannot be fetched ({error})") from error
+        raise UserError(f"{key}: {path} cannot be fetched ({error})") from error
     if not os.path.isfile(local):
         start = "" if os.path.isabs(path) else f" (relative paths start at the working folder, {os.getcwd()})"
         train = "; if KD.TEACHER.CONFIG_FILE is still to be trained, run tools/train_net.py with it first"
-        raise ValueError(f"{key}: there is no file {path}{start}{train if key == 'KD.TEACHER.WEIGHTS' else ''}")
+        raise UserError(f"{key}: there is no file {path}{start}{train if key == 'KD.TEACHER.WEIGHTS' else ''}")
     checkpointer = WholeCheckpointer(model, save_to_disk=False)
     try:
         checkpointer.load(path)
     except ValueError as error:
-        raise ValueError(f"{key}: {error}") from error
+        raise UserError(f"{key}: {error}") from error
     wrong = checkpointer.incompatible.incorrect_shapes
     if wrong:
         name, found, expected = wrong[0]
-        raise ValueError(
+        raise UserError(
             f"{key}: {path} does not fit the model: {len(wrong)} weights have another shape, the first is {name} "
             f"with {tuple(found)}, expected {tuple(expected)}"
         )
     missing = checkpointer.incompatible.missing_keys
     if missing:
-        raise ValueError(f"{key}: {path} lacks {len(missing)} weights of the model, the first is {missing[0]}")
+        raise UserError(f"{key}: {path} lacks {len(missing)} weights of the model, the first is {missing[0]}")

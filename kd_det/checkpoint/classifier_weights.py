@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from kd_core.utils.errors import UserError
 from kd_core.utils.files import unreadable_because
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1]
@@ -29,14 +30,14 @@ def read_classifier(source: str) -> Classifier:
         source: "torchvision:NAME", "torchvision:NAME:WEIGHTS" (such as IMAGENET1K_V1), "timm:NAME", or a file:
             .safetensors, or what torch.save wrote. Of a file, torchvision's mean and std are assumed.
     Raises:
-        ValueError: no such file or name; a file that is damaged or holds no weights; a download that failed.
+        UserError: no such file or name; a file that is damaged or holds no weights; a download that failed.
     """
     library, colon, name = source.partition(":")
     if colon and library in LIBRARIES:
         return LIBRARIES[library](name)
     path = Path(source).expanduser()
     if not path.is_file():
-        raise ValueError(f"there is no file {source}; a source is a file, torchvision:NAME[:WEIGHTS] or timm:NAME")
+        raise UserError(f"there is no file {source}; a source is a file, torchvision:NAME[:WEIGHTS] or timm:NAME")
     return Classifier(_unwrapped(_read_file(path), path))
 
 
@@ -53,9 +54,9 @@ def _read_file(path: Path) -> object:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except ImportError as error:
-        raise ValueError(f"{path} needs the safetensors package: pip install safetensors") from error
+        raise UserError(f"{path} needs the safetensors package: pip install safetensors") from error
     except Exception as error:  # on foreign bytes torch.load raises anything, and safetensors an exception of its own
-        raise ValueError(f"{path} is no whole file of weights and nothing else: {unreadable_because(error)}") from error
+        raise UserError(f"{path} is no whole file of weights and nothing else: {unreadable_because(error)}") from error
 
 
 def _unwrapped(content: object, path: Path) -> dict[str, Tensor]:
@@ -64,10 +65,10 @@ def _unwrapped(content: object, path: Path) -> dict[str, Tensor]:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
     if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{path} holds no state dict: expected named tensors, bare or under {' or '.join(WRAPPERS)}")
+        raise UserError(f"{path} holds no state dict: expected named tensors, bare or under {' or '.join(WRAPPERS)}")
     weights = {name.removeprefix("module."): value for name, value in content.items()}
     if any(name.startswith("teacher.") for name in weights):
-        raise ValueError(f"{path} holds a teacher beside the student: give --teacher-output to take them apart")
+        raise UserError(f"{path} holds a teacher beside the student: give --teacher-output to take them apart")
     return weights
 
 
@@ -83,7 +84,7 @@ def _from_timm(name: str) -> Classifier:
     try:
         import timm
     except ImportError as error:
-        raise ValueError(f"timm:{name} needs timm: pip install timm") from error
+        raise UserError(f"timm:{name} needs timm: pip install timm") from error
     return of_timm(_downloaded(f"timm:{name}", lambda: timm.create_model(name, pretrained=True)))
 
 
@@ -94,7 +95,7 @@ def _downloaded(source: str, build: Callable[[], nn.Module]) -> nn.Module:
     try:
         return build()
     except Exception as error:  # unknown name, unknown weights, no network: each library has exceptions of its own
-        raise ValueError(
+        raise UserError(
             f"{source} could not be had: {_first_line(error)}; without a network, give a downloaded file instead"
         ) from error
 

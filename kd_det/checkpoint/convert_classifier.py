@@ -19,6 +19,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import build_resnet_backbone
 from torch import Tensor, nn
 
+from kd_core.utils.errors import UserError
 from kd_core.utils.files import write_whole
 from kd_det.checkpoint.classifier_weights import Classifier
 
@@ -52,7 +53,7 @@ def convert(classifier: Classifier) -> Backbone:
     """The backbone of a classifier.
 
     Raises:
-        ValueError: weights of another architecture, missing, left over, of another shape or not finite: each is named.
+        UserError: weights of another architecture, missing, left over, of another shape or not finite: each is named.
     """
     found = {name: value for name, value in classifier.state_dict.items() if not name.endswith("num_batches_tracked")}
     _refuse_non_finite(found)
@@ -64,7 +65,7 @@ def convert(classifier: Classifier) -> Backbone:
         same = {name: name for name in mobilenet_names().values()}
         backbone = _convert_mobilenet(found, same, head=("conv_head.", "bn2.", "classifier."))
     else:
-        raise ValueError(f"no ResNet or MobileNetV2 of torchvision or timm: the names are {some_of(found)}")
+        raise UserError(f"no ResNet or MobileNetV2 of torchvision or timm: the names are {some_of(found)}")
     backbone.config.update(_preprocessing(classifier))
     return backbone
 
@@ -109,7 +110,7 @@ def _resnet_depth(found: Iterable[str]) -> tuple[tuple[int, ...], int]:
     depths = BOTTLENECK if "layer1.0.conv3.weight" in found else BASIC
     if stages not in depths:
         kind = "bottleneck" if depths is BOTTLENECK else "basic"
-        raise ValueError(f"a ResNet with {stages} {kind} blocks: only depths 18, 34, 50, 101 and 152 can be converted")
+        raise UserError(f"a ResNet with {stages} {kind} blocks: only depths 18, 34, 50, 101 and 152 can be converted")
     return stages, depths[stages]
 
 
@@ -131,7 +132,7 @@ def _convert_mobilenet(found: dict[str, Tensor], names: dict[str, str], head: tu
     try:
         import timm
     except ImportError as error:
-        raise ValueError("MobileNetV2 is converted to timm's names, which needs timm: pip install timm") from error
+        raise UserError("MobileNetV2 is converted to timm's names, which needs timm: pip install timm") from error
     state_dict, left_out = _renamed(found, names, head, what="MobileNetV2")
     build = partial(timm.create_model, "mobilenetv2_100", features_only=True)
     _load_strictly(build, state_dict, "timm's mobilenetv2_100")
@@ -158,10 +159,10 @@ def _renamed(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """`found` under its new names, and the names that belong to the head."""
     if missing := [name for name in names if name not in found]:
-        raise ValueError(f"{what} lacks {some_of(missing)}")
+        raise UserError(f"{what} lacks {some_of(missing)}")
     left_out = [name for name in found if name.startswith(head)]
     if unknown := [name for name in found if name not in names and name not in left_out]:
-        raise ValueError(f"{what} has no place for {some_of(unknown)}: it is a variant that cannot be converted")
+        raise UserError(f"{what} has no place for {some_of(unknown)}: it is a variant that cannot be converted")
     return {new: found[old].float().contiguous() for old, new in names.items()}, left_out
 
 
@@ -170,7 +171,7 @@ def _load_strictly(build: Callable[[], nn.Module], state_dict: dict[str, Tensor]
     try:
         build().load_state_dict(state_dict)
     except (RuntimeError, ValueError) as error:  # ValueError: no layer has such a width
-        raise ValueError(f"the weights do not fit {what}: {' '.join(str(error).split())}") from error
+        raise UserError(f"the weights do not fit {what}: {' '.join(str(error).split())}") from error
 
 
 def _preprocessing(classifier: Classifier) -> dict[str, Any]:
@@ -180,7 +181,7 @@ def _preprocessing(classifier: Classifier) -> dict[str, Any]:
 
 def _refuse_non_finite(found: dict[str, Tensor]) -> None:
     if damaged := [name for name, value in found.items() if not value.isfinite().all()]:
-        raise ValueError(f"weights that are not finite: {some_of(damaged)}")
+        raise UserError(f"weights that are not finite: {some_of(damaged)}")
 
 
 def some_of(names: Iterable[str]) -> str:

@@ -20,6 +20,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone, build_model
 from torch import Tensor
 
+from kd_core.utils.errors import UserError
 from kd_core.utils.files import unreadable_because, write_text, write_whole
 from kd_det.checkpoint.classifier_weights import WRAPPERS
 from kd_det.checkpoint.convert_classifier import (
@@ -66,20 +67,20 @@ def read_merged(path: str) -> dict[str, Tensor]:
     """The named tensors in a checkpoint, which may be numpy arrays; nothing else in it is built.
 
     Raises:
-        ValueError: no such file, or one that cannot be read or holds other things.
+        UserError: no such file, or one that cannot be read or holds other things.
     """
     if not Path(path).is_file():
-        raise ValueError(f"there is no file {path}")
+        raise UserError(f"there is no file {path}")
     try:
         with numpy_allowed():
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # every way to be broken raises another kind
-        raise ValueError(f"{path} is no whole file of weights and nothing else: {unreadable_because(error)}") from error
+        raise UserError(f"{path} is no whole file of weights and nothing else: {unreadable_because(error)}") from error
     for wrapper in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
     if not isinstance(content, dict) or not all(isinstance(v, Tensor | np.ndarray) for v in content.values()):
-        raise ValueError(f"{path} holds no state dict: expected named tensors, bare or under {' or '.join(WRAPPERS)}")
+        raise UserError(f"{path} holds no state dict: expected named tensors, bare or under {' or '.join(WRAPPERS)}")
     return {name.removeprefix("module."): torch.as_tensor(value) for name, value in content.items()}
 
 
@@ -97,13 +98,13 @@ def split(weights: dict[str, Tensor]) -> tuple[Detector, Detector]:
     """(student, teacher) of a merged file.
 
     Raises:
-        ValueError: there is no teacher, or weights that fit neither: each kind is named.
+        UserError: there is no teacher, or weights that fit neither: each kind is named.
     """
     own = {name: value for name, value in weights.items() if not name.startswith(LEFT_OUT)}
     teacher = {name.removeprefix(TEACHER): value for name, value in own.items() if name.startswith(TEACHER)}
     student = {name: value for name, value in own.items() if not name.startswith(TEACHER)}
     if not teacher or not student:
-        raise ValueError(f"no student and teacher in one file: the names are {some_of(weights)}")
+        raise UserError(f"no student and teacher in one file: the names are {some_of(weights)}")
     return detector(student, "the student"), detector(teacher, "the teacher")
 
 
@@ -126,7 +127,7 @@ def detector(weights: dict[str, Tensor], who: str) -> Detector:
     }
     for what, names in problems.items():
         if names:
-            raise ValueError(f"{who} {what}: {some_of(names)}")
+            raise UserError(f"{who} {what}: {some_of(names)}")
     return Detector({name: weights[name].float().contiguous() for name in expected}, config, whole)
 
 
@@ -171,7 +172,7 @@ def infer_config(weights: dict[str, Tensor], who: str) -> CfgNode:
     elif f"{PREFIX}stem.conv1.weight" in weights:
         infer_resnet(cfg.MODEL.RESNETS, weights, who)
     else:
-        raise ValueError(f"{who} is no ResNet or MobileNetV2 with FPN: the names are {some_of(weights)}")
+        raise UserError(f"{who} is no ResNet or MobileNetV2 with FPN: the names are {some_of(weights)}")
     infer_heads(cfg.MODEL, weights)
     return cfg
 
@@ -182,7 +183,7 @@ def infer_resnet(node: CfgNode, weights: dict[str, Tensor], who: str) -> None:
     stages = tuple(Counter(stage for stage, _ in blocks)[f"res{i}"] for i in range(2, 6))
     depths = BOTTLENECK if f"{PREFIX}res2.0.conv3.weight" in weights else BASIC
     if stages not in depths:
-        raise ValueError(f"{who} has {stages} blocks: only ResNets of depth 18, 34, 50, 101 and 152 are known")
+        raise UserError(f"{who} has {stages} blocks: only ResNets of depth 18, 34, 50, 101 and 152 are known")
     node.DEPTH = depths[stages]
     node.STEM_OUT_CHANNELS = len(weights[f"{PREFIX}stem.conv1.weight"])
     last = "conv3" if node.DEPTH >= 50 else "conv2"

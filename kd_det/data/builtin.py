@@ -11,6 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from iopath.common.file_io import file_lock
 
+from kd_core.utils.errors import UserError
 from kd_det.data import digits
 
 JPEG_QUALITY = 90
@@ -34,10 +35,10 @@ def prepare_digits(root: str | os.PathLike | None = None, seed: int | None = Non
         root: parent folder; `datasets_root()` by default
         seed: ≥ 0; by default that of the folder found, or else 0
     Raises:
-        ValueError: negative seed; `root`/digits holds something that was not written here, or cannot be written
+        UserError: negative seed; `root`/digits holds something that was not written here, or cannot be written
     """
     if seed is not None and seed < 0:
-        raise ValueError(f"seed of the digits data set is {seed}; it must be 0 or more")
+        raise UserError(f"seed of the digits data set is {seed}; it must be 0 or more")
     folder = (Path(root) if root is not None else datasets_root()).absolute() / "digits"
     try:
         if not _is_current(folder, seed):
@@ -47,7 +48,7 @@ def prepare_digits(root: str | os.PathLike | None = None, seed: int | None = Non
     except OSError as error:
         if error.strerror is None:  # not the system's: a photograph is missing
             raise
-        raise ValueError(
+        raise UserError(
             f"the digits data set cannot be written to {folder} ({error.strerror}): set DETECTRON2_DATASETS "
             "to a folder that can be written, with 20 MB free"
         ) from error
@@ -109,7 +110,7 @@ def _replace(folder: Path, seed: int | None) -> None:
     """Write a new folder beside the old one, then put it in its place."""
     found = _marker(folder)
     if found is None and folder.exists():
-        raise ValueError(f"{folder} was not written by kd_det: move it away, or set another DETECTRON2_DATASETS")
+        raise UserError(f"{folder} was not written by kd_det: move it away, or set another DETECTRON2_DATASETS")
     if seed is None:
         seed = (found or {}).get("seed", DEFAULT_SEED)
     with tempfile.TemporaryDirectory(prefix=".digits-", dir=folder.parent) as scratch:

@@ -19,6 +19,7 @@ from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSample
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from kd_core.utils.errors import UserError
 from kd_core.utils.rng import preserved_rng, seed_rng
 from kd_det.data.two_sizes import build_train_mapper
 
@@ -123,7 +124,7 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict] | None = Non
     """
     world_size = comm.get_world_size()
     if cfg.SOLVER.IMS_PER_BATCH % world_size or cfg.SOLVER.IMS_PER_BATCH <= 0:
-        raise ValueError(
+        raise UserError(
             f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} must be a positive multiple of the {world_size} processes"
         )
     dicts = get_detection_dataset_dicts(
@@ -151,4 +152,4 @@ def build_sampler(cfg: CfgNode, dicts: Iterable[dict], seed: int | None) -> Samp
             dicts, cfg.DATALOADER.REPEAT_THRESHOLD
         )
         return RepeatFactorTrainingSampler(factors, seed=seed)
-    raise ValueError(f"DATALOADER.SAMPLER_TRAIN is {name!r}: expected TrainingSampler or RepeatFactorTrainingSampler")
+    raise UserError(f"DATALOADER.SAMPLER_TRAIN is {name!r}: expected TrainingSampler or RepeatFactorTrainingSampler")

@@ -11,6 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.file_io import PathManager
 
+from kd_core.utils.errors import UserError
 from kd_det.data import digits
 from kd_det.data.builtin import datasets_root
 
@@ -25,7 +26,7 @@ def register_datasets(cfg: CfgNode) -> None:
     (./datasets where that is not set), as those of detectron2's own data sets do; `~` is the home folder.
 
     Raises:
-        ValueError: an entry of another form; a name that belongs to a data set with other paths.
+        UserError: an entry of another form; a name that belongs to a data set with other paths.
     """
     for entry in cfg.DATASETS.REGISTER:
         name, json_file, image_root = _parsed(entry)
@@ -39,7 +40,7 @@ def check_datasets(cfg: CfgNode, keys: Iterable[str] = ("TRAIN", "TEST")) -> Non
     """See that every data set in `DATASETS.<key>` is known, is on disk, and has the classes that the model predicts.
 
     Raises:
-        ValueError: names the key, the data set, and the path or number that is wrong.
+        UserError: names the key, the data set, and the path or number that is wrong.
     """
     names = [(f"DATASETS.{key}", name) for key in keys for name in cfg.DATASETS[key]]
     first: tuple[str, list[str]] | None = None
@@ -52,13 +53,13 @@ def check_datasets(cfg: CfgNode, keys: Iterable[str] = ("TRAIN", "TEST")) -> Non
         _check_number(cfg, key, name, len(classes))
         first = first or (name, classes)
         if classes != first[1]:
-            raise ValueError(f"{key}: {name} has not the classes of {first[0]} in their order: {classes}, {first[1]}")
+            raise UserError(f"{key}: {name} has not the classes of {first[0]} in their order: {classes}, {first[1]}")
 
 
 def _parsed(entry: Any) -> tuple[str, str, str]:
     is_triple = isinstance(entry, list | tuple) and len(entry) == 3
     if not is_triple or not all(isinstance(part, str) and part for part in entry):
-        raise ValueError(f"{REGISTER_FORM}, but one entry is {entry!r}")
+        raise UserError(f"{REGISTER_FORM}, but one entry is {entry!r}")
     name, *paths = entry
     json_file, image_root = (_resolved(path) for path in paths)
     return name, json_file, image_root
@@ -74,7 +75,7 @@ def _refuse_other_paths(name: str, json_file: str, image_root: str) -> None:
     metadata = MetadataCatalog.get(name)
     there = metadata.get("json_file"), metadata.get("image_root")
     if there != (json_file, image_root):
-        raise ValueError(
+        raise UserError(
             f"DATASETS.REGISTER: {name} is already a data set with json file {there[0]} and image folder {there[1]}; "
             f"give the one with {json_file} and {image_root} another name"
         )
@@ -85,7 +86,7 @@ def _check_known(key: str, name: str) -> None:
         return
     near = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else "no registered name is near."
-    raise ValueError(f"{key}: no data set is called {name!r}; {hint} {REGISTER_FORM}, for one's own")
+    raise UserError(f"{key}: no data set is called {name!r}; {hint} {REGISTER_FORM}, for one's own")
 
 
 def _check_on_disk(key: str, name: str) -> None:
@@ -95,7 +96,7 @@ def _check_on_disk(key: str, name: str) -> None:
     for field in PATHS:
         path = metadata.get(field)
         if path and not PathManager.exists(path):
-            raise ValueError(
+            raise UserError(
                 f"{key}: {name} is not there: its {field} {path} does not exist. "
                 f"DETECTRON2_DATASETS, where relative paths start, is {datasets_root().absolute()}"
             )
@@ -112,13 +113,13 @@ def _class_names(key: str, name: str) -> list[str] | None:
             categories = json.load(file)["categories"]
         return [category["name"] for category in sorted(categories, key=lambda category: category["id"])]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{key}: {json_file} of {name} is not a COCO annotation file: {error!r}") from error
+        raise UserError(f"{key}: {json_file} of {name} is not a COCO annotation file: {error!r}") from error
 
 
 def _check_number(cfg: CfgNode, key: str, name: str, found: int) -> None:
     configured = cfg.MODEL.ROI_HEADS.NUM_CLASSES
     if found != configured:
-        raise ValueError(
+        raise UserError(
             f"{key}: {name} has {found} classes: MODEL.ROI_HEADS.NUM_CLASSES {configured} does not fit, "
             f"set it to {found}"
         )

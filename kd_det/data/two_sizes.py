@@ -9,6 +9,7 @@ from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from fvcore.transforms.transform import BlendTransform, CropTransform, HFlipTransform, NoOpTransform, VFlipTransform
 
+from kd_core.utils.errors import UserError
 from kd_det.modeling.teacher.view import TEACHER_IMAGE
 
 # What these do to an image does not depend on its size.
@@ -34,14 +35,14 @@ class TwoSizeMapper(DatasetMapper):
         kwargs: those of `DatasetMapper`.
 
     Raises:
-        ValueError: a scale that is not above 0; when an image is mapped, augmentations that cannot be repeated.
+        UserError: a scale that is not above 0; when an image is mapped, augmentations that cannot be repeated.
     """
 
     @configurable
     def __init__(self, is_train: bool, *, scale: float, **kwargs: Any) -> None:
         super().__init__(is_train, **kwargs)
         if scale <= 0:
-            raise ValueError(f"KD.TEACHER.IMAGE_SCALE is {scale}: a size must be above 0")
+            raise UserError(f"KD.TEACHER.IMAGE_SCALE is {scale}: a size must be above 0")
         self.augmentations = RememberTransforms(self.augmentations)
         self.scale = scale
 
@@ -75,7 +76,7 @@ def scaled_transforms(transforms: T.TransformList, scale: float) -> T.TransformL
     """`transforms` whose result is `scale` times as large: resizing goes further, all else stays.
 
     Raises:
-        ValueError: no resizing among them, or something after it that counts pixels.
+        UserError: no resizing among them, or something after it that counts pixels.
     """
     scaled: list[T.Transform] = []
     resized = False
@@ -95,7 +96,7 @@ def scaled_transforms(transforms: T.TransformList, scale: float) -> T.TransformL
 
 
 def raise_unscalable(what: str) -> NoReturn:
-    raise ValueError(
+    raise UserError(
         f"KD.TEACHER.IMAGE_SCALE: the augmentations have {what}; it repeats crops, then one resize, then flips and "
         "changes of colour. For others give the inputs a 'teacher_image' in a mapper of your own"
     )

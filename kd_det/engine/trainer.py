@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import convert_conv2d_weight_memory_format
 from torch.optim import Optimizer
 
-from kd_core.utils.errors import DivergedError
+from kd_core.utils.errors import DivergedError, UserError
 from kd_det.checkpoint.checkpointer import UnreadableFile, WholeCheckpointer, load_all_weights
 from kd_det.checkpoint.resume import (
     check_begun,
@@ -130,7 +130,7 @@ class DistillationTrainer(DefaultTrainer):
         """As DefaultTrainer's; data and log, too, are taken up where the checkpoint was written.
 
         Raises:
-            ValueError: the checkpoint, or MODEL.WEIGHTS, is of something else (`resume.py`).
+            UserError: the checkpoint, or MODEL.WEIGHTS, is of something else (`resume.py`).
         """
         resume = resume and self.checkpointer.has_checkpoint()
         path = self.checkpointer.get_checkpoint_file() if resume else self.cfg.MODEL.WEIGHTS
@@ -139,7 +139,7 @@ class DistillationTrainer(DefaultTrainer):
         try:
             super().resume_or_load(resume=resume)
         except UnreadableFile as error:
-            raise ValueError(f"{error}; {other_checkpoints(path)}" if resume else f"MODEL.WEIGHTS: {error}") from error
+            raise UserError(f"{error}; {other_checkpoints(path)}" if resume else f"MODEL.WEIGHTS: {error}") from error
         if resume:
             check_begun(path, self.resumed)
         elif path:
@@ -178,12 +178,12 @@ class DistillationTrainer(DefaultTrainer):
         if resume:
             last = WholeCheckpointer(nn.Identity(), cfg.OUTPUT_DIR)
             if not last.has_checkpoint():
-                raise ValueError(f"--eval-only --resume: there is no checkpoint in OUTPUT_DIR {cfg.OUTPUT_DIR}")
+                raise UserError(f"--eval-only --resume: there is no checkpoint in OUTPUT_DIR {cfg.OUTPUT_DIR}")
             cfg = cfg.clone()
             cfg.defrost()
             cfg.MODEL.WEIGHTS = last.get_checkpoint_file()  # named before the model is built: it fetches no other
         if not cfg.MODEL.WEIGHTS:
-            raise ValueError("--eval-only: MODEL.WEIGHTS is empty, so there is nothing to evaluate; give a checkpoint")
+            raise UserError("--eval-only: MODEL.WEIGHTS is empty, so there is nothing to evaluate; give a checkpoint")
         model = cls.build_model(cfg)
         load_all_weights(model, cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS")
         results = cls.test(cfg, model)
@@ -231,7 +231,7 @@ class DistillationTrainer(DefaultTrainer):
         return {**state, "optimizer_name": self.cfg.SOLVER.OPTIMIZER, "max_iter": self.max_iter}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises ValueError where the state is that of another training; warns of settings that differ."""
+        """Raises UserError where the state is that of another training; warns of settings that differ."""
         path = self.checkpointer.get_checkpoint_file()
         check_state(state_dict, self.cfg.SOLVER.OPTIMIZER, self.max_iter)
         check_model(self.checkpointer.incompatible, path)

@@ -10,6 +10,8 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, coco_evaluation
 
+from kd_core.utils.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 
@@ -56,11 +58,11 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     """The evaluator of a data set whose metadata says `evaluator_type: coco`.
 
     Raises:
-        ValueError: the data set has another type.
+        UserError: the data set has another type.
     """
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
     if kind != "coco":
-        raise ValueError(
+        raise UserError(
             f"DATASETS.TEST: {dataset_name} wants the evaluator {kind!r}; tools/train_net.py evaluates COCO-format "
             "data sets: override DistillationTrainer.build_evaluator for others"
         )

@@ -17,6 +17,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.visualizer import Visualizer
 from tabulate import tabulate
 
+from kd_core.utils.errors import UserError
 from kd_det.config import add_timm_config
 
 
@@ -36,13 +37,13 @@ def read_run(output_dir: Path) -> Run:
     """The figures of the training in `output_dir`.
 
     Raises:
-        ValueError: the folder holds no finished, evaluated training.
+        UserError: the folder holds no finished, evaluated training.
     """
     lines = read_metrics(output_dir / "metrics.json")
     results = [line for line in lines if "bbox/AP" in line]
     times = [line["time"] for line in lines if "time" in line]
     if not results or not times:
-        raise ValueError(f"{output_dir} holds no finished training: metrics.json has no bbox/AP")
+        raise UserError(f"{output_dir} holds no finished training: metrics.json has no bbox/AP")
     last = results[-1]
     iterations = last["iteration"]  # the results are written after the last iteration
     # detectron2 reports NaN where there is not one detection, which is an AP of 0

@@ -16,6 +16,7 @@ from detectron2.structures import Instances
 from detectron2.utils.visualizer import Visualizer
 from PIL import Image, ImageDraw, ImageFont
 
+from kd_core.utils.errors import UserError
 from kd_core.utils.files import write_whole
 from kd_core.utils.rng import preserved_rng, seed_rng
 from kd_det.data import check_datasets, register_datasets
@@ -50,7 +51,7 @@ def read_detectors(source: str, cfg: CfgNode, with_teacher: bool = True) -> list
     """The teachers that `cfg` names, where it distils, and the student in `source` (an OUTPUT_DIR or a checkpoint).
 
     Raises:
-        ValueError: what is missing or does not fit, with its key.
+        UserError: what is missing or does not fit, with its key.
     """
     student = read_student(source)
     detectors = []
@@ -66,7 +67,7 @@ def read_detectors(source: str, cfg: CfgNode, with_teacher: bool = True) -> list
 def records_of(cfg: CfgNode, name: str, count: int) -> tuple[list[dict[str, Any]], Metadata]:
     """The first `count` records of a data set, and its metadata; ValueError where the model's classes are others."""
     if count < 1:
-        raise ValueError(f"--images is {count}: it must be 1 or more")
+        raise UserError(f"--images is {count}: it must be 1 or more")
     register_datasets(cfg)
     cfg = cfg.clone()
     cfg.defrost()
@@ -114,7 +115,7 @@ def draw_dataset(
 ) -> list[Path]:
     """A PNG for each record, named after its place and its file; returns their paths."""
     if not 0 <= threshold < 1:
-        raise ValueError(f"--threshold is {threshold}: a score lies in [0, 1)")
+        raise UserError(f"--threshold is {threshold}: a score lies in [0, 1)")
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for index, record in enumerate(records):

@@ -8,6 +8,7 @@ from detectron2.modeling.roi_heads import ROIHeads
 from torch import Tensor, nn
 
 from kd_core.losses import SerializationLayer, merge_linear
+from kd_core.utils.errors import UserError
 
 LAYERS = "serialization."
 
@@ -21,13 +22,13 @@ def build_serialization(heads: ROIHeads) -> nn.ModuleList:
     """A layer y = W·z + b of (C, C), the identity at first, for the classifier of every stage.
 
     Raises:
-        ValueError: a box predictor whose logits are not those of a linear layer `cls_score`.
+        UserError: a box predictor whose logits are not those of a linear layer `cls_score`.
     """
     layers = nn.ModuleList()
     for predictor in box_predictors(heads):
         classifier = getattr(predictor, "cls_score", None)
         if not isinstance(classifier, nn.Linear) or classifier.bias is None:
-            raise ValueError(
+            raise UserError(
                 f"KD.LOSS.NAME aekt merges its layer into a linear classifier with a bias, cls_score, and that of "
                 f"{type(predictor).__name__} is {classifier}: use FastRCNNOutputLayers or another loss"
             )
@@ -86,7 +87,7 @@ def load_factors(model: nn.Module, saved: list[dict[str, dict[str, Tensor]]]) ->
     """Undo the merge; raises ValueError where the number of stages differs."""
     stages = classifiers(model)
     if len(stages) != len(saved):
-        raise ValueError(f"the checkpoint has AEKT's factors of {len(saved)} stages, the student has {len(stages)}")
+        raise UserError(f"the checkpoint has AEKT's factors of {len(saved)} stages, the student has {len(stages)}")
     for (_, classifier, layer), state in zip(stages, saved, strict=True):
         classifier.load_state_dict(state["classifier"])
         layer.load_state_dict(state["layer"])

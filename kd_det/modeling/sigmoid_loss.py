@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kd_core.losses import DistillationLoss, DKDLoss, KDLoss
+from kd_core.utils.errors import UserError
 from kd_det.modeling.aekt import box_predictors
 
 
@@ -63,13 +64,13 @@ def binary_form(loss: nn.Module) -> BinaryDKDLoss:
     """The loss for a classifier of sigmoids in place of one for a softmax.
 
     Raises:
-        ValueError: a loss other than KD and DKD over the target, or one with a mask or standardized logits.
+        UserError: a loss other than KD and DKD over the target, or one with a mask or standardized logits.
     """
     if isinstance(loss, BinaryDKDLoss):
         return loss
     target = type(loss) is KDLoss or (type(loss) is DKDLoss and loss.partition == "target")
     if not target or loss.topk is not None or loss.standardize:
-        raise ValueError(
+        raise UserError(
             f"MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE: {type(loss).__name__} with these settings is defined over a softmax; "
             "a classifier of sigmoids takes KD.LOSS.NAME kd, or dkd with DKD.PARTITION target, without TOPK and "
             "STANDARDIZE"
@@ -88,7 +89,7 @@ def check_same_classifier(student: ROIHeads, teacher: ROIHeads) -> None:
     ours, theirs = uses_sigmoid(student), uses_sigmoid(teacher)
     if ours != theirs:
         words = {False: "a softmax over all classes", True: "a sigmoid a class (USE_SIGMOID_CE)"}
-        raise ValueError(
+        raise UserError(
             f"The student classifies by {words[ours]}, its teacher by {words[theirs]}: logits of one cannot be "
             "distilled into the other; set MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE alike in both configs"
         )

@@ -9,6 +9,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import nn
 
+from kd_core.utils.errors import UserError
 from kd_det.checkpoint.classifier_weights import read_classifier
 
 logger = logging.getLogger(__name__)
@@ -26,12 +27,12 @@ def create_extractor(node: CfgNode, in_channels: int, load_weights: bool) -> nn.
         load_weights: False where MODEL.WEIGHTS brings the weights later, of the whole detector or of its backbone.
 
     Raises:
-        ValueError: names the key under MODEL.TIMM: a name that timm does not know, with the nearest; an argument that
+        UserError: names the key under MODEL.TIMM: a name that timm does not know, with the nearest; an argument that
             the network does not take; weights that cannot be had or do not fit.
     """
     check_name(node.NAME)
     if node.PRETRAINED and node.WEIGHTS:
-        raise ValueError(f"MODEL.TIMM.PRETRAINED and MODEL.TIMM.WEIGHTS {node.WEIGHTS} both bring weights: keep one")
+        raise UserError(f"MODEL.TIMM.PRETRAINED and MODEL.TIMM.WEIGHTS {node.WEIGHTS} both bring weights: keep one")
     if not load_weights and (node.PRETRAINED or node.WEIGHTS):
         logger.info("MODEL.WEIGHTS is given: MODEL.TIMM.PRETRAINED and MODEL.TIMM.WEIGHTS are not needed")
     options = {**keyword_arguments(node.KWARGS), "in_chans": in_channels, "features_only": True}
@@ -45,7 +46,7 @@ def create_extractor(node: CfgNode, in_channels: int, load_weights: bool) -> nn.
 def check_name(name: str) -> None:
     """Raise ValueError for a name that timm does not know; `hf-hub:` and other addresses pass."""
     if not name:
-        raise ValueError(
+        raise UserError(
             "MODEL.TIMM.NAME is empty: name one of timm.list_models(), such as mobilenetv2_100, resnet18, "
             "efficientnet_b0 or convnext_atto"
         )
@@ -53,14 +54,14 @@ def check_name(name: str) -> None:
         return
     near = difflib.get_close_matches(name, timm.list_models(), n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models()."
-    raise ValueError(f"MODEL.TIMM.NAME: timm has no model {name!r}; {hint}")
+    raise UserError(f"MODEL.TIMM.NAME: timm has no model {name!r}; {hint}")
 
 
 def keyword_arguments(pairs: list[Any]) -> dict[str, Any]:
     """The dictionary that MODEL.TIMM.KWARGS lists; raises ValueError for another form."""
     for pair in pairs:
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not isinstance(pair[0], str):
-            raise ValueError(f"{KWARGS_FORM}, such as [[drop_path_rate, 0.1]], but one entry is {pair!r}")
+            raise UserError(f"{KWARGS_FORM}, such as [[drop_path_rate, 0.1]], but one entry is {pair!r}")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in pairs}
 
 
@@ -75,7 +76,7 @@ def create(node: CfgNode, options: dict[str, Any], pretrained: bool) -> nn.Modul
             "MODEL.TIMM.PRETRAINED"
         )
         what = "load that file into" if pretrained and node.WEIGHTS else "build"
-        raise ValueError(
+        raise UserError(
             f"MODEL.TIMM.NAME {node.NAME}{keys}: timm cannot {what} the feature extractor ({type(error).__name__}: "
             f"{' '.join(str(error).split())}){advice if pretrained and not node.WEIGHTS else ''}"
         ) from error
@@ -86,7 +87,7 @@ def create_from_file(node: CfgNode, options: dict[str, Any]) -> nn.Module:
     try:
         state_dict = read_classifier(node.WEIGHTS).state_dict
     except ValueError as error:
-        raise ValueError(f"MODEL.TIMM.WEIGHTS: {error}") from error
+        raise UserError(f"MODEL.TIMM.WEIGHTS: {error}") from error
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(SEED)  # torch.manual_seed would seed the GPUs', too
         untouched = create(node, options, pretrained=False)
@@ -108,7 +109,7 @@ def refuse_unloaded(node: CfgNode, loaded: nn.Module, untouched: nn.Module) -> N
     random = [name for name, value in parameters.items() if value.ndim > 1 and bool((value != value.min()).any())]
     left = [name for name in random if torch.equal(loaded.get_parameter(name), parameters[name])]
     if left:
-        raise ValueError(
+        raise UserError(
             f"MODEL.TIMM.WEIGHTS: {node.WEIGHTS} does not fit MODEL.TIMM.NAME {node.NAME}: {len(left)} of "
             f"{len(random)} weights are not in it, the first is {left[0]}"
         )

@@ -11,6 +11,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from kd_core.utils.errors import UserError
 from kd_det.config import build_box_loss
 from kd_det.modeling.aekt import build_serialization, keep_out_of_state_dict, serialized_outputs
 from kd_det.modeling.box_stages import capture_box_stages, capture_head_inputs
@@ -53,7 +54,7 @@ class DistilledRCNN(GeneralizedRCNN):
         kwargs: those of GeneralizedRCNN.
 
     Raises:
-        ValueError: a loss without a teacher, or an option that is none of these.
+        UserError: a loss without a teacher, or an option that is none of these.
     """
 
     @configurable
@@ -73,12 +74,12 @@ class DistilledRCNN(GeneralizedRCNN):
         super().__init__(**kwargs)
         self.teachers = [teacher] if isinstance(teacher, Teacher) else list(teacher or [])
         if loss is not None and not self.teachers:
-            raise ValueError("A distillation loss needs a teacher: pass teacher=Teacher(model), or loss=None")
+            raise UserError("A distillation loss needs a teacher: pass teacher=Teacher(model), or loss=None")
         check_option("KD.PROPOSALS", proposals, PROPOSALS)
         check_option("KD.ROWS", rows, ROWS)
         check_option("KD.TEACHERS_MEAN", teachers_mean, MEANS)
         if background_weight < 0:
-            raise ValueError(f"KD.BACKGROUND_WEIGHT is {background_weight}: a weight is not below 0")
+            raise UserError(f"KD.BACKGROUND_WEIGHT is {background_weight}: a weight is not below 0")
         self.sigmoid = uses_sigmoid(self.roi_heads)
         self.loss = binary_form(loss) if self.sigmoid and loss is not None else loss
         self.max_iter = max_iter
@@ -145,7 +146,7 @@ class DistilledRCNN(GeneralizedRCNN):
             head_inputs: feature maps and ground truth that its ROI heads were called with, for proposals of teachers.
         """
         if not stages:
-            raise ValueError(
+            raise UserError(
                 f"{type(self.roi_heads).__name__} made no call of box_predictor.losses(predictions, proposals), where "
                 "distillation reads the student's logits: use a Standard, Cascade or Res5 head, or KD.LOSS.NAME none"
             )
@@ -200,4 +201,4 @@ class DistilledRCNN(GeneralizedRCNN):
 def check_option(key: str, value: str, options: Sequence[str]) -> None:
     """Raise a ValueError where `value` is none of `options`."""
     if value not in options:
-        raise ValueError(f"{key} is {value!r}, expected {' or '.join(options)}")
+        raise UserError(f"{key} is {value!r}, expected {' or '.join(options)}")

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from kd_core.utils.compiling import compile_in_place
+from kd_core.utils.errors import UserError
 from kd_core.utils.folding import fold_batch_norms, folded_weights
 from kd_det.modeling.backbone import TimmBackbone
 
@@ -44,7 +45,7 @@ class TeacherSpeed:
         """What KD.TEACHER asks for; raises ValueError for a type that is none."""
         node = cfg.KD.TEACHER
         if node.DTYPE not in DTYPES:
-            raise ValueError(f"KD.TEACHER.DTYPE is {node.DTYPE!r}, expected {' or '.join(DTYPES)}")
+            raise UserError(f"KD.TEACHER.DTYPE is {node.DTYPE!r}, expected {' or '.join(DTYPES)}")
         dtype = None if node.DTYPE == "student" else getattr(torch, node.DTYPE)
         return cls(node.FOLD_BN, node.CHANNELS_LAST, dtype, node.COMPILE)
 

@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.utils.file_io import PathManager
 
+from kd_core.utils.errors import UserError
 from kd_det.checkpoint.checkpointer import load_all_weights
 from kd_det.config import kd_defaults, merge_file
 from kd_det.modeling.teacher.view import convert_channels
@@ -22,20 +23,20 @@ def each_teacher(cfg: CfgNode) -> list[CfgNode]:
     """A copy of `cfg` for each teacher, in which `KD.TEACHER` names it.
 
     Raises:
-        ValueError: KD.TEACHERS is no list of pairs, or KD.TEACHER names one beside it.
+        UserError: KD.TEACHERS is no list of pairs, or KD.TEACHER names one beside it.
     """
     pairs, single = cfg.KD.TEACHERS, cfg.KD.TEACHER
     if not pairs:
         return [cfg.clone()]
     if single.CONFIG_FILE or single.WEIGHTS:
-        raise ValueError(
+        raise UserError(
             f"KD.TEACHERS lists {len(pairs)} teachers and KD.TEACHER names {single.CONFIG_FILE or single.WEIGHTS} "
             "beside them: list it too, and leave KD.TEACHER.CONFIG_FILE and KD.TEACHER.WEIGHTS empty"
         )
     copies = []
     for pair in pairs:
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(word, str) for word in pair):
-            raise ValueError(f"KD.TEACHERS is a list of [config file, weights], but {pair!r} is none of these")
+            raise UserError(f"KD.TEACHERS is a list of [config file, weights], but {pair!r} is none of these")
         copy = cfg.clone()
         copy.defrost()
         copy.KD.TEACHER.CONFIG_FILE, copy.KD.TEACHER.WEIGHTS = pair
@@ -56,18 +57,18 @@ def build_listed(cfg: CfgNode, index: int) -> GeneralizedRCNN:
     try:
         return build_teacher(cfg)
     except ValueError as error:
-        raise ValueError(f"KD.TEACHERS[{index}]: {error}") from error
+        raise UserError(f"KD.TEACHERS[{index}]: {error}") from error
 
 
 def teacher_config(cfg: CfgNode) -> CfgNode:
     """The complete config of the teacher that `cfg.KD.TEACHER` names, on the student's device.
 
     Raises:
-        ValueError: no such file or model-zoo entry, or another number of classes than the student's.
+        UserError: no such file or model-zoo entry, or another number of classes than the student's.
     """
     name = cfg.KD.TEACHER.CONFIG_FILE
     if not name:
-        raise ValueError(
+        raise UserError(
             "KD.TEACHER.CONFIG_FILE is empty: name the teacher's detectron2 yaml, a path or a model-zoo name such as "
             "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml (or set KD.LOSS.NAME none)"
         )
@@ -80,7 +81,7 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     )
     theirs, ours = teacher.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.ROI_HEADS.NUM_CLASSES
     if theirs != ours:
-        raise ValueError(
+        raise UserError(
             f"The teacher ({name}) has MODEL.ROI_HEADS.NUM_CLASSES {theirs} and the student {ours}: they must agree"
         )
     return teacher
@@ -93,7 +94,7 @@ def config_path(name: str) -> str:
     try:
         return model_zoo.get_config_file(name)
     except RuntimeError:
-        raise ValueError(
+        raise UserError(
             f"KD.TEACHER.CONFIG_FILE: {name} is neither a file nor a name in detectron2's model zoo "
             f"(relative paths start at the working folder, {os.getcwd()})"
         ) from None
@@ -103,7 +104,7 @@ def build_teacher(cfg: CfgNode) -> GeneralizedRCNN:
     """Build the teacher of `cfg.KD.TEACHER` and load every weight of it; the yaml's own MODEL.WEIGHTS is never used.
 
     Raises:
-        ValueError: names the key under KD.TEACHER and what is wrong with it.
+        UserError: names the key under KD.TEACHER and what is wrong with it.
     """
     config = teacher_config(cfg)
     convert_channels(
@@ -111,7 +112,7 @@ def build_teacher(cfg: CfgNode) -> GeneralizedRCNN:
     )  # refuse formats that cannot be converted
     weights = cfg.KD.TEACHER.WEIGHTS
     if not weights and not cfg.KD.TEACHER.ALLOW_RANDOM:
-        raise ValueError(
+        raise UserError(
             "KD.TEACHER.WEIGHTS is empty: name the teacher's weights (KD.TEACHER.ALLOW_RANDOM True is for tests only)"
         )
     model = build_model(config)
