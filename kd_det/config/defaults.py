@@ -33,6 +33,9 @@ def add_kd_config(cfg: CfgNode) -> None:
 
     # COCO-format data sets of one's own: a list of [name, json file, image folder].
     cfg.DATASETS.REGISTER = []
+    # A training image that cannot be decoded: "error" ends the training and names the file; "skip" logs it once and
+    # takes the next image in its place, the same one after a resume.
+    cfg.DATASETS.BAD_IMAGES = "error"
 
     cfg.WANDB = CfgNode()
     # Send the scalars to Weights & Biases (needs the wandb package).

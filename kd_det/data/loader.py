@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from kd_core.utils.errors import UserError
 from kd_core.utils.rng import preserved_rng, seed_rng
+from kd_det.data.bad_images import BadImage, NamedBadImages
 from kd_det.data.two_sizes import build_train_mapper
 
 
@@ -107,7 +108,7 @@ class TrainLoader:
         self.batches.start = self.start
         # Starting the workers draws a number: from a generator of the loader's own, since the step's must not notice.
         generator = None if self.dataset.seed is None else torch.Generator().manual_seed(self.dataset.seed)
-        yield from DataLoader(
+        loader = DataLoader(
             self.dataset,
             batch_sampler=self.batches,
             num_workers=self.num_workers,
@@ -115,6 +116,9 @@ class TrainLoader:
             collate_fn=trivial_batch_collator,
             worker_init_fn=worker_init_reset_seed,
         )
+        for batch in loader:
+            BadImage.refuse(batch)
+            yield batch
 
 
 def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict] | None = None) -> TrainLoader:
@@ -139,6 +143,7 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict] | None = Non
         build_sampler(cfg, dicts, seed), groups, cfg.SOLVER.IMS_PER_BATCH // world_size, comm.get_rank(), world_size
     )
     dataset = MapDataset(DatasetFromList(dicts, copy=False), mapper or build_train_mapper(cfg))
+    dataset = NamedBadImages(dataset, dicts, cfg.DATASETS.BAD_IMAGES)
     return TrainLoader(PositionedDataset(dataset, seed), batches, cfg.DATALOADER.NUM_WORKERS)
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from detectron2.utils.file_io import PathManager
 from kd_core.utils.errors import UserError
 from kd_det.data import digits
 from kd_det.data.builtin import datasets_root
+from kd_det.data.check import refuse_broken
 
 REGISTER_FORM = "DATASETS.REGISTER is a list of [name, json file, image folder]"
 PATHS = ("json_file", "image_root", "image_dir", "gt_dir", "dirname")  # in the metadata of detectron2's data sets
@@ -47,6 +49,7 @@ def check_datasets(cfg: CfgNode, keys: Iterable[str] = ("TRAIN", "TEST")) -> Non
     for key, name in names:
         _check_known(key, name)
         _check_on_disk(key, name)
+        _check_content(key, name)
         classes = _class_names(key, name)
         if classes is None:
             continue
@@ -100,6 +103,14 @@ def _check_on_disk(key: str, name: str) -> None:
                 f"{key}: {name} is not there: its {field} {path} does not exist. "
                 f"DETECTRON2_DATASETS, where relative paths start, is {datasets_root().absolute()}"
             )
+
+
+def _check_content(key: str, name: str) -> None:
+    """Refuse a local COCO json whose structure would stop the training, or whose images are not there."""
+    metadata = MetadataCatalog.get(name)
+    json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
+    if json_file and image_root and os.path.isfile(json_file):
+        refuse_broken(key, name, json_file, image_root)
 
 
 def _class_names(key: str, name: str) -> list[str] | None:

@@ -154,7 +154,7 @@ def test_a_file_that_is_no_coco_annotation_is_named(root: Path, content: str):
     cfg = config(PETS, train=("pets_train",))
     register_datasets(cfg)
     (root / "pets.json").write_text(content)
-    with pytest.raises(ValueError, match=r"DATASETS\.TRAIN: .*pets\.json of pets_train is not a COCO annotation file"):
+    with pytest.raises(ValueError, match=r"DATASETS\.TRAIN: pets_train: .*pets\.json is no"):
         check_datasets(cfg)
 
 

@@ -1,0 +1,247 @@
+"""COCO annotation files, looked at before hours are spent: structure, boxes, and every image file."""
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from detectron2.data.detection_utils import read_image
+
+from kd_core.utils.data_check import DataReport, file_digest, in_parallel, report_shared, summary
+from kd_core.utils.errors import UserError
+
+MISSING = "image file missing"
+TWICE_IMAGE = "image id used twice"
+TWICE_ANNOTATION = "annotation id used twice"
+UNKNOWN_CATEGORY = "annotation of an unknown category"
+MALFORMED = "entry without what it needs"
+NEGATIVE_BOX = "box of negative size"
+FLAT_BOX = "box without area"
+BEYOND = "box that reaches out of its image (clipped in training)"
+# What stops a training of detectron2, or makes it learn nonsense; the other kinds it filters or clips by itself.
+FATAL = (MALFORMED, TWICE_IMAGE, TWICE_ANNOTATION, UNKNOWN_CATEGORY, NEGATIVE_BOX, MISSING)
+BORDER = 1.0  # pixels that a box may reach beyond its image: annotators' rounding
+
+
+class CocoFile:
+    """One COCO json with its image folder, and what is wrong with them.
+
+    Args:
+        json_file: in COCO's detection format.
+        image_root: where its `file_name`s start.
+    Raises:
+        UserError: the file cannot be read, or is no COCO json.
+    """
+
+    def __init__(self, json_file: str | Path, image_root: str | Path) -> None:
+        self.json_file, self.image_root = Path(json_file), Path(image_root)
+        self.content = read_coco(self.json_file)
+        self.report = DataReport()
+        self.bad_images: set[Any] = set()  # ids
+        self.bad_annotations: set[int] = set()  # places in the list
+        self.digests: dict[str, str] = {}  # digest → file name, once the files were read
+
+    def check_structure(self) -> DataReport:
+        """Ids, categories, boxes, and whether each image file is there; reads no image. Seconds for COCO."""
+        sizes = self._check_images()
+        names = self._check_categories()
+        self._check_annotations(sizes, names)
+        return self.report
+
+    def check_files(self, workers: int = 0, progress: Callable[..., Iterable] | None = None) -> DataReport:
+        """Decode every image that is there, as detectron2 does, and compare its size with the json's."""
+        images = [image for image in self.content["images"] if image.get("id") not in self.bad_images]
+        found = in_parallel(self._look_at, images, workers, progress)
+        for image, (error, digest) in zip(images, found, strict=True):
+            if error:
+                kind, detail = error
+                self.report.problem(kind, f"{self.image_root / image['file_name']} ({detail})")
+                self.bad_images.add(image["id"])
+            else:
+                self.digests[digest] = image["file_name"]
+        return self.report
+
+    def cleaned(self) -> dict[str, Any]:
+        """The json without what was found wrong: bad images with their annotations, bad annotations; boxes clipped."""
+        seen: set[Any] = set()
+        images = [
+            image
+            for image in self.content["images"]
+            if image.get("id") not in self.bad_images and not (image["id"] in seen or seen.add(image["id"]))
+        ]
+        sizes = {image["id"]: (image["width"], image["height"]) for image in images}
+        kept = []
+        for index, annotation in enumerate(self.content["annotations"]):
+            if index in self.bad_annotations or annotation["image_id"] not in sizes:
+                continue
+            box = clipped(annotation["bbox"], *sizes[annotation["image_id"]])
+            if box[2] > 0 and box[3] > 0:
+                kept.append({**annotation, "bbox": box, "id": len(kept) + 1})
+        return {**self.content, "images": images, "annotations": kept}
+
+    def _look_at(self, image: dict[str, Any]) -> tuple[tuple[str, str] | None, str]:
+        path = self.image_root / image["file_name"]
+        try:
+            height, width = read_image(str(path)).shape[:2]  # turned upright by EXIF, as in training
+        except Exception as error:  # PIL raises many kinds, SyntaxError among them
+            return ("image that cannot be decoded", " ".join(str(error).split()) or type(error).__name__), ""
+        if (width, height) != (image["width"], image["height"]):
+            return (
+                "image of another size than the json says",
+                f"{width} × {height}, the json says {image['width']} × {image['height']}",
+            ), ""
+        return None, file_digest(path)
+
+    def _check_images(self) -> dict[Any, tuple[int, int]]:
+        sizes: dict[Any, tuple[int, int]] = {}
+        listings: dict[str, set[str]] = {}
+        for index, image in enumerate(self.content["images"]):
+            where = f"images[{index}]"
+            lacking = [key for key in ("id", "file_name", "width", "height") if key not in image]
+            if lacking:
+                self.report.problem(MALFORMED, f"{where} has no {', '.join(lacking)}")
+                self.bad_images.add(image.get("id"))
+                continue
+            if image["id"] in sizes:
+                self.report.problem(TWICE_IMAGE, f"{where}, id {image['id']}, {image['file_name']}")
+                continue
+            sizes[image["id"]] = (image["width"], image["height"])
+            if not is_file(self.image_root, image["file_name"], listings):
+                self.report.problem(MISSING, f"{self.image_root / image['file_name']}")
+                self.bad_images.add(image["id"])
+        return sizes
+
+    def _check_categories(self) -> dict[Any, str]:
+        names: dict[Any, str] = {}
+        for index, category in enumerate(self.content["categories"]):
+            if "id" not in category or "name" not in category:
+                self.report.problem(MALFORMED, f"categories[{index}] has no id or no name")
+            elif category["id"] in names:
+                self.report.problem("category id used twice", f"categories[{index}], id {category['id']}")
+            else:
+                names[category["id"]] = category["name"]
+        return names
+
+    def _check_annotations(self, sizes: dict[Any, tuple[int, int]], names: dict[Any, str]) -> None:
+        ids: set[Any] = set()
+        annotated: set[Any] = set()
+        counts: Counter = Counter()
+        for index, annotation in enumerate(self.content["annotations"]):
+            kind, detail = self._annotation_problem(annotation, sizes, names)
+            if kind:
+                self.report.problem(kind, f"annotations[{index}], {detail}")
+                if kind != BEYOND:
+                    self.bad_annotations.add(index)
+                    continue
+            if annotation.get("id") in ids:
+                self.report.problem(TWICE_ANNOTATION, f"annotations[{index}], id {annotation.get('id')}")
+            ids.add(annotation.get("id"))
+            annotated.add(annotation["image_id"])
+            counts[annotation["category_id"]] += 1
+        for image_id in sizes.keys() - annotated:
+            self.report.remark("image without annotations (not trained on)", f"id {image_id}")
+        for category, name in names.items():
+            if not counts[category]:
+                self.report.remark("category without annotations", f"{name} (id {category})")
+
+    def _annotation_problem(
+        self, annotation: dict[str, Any], sizes: dict[Any, tuple[int, int]], names: dict[Any, str]
+    ) -> tuple[str, str]:
+        """The kind of the first thing that is wrong with an annotation, and what it says; ("", "") where it is fine."""
+        lacking = [key for key in ("image_id", "category_id", "bbox") if key not in annotation]
+        if lacking:
+            return MALFORMED, f"which has no {', '.join(lacking)}"
+        box = annotation["bbox"]
+        where = f"id {annotation.get('id')}, image {annotation['image_id']}, bbox {box}"
+        if annotation["image_id"] not in sizes:
+            return "annotation of an image that is not listed", where
+        if annotation["category_id"] not in names:
+            return UNKNOWN_CATEGORY, f"category_id {annotation['category_id']}, {where}"
+        if len(box) != 4 or not all(isinstance(v, int | float) and math.isfinite(v) for v in box):
+            return MALFORMED, f"whose bbox is not four numbers, {where}"
+        if box[2] < 0 or box[3] < 0:
+            return NEGATIVE_BOX, where
+        if box[2] == 0 or box[3] == 0:
+            return FLAT_BOX, where
+        width, height = sizes[annotation["image_id"]]
+        if min(box[0], box[1]) < -BORDER or box[0] + box[2] > width + BORDER or box[1] + box[3] > height + BORDER:
+            return BEYOND, f"{where}, of {width} × {height}"
+        return "", ""
+
+
+def read_coco(path: Path) -> dict[str, Any]:
+    """The content of a COCO json.
+
+    Raises:
+        UserError: no such file, no json, or none of COCO's lists in it.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: there is no such file") from error
+    except ValueError as error:
+        raise UserError(f"{path} is no json that can be read: {error}") from error
+    lists = ("images", "annotations", "categories")
+    lacking = [key for key in lists if not isinstance(content, dict) or not isinstance(content.get(key), list)]
+    if lacking:
+        raise UserError(f"{path} is not a COCO annotation file: it has no list of {', '.join(lacking)}")
+    if not content["annotations"]:
+        raise UserError(f"{path} has no annotations: there is nothing to learn from it")
+    return content
+
+
+def is_file(root: Path, name: str, listings: dict[str, set[str]]) -> bool:
+    """Whether `root/name` is there; each folder is listed once, which is faster than asking for 100,000 files."""
+    folder, base = os.path.split(os.path.join(root, name))
+    if folder not in listings:
+        listings[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+    return base in listings[folder]
+
+
+def clipped(box: list[float], width: int, height: int) -> list[float]:
+    """An XYWH box, cut at the borders of its image."""
+    left, top = min(max(box[0], 0), width), min(max(box[1], 0), height)
+    right, bottom = min(max(box[0] + box[2], 0), width), min(max(box[1] + box[3], 0), height)
+    return [left, top, right - left, bottom - top]
+
+
+def refuse_broken(key: str, name: str, json_file: str, image_root: str) -> None:
+    """The quick check that every training makes of a data set.
+
+    Args:
+        key, name: for the message: DATASETS.TRAIN and the data set's name.
+    Raises:
+        UserError: what would stop the training, the first three places of it, and the tool that lists and cleans all.
+    """
+    try:
+        report = CocoFile(json_file, image_root).check_structure()
+    except UserError as error:
+        raise UserError(f"{key}: {name}: {error}") from error
+    fatal = [summary(kind, report.problems[kind]) for kind in FATAL if kind in report.problems]
+    if fatal:
+        raise UserError(
+            f"{key}: {name}: {fatal[0]}. `tools/check_data.py {json_file} {image_root} --output cleaned.json` lists "
+            "everything and writes a json without it"
+        )
+
+
+def check_coco(
+    splits: list[tuple[str, str]], workers: int = 0, progress: Callable[..., Iterable] | None = None
+) -> tuple[list[CocoFile], DataReport]:
+    """Structure and files of several splits, and the images that two of them share.
+
+    Args:
+        splits: (json file, image folder) of each.
+    Returns:
+        Each split with its own report, and the report about all together.
+    """
+    files = [CocoFile(*split) for split in splits]
+    for file in files:
+        file.check_structure()
+        file.check_files(workers, progress)
+    together = DataReport()
+    report_shared(together, {str(file.json_file): file.digests for file in files})
+    return files, together
