@@ -1,12 +1,19 @@
 """What every test may use: one seed, and the way to the optional real data."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# nohup and background jobs start pytest with signals ignored, and exec hands an ignored signal down to every process
+# that a test starts and then wants to interrupt. A handler that does nothing is not handed down.
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
 
 
 @pytest.fixture(autouse=True)

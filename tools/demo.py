@@ -5,23 +5,24 @@ picture.
     tools/demo.py                     # one seed: about a quarter of an hour on two CPU cores
     tools/demo.py --seeds 0 1 2       # the students of several seeds (one teacher): mean ± standard deviation
 
-Interrupt it when you like: run again, it goes on where it was, and what is finished is not repeated.
+It can be interrupted at any time: the same command resumes the training that was interrupted and skips those that are
+finished.
 """
 
 import argparse
+import contextlib
 import hashlib
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "Digits"
@@ -29,76 +30,74 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # each ends the demo a
 TITLES = {"baseline": "plain", "kd": "KD", "dkd": "DKD"}  # as the papers' tables call them
 
 
-def train(
-    name: str,
-    output_dir: Path,
-    *options: str,
-    environment: Mapping[str, str] | None = None,
-    own_session: bool = True,
-) -> None:
-    """Train `configs/Digits/<name>.yaml` into `output_dir`, from its last checkpoint if there is one, unless it is
-    finished.
+class Trainings:
+    """Processes that train detectors, `jobs` at a time. Leaving the block ends those that still run.
 
-    In a session of its own Ctrl-C reaches this process alone, which then ends the training: it may be at its imports.
+    Threads start the processes and wait for them. Python handles signals in the main thread alone, so no interrupt can
+    strike inside `Popen`, where the process that was just started would be lost.
     """
-    finished, settings = output_dir / "finished", fingerprint(options)
-    if finished.is_file():
-        if finished.read_text(encoding="utf-8") != settings:
-            sys.exit(f"[demo] {output_dir} was finished with other settings: remove it, or choose another --output")
-        print(f"[demo] {name}: finished before, in {output_dir}")
-        return
-    print(f"[demo] {name}: training into {output_dir}", flush=True)
-    command = [
-        sys.executable,
-        str(ROOT / "tools" / "train_net.py"),
-        "--config-file",
-        str(CONFIGS / f"{name}.yaml"),
-        "--resume",
-        "OUTPUT_DIR",
-        str(output_dir),
-        *options,
-    ]
-    quiet = {"PYTHONWARNINGS": "ignore"}  # progress, not deprecations
-    variables = os.environ | quiet | dict(environment or {})
-    if own_session:
-        run_in_own_session(command, variables)
-    else:
-        subprocess.run(command, cwd=ROOT, check=True, env=variables)
-    finished.write_text(settings, encoding="utf-8")
 
+    def __init__(self, jobs: int = 1, environment: Mapping[str, str] | None = None) -> None:
+        self.pool = ThreadPoolExecutor(jobs)
+        self.variables = os.environ | {"PYTHONWARNINGS": "ignore"} | dict(environment or {})
+        self.running: set[subprocess.Popen] = set()
+        self.lock, self.ended = threading.Lock(), False
 
-def run_in_own_session(command: list[str], variables: Mapping[str, str]) -> None:
-    """`subprocess.run(check=True)`, but an interruption ends the process also when it comes while that is started."""
-    process = None
-    try:
-        with postponed_signals():  # in Popen one would lose the process that is just begun
-            process = subprocess.Popen(command, cwd=ROOT, env=variables, start_new_session=True)
-        if code := process.wait():
+    def __enter__(self) -> "Trainings":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.ended = True
+            for process in self.running:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # with its data loader's workers
+        self.pool.shutdown(cancel_futures=True)
+
+    def train(self, name: str, output_dir: Path, *options: str) -> Future:
+        """Train `configs/Digits/<name>.yaml` into `output_dir`, from its last checkpoint if there is one, unless it is
+        finished. A failed training is a CalledProcessError of the result.
+        """
+        return self.pool.submit(self._train, name, output_dir, options)
+
+    def _train(self, name: str, output_dir: Path, options: tuple[str, ...]) -> None:
+        finished, settings = output_dir / "finished", fingerprint(options)
+        if finished.is_file():
+            if finished.read_text(encoding="utf-8") != settings:
+                sys.exit(f"[demo] {output_dir} was finished with other settings: remove it, or choose another --output")
+            print(f"[demo] {name}: finished before, in {output_dir}")
+            return
+        print(f"[demo] {name}: training into {output_dir}", flush=True)
+        command = [sys.executable, str(ROOT / "tools" / "train_net.py"), "--config-file", str(CONFIGS / f"{name}.yaml")]
+        self._run([*command, "--resume", "OUTPUT_DIR", str(output_dir), *options])
+        finished.write_text(settings, encoding="utf-8")
+
+    def _run(self, command: list[str]) -> None:
+        """`subprocess.run(check=True)` in a session of its own, so that Ctrl-C reaches this process alone."""
+        with self.lock:
+            if self.ended:
+                raise CancelledError
+            process = subprocess.Popen(command, cwd=ROOT, env=self.variables, start_new_session=True)
+            self.running.add(process)
+        code = process.wait()
+        with self.lock:  # from now on its number may be another process's
+            self.running.remove(process)
+        if code:
             raise subprocess.CalledProcessError(code, command)
-    finally:
-        if process is not None and process.poll() is None:
-            process.kill()
-            process.wait()
 
 
-@contextmanager
-def postponed_signals() -> Iterator[None]:
-    """What would interrupt the block is raised at its end, as a KeyboardInterrupt."""
-    came: list[int] = []
-    handlers = listen(lambda number, _: came.append(number))
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    if came:
-        raise KeyboardInterrupt
+def listen() -> None:
+    """Let every signal of `SIGNALS` raise a KeyboardInterrupt, unless it is ignored (nohup, a job in the background).
+
+    An ignored one gets a handler that does nothing: the trainings would inherit SIG_IGN, a handler they do not.
+    """
+    for number in SIGNALS:
+        ignored = signal.getsignal(number) == signal.SIG_IGN
+        signal.signal(number, (lambda *_: None) if ignored else interrupt)
 
 
-def listen(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
-    """Call `handler` at every signal of `SIGNALS`, but one that is ignored (nohup); returns the handlers until now."""
-    heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-    return {number: signal.signal(number, handler) for number in heard}
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def fingerprint(options: tuple[str, ...]) -> str:
@@ -119,11 +118,13 @@ def main() -> None:
     output, start = args.output.resolve(), time.time()
 
     teacher = output / f"teacher_seed{args.seeds[0]}"
-    train("teacher", teacher, "SEED", str(args.seeds[0]), *args.options)
-    for seed in args.seeds:
-        for student in args.students:
-            weights = [] if student == "baseline" else ["KD.TEACHER.WEIGHTS", str(teacher / "model_final.pth")]
-            train(student, output / f"{student}_seed{seed}", "SEED", str(seed), *weights, *args.options)
+    with Trainings() as trainings:
+        trainings.train("teacher", teacher, "SEED", str(args.seeds[0]), *args.options).result()
+        for seed in args.seeds:
+            for student in args.students:
+                words = [] if student == "baseline" else ["KD.TEACHER.WEIGHTS", str(teacher / "model_final.pth")]
+                folder = output / f"{student}_seed{seed}"
+                trainings.train(student, folder, "SEED", str(seed), *words, *args.options).result()
 
     warnings.simplefilter("ignore")
     from kd_det import report  # detectron2 takes seconds to import: only when there is something to report
@@ -141,19 +142,14 @@ def main() -> None:
     )
 
 
-def interrupt(*_: object) -> None:
-    """A signal handler: a terminal that is closed, or a `kill`, ends the training as Ctrl-C does."""
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
-    listen(interrupt)
+    listen()
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit(f"\n[demo] interrupted; to go on: {shlex.join([sys.executable, *sys.argv])}")
+        sys.exit(f"\n[demo] interrupted; to resume: {shlex.join([sys.executable, *sys.argv])}")
     except subprocess.CalledProcessError as error:
         sys.exit(
             f"[demo] a training failed (exit {error.returncode}); its message stands above. "
-            "The same command goes on from its last checkpoint."
+            "The same command resumes from its last checkpoint."
         )

@@ -5,9 +5,9 @@
     tools/run_table.py --jobs 2                            # two trainings at a time, the cores divided among them
     tools/run_table.py --methods baseline dkd --seeds 0
 
-Interrupt or kill it when you like: the same command skips what is finished and goes on with what is not. The time of an
-iteration is measured at the end, all methods by turns in one process on the same batches, so that what else the machine
-does falls on all alike.
+It can be interrupted at any time: the same command skips the trainings that are finished and resumes the others. The
+time of an iteration is measured at the end, all methods in turn in one process on the same batches, so that other load
+on the machine affects them equally.
 """
 
 import argparse
@@ -18,15 +18,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from demo import CONFIGS, ROOT, train
+from demo import CONFIGS, ROOT, Trainings, listen
 
 NO_MASK = ("KD.LOSS.TOPK.ENABLED", "False")
-# A name → its title, its config in configs/Digits, and what is overridden there.
+# name → title, config in configs/Digits, overrides
 METHODS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "baseline": ("plain", "baseline", ()),
     "kd": ("KD", "kd", ()),
@@ -46,23 +45,18 @@ def main(arguments: Sequence[str] | None = None) -> str:
     output = args.output.resolve()
     teacher = output / "teacher"
     threads = max((os.cpu_count() or 1) // args.jobs, 1)
-    # Ctrl-C reaches the trainings themselves: a thread that waits for one cannot be interrupted.
-    started = {"environment": {"OMP_NUM_THREADS": str(threads)} if args.jobs > 1 else {}, "own_session": False}
-
-    train("teacher", teacher, "SEED", "0", *args.options)
+    environment = {"OMP_NUM_THREADS": str(threads)} if args.jobs > 1 else {}
     words = teacher_words(teacher)
-    pool = ThreadPoolExecutor(args.jobs)
-    try:
-        waiting = [
-            pool.submit(train, METHODS[name][1], output / f"{name}_seed{seed}", *options, **started)
+    with Trainings(args.jobs, environment) as trainings:
+        trainings.train("teacher", teacher, "SEED", "0", *args.options).result()
+        students = [
+            trainings.train(METHODS[name][1], output / f"{name}_seed{seed}", "SEED", str(seed), *own, *args.options)
             for seed in args.seeds
             for name in args.methods
-            for options in [("SEED", str(seed), *own_words(name, words), *args.options)]
+            for own in [own_words(name, words)]
         ]
-        for training in waiting:
+        for training in students:
             training.result()
-    finally:  # after an interruption or a failure nothing new is begun
-        pool.shutdown(cancel_futures=True)
     text = report_table(args, output, iteration_times(args, words))
     (output / "table.md").write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}\n\nSeeds {args.seeds}. Also in {output / 'table.md'}")
@@ -85,12 +79,12 @@ def teacher_words(teacher: Path) -> tuple[str, ...]:
 
 
 def own_words(name: str, teacher: tuple[str, ...]) -> tuple[str, ...]:
-    """The overrides of a method: the teacher's weights where it has a teacher, and its own."""
+    """The overrides of a method, with the teacher's weights if it has a teacher."""
     return (*(() if name == "baseline" else teacher), *METHODS[name][2])
 
 
 def report_table(args: argparse.Namespace, output: Path, seconds: dict[str, float]) -> str:
-    """A row a method: AP, AP50, AP75 over the seeds, parameters, time of an iteration relative to the first method."""
+    """One row per method: AP, AP50, AP75 over the seeds, parameters, time of an iteration relative to the first."""
     from tabulate import tabulate
 
     from kd_det.evaluation.report import read_run, spread
@@ -134,9 +128,10 @@ def iteration(config: str, words: list[str]) -> Callable[[], None]:
 
 
 if __name__ == "__main__":
+    listen()
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("\n[table] interrupted; run the same command again to go on")
+        sys.exit("\n[table] interrupted; run the same command again to resume")
     except subprocess.CalledProcessError as error:
-        sys.exit(f"[table] a training failed (exit {error.returncode}); its message stands above. Run again to go on.")
+        sys.exit(f"[table] a training failed (exit {error.returncode}); its message stands above. Run again to resume.")

@@ -1,66 +1,83 @@
-"""The demo can be interrupted at any time, and says how to go on."""
+"""The demo can be interrupted at any time, ends its training then, and says how to resume."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from helpers.processes import started
+
 DEMO = Path(__file__).resolve().parents[2] / "tools" / "demo.py"
+IGNORING = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
 
 
-def children(process: int) -> list[int]:
-    """Processes that `process` has started and that live."""
-    return [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+@contextmanager
+def started_demo(output: Path, *wrapper: str) -> Iterator[tuple[subprocess.Popen, int]]:
+    """The demo, and the number of its first training's process."""
+    command = [*wrapper, sys.executable, str(DEMO), "--output", str(output)]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    with started(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as demo:
+        assert "teacher: training into" in demo.stdout.readline()
+        while not (children := children_of(demo.pid)):
+            time.sleep(0.005)
+        yield demo, children[0]
 
 
-def lives(process: int) -> bool:
-    """Whether a process is there and no zombie, which waits for its parent only."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+def children_of(process: int) -> list[int]:
+    """Living processes that any thread of `process` has started."""
+    paths = Path(f"/proc/{process}/task").glob("*/children")
+    return [int(word) for path in paths for word in path.read_text().split()]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_that_comes_while_a_training_is_started_ends_it_as_soon_as_it_is(monkeypatch, number):
+def wait_for_the_end(process: int) -> None:
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{process}").exists():
+        assert time.monotonic() < deadline, "the training goes on"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["Ctrl-C", "kill", "hang-up"])
+def test_an_interrupted_demo_ends_its_training_and_says_what_to_run_to_resume(tmp_path, number):
+    with started_demo(tmp_path / "demo") as (demo, training):
+        os.killpg(demo.pid, number)  # as a terminal does
+        _, errors = demo.communicate(timeout=60)
+        wait_for_the_end(training)
+    assert demo.returncode == 1 and "Traceback" not in errors
+    assert errors.splitlines()[-1] == f"[demo] interrupted; to resume: {' '.join(demo.args)}"
+
+
+def test_a_demo_in_the_background_ignores_an_interrupt_and_its_training_does_not(tmp_path):
+    with started_demo(tmp_path / "demo", sys.executable, "-c", IGNORING) as (demo, training):
+        os.kill(demo.pid, signal.SIGINT)
+        os.kill(training, signal.SIGINT)
+        _, errors = demo.communicate(timeout=60)
+    assert demo.returncode == 1 and "[demo] a training failed (exit" in errors.splitlines()[-1]
+
+
+def test_a_training_that_is_being_started_when_the_block_ends_is_ended_too(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(DEMO.parent))
     import demo
 
     processes = []
 
-    class SignalledWithin(subprocess.Popen):
+    class SlowlyStarted(subprocess.Popen):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             processes.append(self)
-            os.kill(os.getpid(), number)
+            time.sleep(0.5)
 
-    monkeypatch.setattr(subprocess, "Popen", SignalledWithin)
-    handlers = [signal.getsignal(number) for number in demo.SIGNALS]
-    with pytest.raises(KeyboardInterrupt):
-        demo.run_in_own_session([sys.executable, "-c", "import time; time.sleep(60)"], os.environ)
+    monkeypatch.setattr(subprocess, "Popen", SlowlyStarted)
+    with pytest.raises(KeyboardInterrupt), demo.Trainings() as trainings:
+        training = trainings.train("teacher", tmp_path / "output")
+        while not processes:
+            time.sleep(0.005)
+        raise KeyboardInterrupt
     assert processes[0].returncode == -signal.SIGKILL
-    assert [signal.getsignal(number) for number in demo.SIGNALS] == handlers
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "kill"])
-def test_an_interrupted_demo_ends_its_training_and_says_what_to_run_to_go_on(tmp_path, number):
-    command = [sys.executable, str(DEMO), "--output", str(tmp_path / "demo")]
-    demo = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
-    )  # fmt: skip
-    assert "teacher: training into" in demo.stdout.readline()
-    while not (started := children(demo.pid)):
-        time.sleep(0.01)
-    os.killpg(demo.pid, number)  # as a terminal does
-    _, errors = demo.communicate(timeout=60)
-    assert demo.returncode == 1 and "Traceback" not in errors
-    assert errors.splitlines()[-1] == f"[demo] interrupted; to go on: {' '.join(command)}"
-    deadline = time.time() + 20
-    while any(map(lives, started)):
-        assert time.time() < deadline, "the training goes on"
-        time.sleep(0.05)
+    with pytest.raises(subprocess.CalledProcessError):
+        training.result()
