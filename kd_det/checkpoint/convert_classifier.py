@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from kd_core.utils.errors import UserError
 from kd_core.utils.files import write_whole
-from kd_det.checkpoint.classifier_weights import Classifier
+from kd_det.checkpoint.classifier_weights import PACKAGED, Classifier, read_classifier
 
 PREFIX = "backbone.bottom_up."  # of a backbone under an FPN
 BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
@@ -82,6 +82,17 @@ def save(backbone: Backbone, path: str | os.PathLike, prefix: str = PREFIX) -> N
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda file: torch.save(content, file))
+
+
+def save_packaged(name: str, path: str | os.PathLike) -> dict[str, Any]:
+    """Write a classifier of `PACKAGED` under timm's names, head included; returns the config that goes with it."""
+    classifier = read_classifier(name)
+    _refuse_non_finite(classifier.state_dict)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda file: torch.save(classifier.state_dict, file))
+    network = {"MODEL.BACKBONE.NAME": "build_timm_fpn_backbone", "MODEL.TIMM.NAME": PACKAGED[name]}
+    return {**network, "MODEL.TIMM.WEIGHTS": str(path), **_preprocessing(classifier)}
 
 
 def _convert_resnet(found: dict[str, Tensor]) -> Backbone:

