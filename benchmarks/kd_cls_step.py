@@ -29,9 +29,9 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from kd_cls.build import build_trainer
-from kd_cls.cli import start_process
 from kd_cls.config import load_cfg
 from kd_cls.data import register_dataset
+from kd_cls.distributed import start_process
 from kd_cls.engine.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]

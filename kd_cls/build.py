@@ -13,10 +13,10 @@ from timm.loss import create_classification_loss
 from torch import nn
 
 from kd_cls.checks import mixes
-from kd_cls.cli import Process, same_weights, seed_step
 from kd_cls.config import config_hash
 from kd_cls.data import DataSets, Loaders
 from kd_cls.data.build import augmentation, autocast_dtype, build_data, build_loaders
+from kd_cls.distributed import Process, broadcast_weights, seed_step
 from kd_cls.engine.solver import build_auto_momenta, build_optimizer, build_scheduler
 from kd_cls.engine.trainer import Trainer
 from kd_cls.evaluate import evaluate
@@ -47,7 +47,7 @@ def build_trainer(cfg: CfgNode, process: Process) -> Trainer:
     teacher = None if loss is None else attach_teacher(cfg, data, stats, process)
     criterion = create_classification_loss(smoothing=cfg.SOLVER.LABEL_SMOOTHING, soft_targets=mixes(cfg))
     task = DistillationTask(student, teacher, loss, criterion, cfg.KD.TASK_WEIGHT, autocast_dtype(cfg), process.device)
-    same_weights(student)
+    broadcast_weights(student)
     prepare_networks(cfg, task)
     if teacher is not None and cfg.KD.TEACHER.EVALUATE:
         report_teacher(teacher, loaders, process)

@@ -17,9 +17,10 @@ from timm.task.evaluator import ClassificationEvaluator
 from torch import Tensor
 
 from kd_cls.checkpoint.checkpoint import BEST, fetch, load_weights, read_metadata
-from kd_cls.cli import Process, option_parser, run_command, start_process
+from kd_cls.cli import option_parser, run_command
 from kd_cls.config import load_cfg
 from kd_cls.data.build import build_data, build_val_loader
+from kd_cls.distributed import Process, start_process
 from kd_cls.engine.writers import setup_logging
 from kd_cls.models.factory import InputStats, create_network, input_stats
 from kd_core.utils.errors import UserError

@@ -20,12 +20,13 @@ from fvcore.common.config import CfgNode
 from kd_cls.build import build_trainer
 from kd_cls.checkpoint.checkpoint import LAST, read_checkpoint, read_metadata
 from kd_cls.checks import check_config
-from kd_cls.cli import Process, agree, option_parser, run_command, start_process
+from kd_cls.cli import option_parser, run_command
 from kd_cls.config import load_cfg
+from kd_cls.distributed import Process, broadcast_object, start_process
 from kd_cls.engine.cuda_graph import check_device
 from kd_cls.engine.writers import setup_logging
 from kd_cls.task.teacher import teacher_description
-from kd_core.utils.config import list_values
+from kd_core.utils.config import list_values, read_yaml
 from kd_core.utils.files import sweep_unfinished, write_text
 from kd_core.utils.wandb import import_wandb
 
@@ -36,11 +37,11 @@ def train(cfg: CfgNode, process: Process, resume: bool = False) -> dict[str, flo
     """One run: everything it leaves is in OUTPUT_DIR.
 
     Args:
-        resume: go on from OUTPUT_DIR/last.pth where there is one; a run that had reached its end only reports.
+        resume: from OUTPUT_DIR/last.pth, where there is one; a run that is complete only reports.
     Returns:
         The last evaluation's metrics, `best_top1` and `seconds`.
     Raises:
-        ValueError: bad input, before training starts; FloatingPointError: a loss that is no number.
+        UserError: bad input, before training starts; DivergedError: a loss that is not finite.
     """
     check_config(cfg, process.world_size)
     if cfg.SOLVER.CUDA_GRAPH:
@@ -53,12 +54,12 @@ def train(cfg: CfgNode, process: Process, resume: bool = False) -> dict[str, flo
     setup_logging(output, process.is_main)
     trainer = build_trainer(cfg, process)
     last = output / LAST
-    if agree(resume and last.is_file()):
+    if broadcast_object(resume and last.is_file()):
         trainer.resume(read_checkpoint(last, "--resume"))
         if trainer.iteration >= trainer.max_iter:
             logger.info("%s is complete (%d iterations): there is nothing left to train", last, trainer.iteration)
     elif last.is_file():
-        logger.warning("%s is from an earlier run and will be replaced; --resume would have gone on with it", last)
+        logger.warning("%s is from an earlier run and will be replaced; use --resume to continue it", last)
     if process.is_main:
         sweep_unfinished(output)
         write_text(output / "config.yaml", cfg.dump())
@@ -66,13 +67,13 @@ def train(cfg: CfgNode, process: Process, resume: bool = False) -> dict[str, flo
 
 
 def settle_seed(cfg: CfgNode, resume: bool) -> CfgNode:
-    """The config with a SEED below 0 drawn, or taken from the run that is gone on with; frozen."""
+    """The config with a SEED below 0 drawn, or taken from the run that is resumed; frozen."""
     cfg = cfg.clone()
     cfg.defrost()
     if cfg.SEED < 0:
         earlier = Path(cfg.OUTPUT_DIR, "config.yaml")
         drawn = random.SystemRandom().randrange(2**31)
-        cfg.SEED = agree(load_cfg(str(earlier)).SEED if resume and earlier.is_file() else drawn)
+        cfg.SEED = broadcast_object(read_yaml(str(earlier))["SEED"] if resume and earlier.is_file() else drawn)
     cfg.freeze()
     return cfg
 
@@ -83,7 +84,7 @@ def train_missing_teacher(cfg: CfgNode, process: Process) -> None:
     if cfg.KD.LOSS.NAME == "none" or not node.TRAIN_IF_MISSING or node.WEIGHTS or not node.CONFIG_FILE:
         return
     _, _, weights, own = teacher_description(cfg)
-    if not agree(read_metadata(weights).get("finished", False)):
+    if not broadcast_object(read_metadata(weights).get("finished", False)):
         own.DEVICE = cfg.DEVICE
         setup_logging(Path(own.OUTPUT_DIR), process.is_main)
         logger.info(
@@ -120,7 +121,7 @@ def summarise(values: list[float]) -> dict[str, object]:
 def main(arguments: Sequence[str] | None = None) -> dict[str, object]:
     """The command."""
     parser = option_parser(__doc__)
-    parser.add_argument("--resume", action="store_true", help="go on from OUTPUT_DIR/last.pth")
+    parser.add_argument("--resume", action="store_true", help="continue from OUTPUT_DIR/last.pth")
     parser.add_argument("--list-keys", action="store_true", help="print every key and its value, and end")
     options = parser.parse_intermixed_args(arguments)
     cfg = load_cfg(options.config_file, options.options)

@@ -29,11 +29,11 @@ and no division, and nothing complains about the wrong one.
 """
 
 import argparse
-import sys
 
 import yaml
 from detectron2.config import CfgNode
 
+from kd_core.utils.errors import exit_on_user_error
 from kd_det.checkpoint import split_released as merged
 from kd_det.checkpoint.classifier_weights import PACKAGED, read_classifier
 from kd_det.checkpoint.convert_classifier import PREFIX, convert, save, save_packaged
@@ -76,17 +76,18 @@ def as_yaml(keys: dict[str, object]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    try:
-        if options.teacher_output:
-            return take_apart(options.source, options.output, options.teacher_output)
-        if options.source in PACKAGED:
-            config = save_packaged(options.source, options.output)
-            print(f"{options.output}: {PACKAGED[options.source]}\nThe config that goes with it:\n")
-            return print(as_yaml(config))
-        backbone = convert(read_classifier(options.source))
-        save(backbone, options.output, options.prefix)
-    except (ValueError, OSError) as error:
-        sys.exit(f"convert_weights: {error}")
+    exit_on_user_error("convert_weights", lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> None:
+    if options.teacher_output:
+        return take_apart(options.source, options.output, options.teacher_output)
+    if options.source in PACKAGED:
+        config = save_packaged(options.source, options.output)
+        print(f"{options.output}: {PACKAGED[options.source]}\nThe config that goes with it:\n")
+        return print(as_yaml(config))
+    backbone = convert(read_classifier(options.source))
+    save(backbone, options.output, options.prefix)
     print(f"{options.output}: {backbone.name}, {len(backbone.state_dict)} tensors; left out: {len(backbone.left_out)}")
     print("The config that goes with it:\n")
     return print(as_yaml({"MODEL.WEIGHTS": options.output, **backbone.config}))

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kd_core.utils.errors import exit_on_user_error
 from kd_det.analysis.cost import Estimate, measure
 from kd_det.analysis.findings import STAND_IN, Findings, look
 from kd_det.engine.launch import choose_device, read_config
@@ -86,10 +87,7 @@ def report(found: Findings, cost: Estimate, machine: Machine) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status."""
     options = parse_arguments(arguments)
-    try:
-        cfg = read_config(options.config_file, options.options)
-    except ValueError as error:
-        sys.exit(f"dry_run: {error}")
+    cfg = exit_on_user_error("dry_run", lambda: read_config(options.config_file, options.options))
     choose_device(cfg, torch.cuda.device_count())
     gpus = torch.cuda.device_count() if options.num_gpus is None else options.num_gpus
     on_gpu = cfg.MODEL.DEVICE != "cpu"

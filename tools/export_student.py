@@ -23,10 +23,10 @@ onnxruntime, where it is installed, checks it); else it is refused with the reas
 """
 
 import argparse
-import sys
 import warnings
 from pathlib import Path
 
+from kd_core.utils.errors import exit_on_user_error
 from kd_det.export import read_student, save_onnx, save_plain, save_torchscript
 
 
@@ -43,21 +43,22 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
+    exit_on_user_error("export_student", lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> None:
     warnings.simplefilter("ignore")  # of tracing: what it makes constant is checked at another size
-    try:
-        student = read_student(options.source, options.config_file, options.average)
-        options.output.mkdir(parents=True, exist_ok=True)
-        weights, config = save_plain(student, options.output)
-        count = sum(parameter.numel() for parameter in student.model.parameters())
-        print(f"{weights}, {config}: {count / 1e6:.2f} M parameters, of {student.source}")
-        for asked, name, save in (
-            (options.torchscript, "student.ts", save_torchscript),
-            (options.onnx, "student.onnx", save_onnx),
-        ):
-            if asked:
-                print(f"{options.output / name}: image → {', '.join(save(student, options.output / name))}")
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"export_student: {error}")
+    student = read_student(options.source, options.config_file, options.average)
+    options.output.mkdir(parents=True, exist_ok=True)
+    weights, config = save_plain(student, options.output)
+    count = sum(parameter.numel() for parameter in student.model.parameters())
+    print(f"{weights}, {config}: {count / 1e6:.2f} M parameters, of {student.source}")
+    for asked, name, save in (
+        (options.torchscript, "student.ts", save_torchscript),
+        (options.onnx, "student.onnx", save_onnx),
+    ):
+        if asked:
+            print(f"{options.output / name}: image → {', '.join(save(student, options.output / name))}")
 
 
 if __name__ == "__main__":

@@ -9,19 +9,19 @@ is what no other row has: the backward passes, and the Python around them.
 """
 
 import argparse
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from fvcore.common.config import CfgNode
 from tabulate import tabulate
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.hooks import RemovableHandle
+
+from kd_core.utils.config import read_yaml
+from kd_core.utils.errors import exit_on_user_error
 
 PREFIX = "part: "
 Parts = dict[str, nn.Module]
@@ -36,9 +36,7 @@ def main(arguments: list[str] | None = None) -> str:
     parser.add_argument("--operators", type=int, default=12, help="how many operators to list")
     parser.add_argument("options", nargs="*", metavar="KEY VALUE", help="config keys to override")
     args = parser.parse_intermixed_args(arguments)
-    if not os.path.isfile(args.config):
-        raise ValueError(f"there is no config file {args.config}")
-    build = classification_step if "DATA" in CfgNode.load_yaml_with_base(args.config) else detection_step
+    build = classification_step if "DATA" in read_yaml(args.config) else detection_step
     with build(args.config, args.options) as (step, parts):
         for _ in range(2):
             step()
@@ -83,8 +81,8 @@ def detection_step(config: str, options: list[str]) -> Iterator[tuple[Callable[[
 def classification_step(config: str, options: list[str]) -> Iterator[tuple[Callable[[], object], Parts]]:
     """The training step of a classification config on one batch, and the modules that are its parts."""
     from kd_cls.build import build_trainer
-    from kd_cls.cli import start_process
     from kd_cls.config import load_cfg
+    from kd_cls.distributed import start_process
 
     cfg = load_cfg(config, options)
     with start_process(cfg.DEVICE) as process:
@@ -148,7 +146,4 @@ def wait() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"profile_step: {error}")
+    exit_on_user_error("profile_step", main)

@@ -4,11 +4,10 @@
     python tools/run_cls_table.py [--methods baseline kd …] [--seeds 0 1 2] [--output output/digits] [KEY VALUE …]
 
 Trains the teacher once, then configs/Digits/cls_<method>.yaml with each seed. What is finished is not trained again
-and a run that was killed goes on: repeat the command until it prints the table (also in OUTPUT/cls_table.md).
+and a run that was killed is resumed: repeat the command until it prints the table (also in OUTPUT/cls_table.md).
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,8 +15,9 @@ import torch
 from tabulate import tabulate
 
 from kd_cls.checkpoint.checkpoint import LAST
-from kd_cls.cli import Process, run_command, start_process
+from kd_cls.cli import run_command
 from kd_cls.config import load_cfg
+from kd_cls.distributed import Process, start_process
 from kd_cls.train import summarise, train
 from kd_core.utils.files import write_text
 
@@ -92,4 +92,4 @@ def main(arguments: Sequence[str] | None = None) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_command(main)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""See what the student has learnt: ground truth, teacher and student side by side, a PNG an image.
+"""See what the student has learnt: ground truth, teacher and student side by side, one PNG per image.
 
     tools/visualize_detections.py output/digits/dkd --output pictures
     tools/visualize_detections.py output/coco/dkd_r18_r101 --output pictures --images 20 --threshold 0.7
@@ -11,10 +11,10 @@ KEY VALUE words override (relative paths start at the working folder); a plain t
 """
 
 import argparse
-import sys
 import warnings
 from pathlib import Path
 
+from kd_core.utils.errors import UserError, exit_on_user_error
 from kd_det.engine.launch import choose_device, read_config
 from kd_det.evaluation.visualize import draw_dataset, read_detectors, records_of
 from kd_det.export import find_weights
@@ -35,17 +35,18 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
+    exit_on_user_error("visualize_detections", lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore", category=UserWarning)
-    try:
-        cfg = read_config(str(find_weights(Path(options.source)).with_name("config.yaml")), options.options)
-        choose_device(cfg, options.num_gpus)
-        if not options.dataset and not cfg.DATASETS.TEST:
-            raise ValueError("DATASETS.TEST is empty: give --dataset")
-        records, metadata = records_of(cfg, options.dataset or cfg.DATASETS.TEST[0], options.images)
-        detectors = read_detectors(options.source, cfg, with_teacher=not options.no_teacher)
-        paths = draw_dataset(records, metadata, detectors, options.output, options.threshold)
-    except (ValueError, OSError) as error:
-        sys.exit(f"visualize_detections: {error}")
+    cfg = read_config(str(find_weights(Path(options.source)).with_name("config.yaml")), options.options)
+    choose_device(cfg, options.num_gpus)
+    if not options.dataset and not cfg.DATASETS.TEST:
+        raise UserError("DATASETS.TEST is empty: give --dataset")
+    records, metadata = records_of(cfg, options.dataset or cfg.DATASETS.TEST[0], options.images)
+    detectors = read_detectors(options.source, cfg, with_teacher=not options.no_teacher)
+    paths = draw_dataset(records, metadata, detectors, options.output, options.threshold)
     print(f"{len(paths)} pictures: {paths[0]} … {paths[-1].name}")
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Turn a data set in PASCAL VOC's layout into COCO json, one file a split.
+"""Turn a data set in PASCAL VOC's layout into COCO json, one file per split.
 
     VOC_ROOT/Annotations/*.xml    VOC_ROOT/JPEGImages/*    VOC_ROOT/ImageSets/Main/*.txt
 
@@ -15,7 +15,6 @@ every split has the same.
 import argparse
 import glob
 import json
-import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from pathlib import Path
 import yaml
 from PIL import Image
 
+from kd_core.utils.errors import UserError, exit_on_user_error
 from kd_core.utils.files import write_text
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp"}
@@ -51,14 +51,14 @@ class VocDataset:
         root: holds Annotations/, JPEGImages/ and, for splits, ImageSets/Main/
         one_based: pixels count from 1 and xmax, ymax lie inside the box, as VOC's devkit has it; else they are edges
     Raises:
-        ValueError: here and in every method: what is missing or wrong, and in which file.
+        UserError: here and in every method: what is missing or wrong, and in which file.
     """
 
     def __init__(self, root: Path, one_based: bool = False) -> None:
         self.root, self.one_based = root, one_based
         for folder in ("Annotations", "JPEGImages"):
             if not (root / folder).is_dir():
-                raise ValueError(f"{root} has no folder {folder}: it is not in VOC's layout")
+                raise UserError(f"{root} has no folder {folder}: it is not in VOC's layout")
 
     def stems(self, split: str | None) -> list[str]:
         """The names, without suffix, that ImageSets/Main/`split`.txt lists; without a split, of all annotations."""
@@ -68,11 +68,11 @@ class VocDataset:
         file = lists / f"{split}.txt"
         if not file.is_file():
             there = ", ".join(sorted(path.stem for path in lists.glob("*.txt"))) or "none"
-            raise ValueError(f"there is no list {file}; lists found: {there}")
+            raise UserError(f"there is no list {file}; lists found: {there}")
         stems = [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
         for stem, count in Counter(stems).items():
             if count > 1:
-                raise ValueError(f"{file} lists {stem} {count} times")
+                raise UserError(f"{file} lists {stem} {count} times")
         return stems
 
     def objects(self, stem: str) -> list[VocObject]:
@@ -90,21 +90,21 @@ class VocDataset:
         found = sorted(folder.glob(f"{glob.escape(stem)}.*"))
         files = [path for path in found if path.stem == stem and path.suffix.lower() in IMAGE_SUFFIXES]
         if not files:
-            raise ValueError(f"{folder} has no image {stem} with a suffix among {' '.join(sorted(IMAGE_SUFFIXES))}")
+            raise UserError(f"{folder} has no image {stem} with a suffix among {' '.join(sorted(IMAGE_SUFFIXES))}")
         try:
             with Image.open(files[0]) as image:
                 size = image.size[::-1] if image.getexif().get(EXIF_ORIENTATION) in LYING else image.size
         except OSError as error:
-            raise ValueError(f"{files[0]} is not an image: {error}") from error
+            raise UserError(f"{files[0]} is not an image: {error}") from error
         return files[0].name, *size
 
     def _parsed(self, xml: Path) -> ElementTree.Element:
         try:
             return ElementTree.parse(xml).getroot()
         except FileNotFoundError:
-            raise ValueError(f"there is no annotation file {xml}") from None
+            raise UserError(f"there is no annotation file {xml}") from None
         except ElementTree.ParseError as error:
-            raise ValueError(f"{xml} is not XML: {error}") from error
+            raise UserError(f"{xml} is not XML: {error}") from error
 
     def _object(self, element: ElementTree.Element, xml: Path) -> VocObject:
         name = (element.findtext("name") or "").strip()
@@ -112,9 +112,9 @@ class VocDataset:
         try:
             xmin, ymin, xmax, ymax = (float(word) for word in words)
         except (TypeError, ValueError):
-            raise ValueError(f"{xml}: object {name!r} has no box of four numbers, but {words}") from None
+            raise UserError(f"{xml}: object {name!r} has no box of four numbers, but {words}") from None
         if not name:
-            raise ValueError(f"{xml}: the object at {words} has no name")
+            raise UserError(f"{xml}: the object at {words} has no name")
         if self.one_based:
             xmin, ymin = xmin - 1, ymin - 1
         flags = {flag: int(element.findtext(flag, default="0").strip() == "1") for flag in FLAGS}
@@ -130,10 +130,10 @@ def to_coco(
         classes: all categories, in the order wanted; by default those that occur in any split, sorted
         keep_difficult: train on and count objects marked difficult like any other
     Raises:
-        ValueError: what is wrong, and in which file; a class that is not among `classes`.
+        UserError: what is wrong, and in which file; a class that is not among `classes`.
     """
     if classes and len(set(classes)) < len(classes):
-        raise ValueError(f"a class is named twice in {' '.join(classes)}")
+        raise UserError(f"a class is named twice in {' '.join(classes)}")
     category_ids = {name: i for i, name in enumerate(classes or dataset.class_names(), start=1)}
     images, annotations, counts = [], [], Counter(zero_area=0, cut=0)
     for image_id, stem in enumerate(dataset.stems(split), start=1):
@@ -141,7 +141,7 @@ def to_coco(
         images.append({"id": image_id, "file_name": file_name, "width": width, "height": height})
         for found in dataset.objects(stem):
             if found.name not in category_ids:
-                raise ValueError(f"{stem}.xml has class {found.name!r}, but the classes are {', '.join(category_ids)}")
+                raise UserError(f"{stem}.xml has class {found.name!r}, but the classes are {', '.join(category_ids)}")
             edges = found.cut(width, height)
             if edges[2] <= edges[0] or edges[3] <= edges[1]:
                 counts["zero_area"] += 1
@@ -190,13 +190,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    try:
-        dataset = VocDataset(options.root, options.one_based)
-        coco, counts = to_coco(dataset, options.split, options.classes, options.keep_difficult)
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        write_text(options.output, json.dumps(coco))
-    except (ValueError, OSError) as error:
-        sys.exit(f"voc_to_coco: {error}")
+    exit_on_user_error("voc_to_coco", lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> None:
+    dataset = VocDataset(options.root, options.one_based)
+    coco, counts = to_coco(dataset, options.split, options.classes, options.keep_difficult)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    write_text(options.output, json.dumps(coco))
     images, boxes, names = (len(coco[key]) for key in ("images", "annotations", "categories"))
     found = ", ".join(category["name"] for category in coco["categories"])
     print(f"{options.output}: {images} images, {boxes} boxes, {names} categories ({found})")

@@ -6,8 +6,8 @@ from timm.data.loader import PrefetchLoader
 from torch.utils.data import Dataset
 
 from kd_cls.checks import mixes
-from kd_cls.cli import Process
 from kd_cls.data import DataSets, EveryNth, Loaders, create_datasets, create_loaders, default_augmentation
+from kd_cls.distributed import Process
 from kd_cls.models.factory import InputStats, parse_mapping
 from kd_core.utils.errors import UserError
 

@@ -7,11 +7,12 @@ from timm.data import create_loader
 from timm.data.loader import PrefetchLoader
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from kd_cls.data.reproducible import ReproducibleDataset, mix_seed
+from kd_cls.data.reproducible import ReproducibleDataset
 from kd_cls.data.resident import ResidentLoader
 from kd_cls.data.sampler import EpochSampler
 from kd_cls.data.transforms import build_transforms
 from kd_core.utils.errors import UserError
+from kd_core.utils.rng import mix_seed
 
 Loader = PrefetchLoader | ResidentLoader
 

@@ -1,6 +1,5 @@
 """Augmentation as a pure function of (seed, epoch, index), which workers, resuming and teacher caches can rely on."""
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,13 +7,7 @@ import torch
 from torch.utils.data import Dataset
 
 from kd_cls.data.wrapped import WrappedDataset
-from kd_core.utils.rng import preserved_rng, seed_rng
-
-
-def mix_seed(*values: int) -> int:
-    """One 63-bit seed from several integers; neighbouring integers give unrelated seeds."""
-    digest = hashlib.blake2b(repr(values).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+from kd_core.utils.rng import mix_seed, preserved_rng, seed_rng
 
 
 class ReproducibleDataset(WrappedDataset):

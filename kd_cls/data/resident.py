@@ -6,10 +6,10 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from kd_cls.data.reproducible import mix_seed
 from kd_cls.data.sampler import EpochSampler
 from kd_cls.data.transforms import fit_size
 from kd_core.utils.errors import UserError
+from kd_core.utils.rng import mix_seed
 
 PADDING = {"cifar": 4, "digits": 4, "none": 0}  # pixels on each side, from which a crop of the input size is drawn
 FLIPPED = ("cifar",)

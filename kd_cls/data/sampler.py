@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import Sampler
 
-from kd_cls.data.reproducible import mix_seed
 from kd_core.utils.errors import UserError
+from kd_core.utils.rng import mix_seed
 
 
 class EpochSampler(Sampler[int]):

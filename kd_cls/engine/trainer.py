@@ -22,8 +22,8 @@ from torch.optim import Optimizer
 from kd_cls.checkpoint.checkpoint import BEST, LAST, save_checkpoint
 from kd_cls.checkpoint.resume import check_resumable
 from kd_cls.checks import mixes
-from kd_cls.cli import Process, seed_step
 from kd_cls.data import Loaders, set_epoch
+from kd_cls.distributed import Process, seed_step
 from kd_cls.engine.cuda_graph import GraphedStep
 from kd_cls.engine.meters import StepMeters
 from kd_cls.engine.writers import Writers

@@ -12,7 +12,7 @@ from fvcore.common.config import CfgNode
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from kd_core.utils.files import write_text
+from kd_core.utils.files import cut_metrics
 from kd_core.utils.wandb import start_wandb
 
 logger = logging.getLogger("kd_cls")
@@ -68,7 +68,7 @@ class Writers:
         if cfg.WANDB.ENABLED:
             self.wandb = start_wandb(cfg.OUTPUT_DIR, cfg.WANDB.PROJECT, yaml.safe_load(cfg.dump()))
         self.metrics_file = Path(cfg.OUTPUT_DIR, "metrics.json")
-        cut_metrics(self.metrics_file, start_iter)
+        cut_metrics(self.metrics_file, last=start_iter)
         self.tensorboard = SummaryWriter(cfg.OUTPUT_DIR, purge_step=start_iter + 1)
         self.bar = tqdm(
             total=max_iter, initial=start_iter, unit="it", disable=not sys.stderr.isatty(), dynamic_ncols=True
@@ -112,20 +112,6 @@ class Writers:
         self.tensorboard.close()
         if self.wandb is not None:
             self.wandb.finish()
-
-
-def cut_metrics(path: Path, start_iter: int) -> None:
-    """Drop the lines after `start_iter` (and a half-written last one): a resumed run writes them again."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["iteration"] <= start_iter:
-                kept.append(line)
-        except (json.JSONDecodeError, KeyError, TypeError):
-            break
-    write_text(path, "".join(f"{line}\n" for line in kept))
 
 
 def round_float(value: Any) -> Any:

@@ -1,16 +1,17 @@
-"""Files that are written whole or not at all, and why one cannot be read."""
+"""Files that are written whole or not at all, metrics.json cut for a resume, and why a file cannot be read."""
 
+import json
 import os
 import re
-import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, BinaryIO
 
-# `.<name>.<machine>.<process>.tmp`: whoever finds it can tell whether its writer still lives
-UNFINISHED = re.compile(r"\..+\.(?P<machine>[^.]+)\.(?P<process>\d+)\.tmp")
-ABANDONED_SECONDS = 24 * 3600  # no writer takes a day; one on another machine of a shared disk cannot be asked
+UNFINISHED = ".*.[0-9]*.tmp"  # .<name>.<process>.tmp
+ABANDONED_SECONDS = 600  # a file that is being written changes more often
 
 
 def write_whole(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> None:
@@ -19,7 +20,7 @@ def write_whole(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> No
     A failure leaves what was at `path`, and nothing beside it; a kill leaves a file for `sweep_unfinished`.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{this_machine()}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -35,19 +36,30 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     write_whole(path, lambda file: file.write(text.encode()))
 
 
-def sweep_unfinished(folder: str | os.PathLike) -> list[Path]:
-    """Remove what writers that were killed have left in `folder`; files that are being written stay.
+def sweep_unfinished(folder: str | os.PathLike) -> None:
+    """Remove the unfinished files that killed writers left in `folder`: those that have not changed for ten minutes."""
+    for path in Path(folder).glob(UNFINISHED):
+        with suppress(FileNotFoundError):  # finished meanwhile
+            if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+                path.unlink()
 
-    Returns:
-        The files that were removed.
+
+def cut_metrics(path: str | os.PathLike, last: int) -> None:
+    """Cut a metrics.json after iteration `last`: after a kill, a resumed run writes the later lines again.
+
+    The file is truncated in place: detectron2's writer has it open already, for appending.
     """
-    swept = []
-    for path in sorted(Path(folder).glob(".*.tmp")):
-        match = UNFINISHED.fullmatch(path.name)
-        if match and is_abandoned(path, match["machine"], int(match["process"])):
-            path.unlink(missing_ok=True)
-            swept.append(path)
-    return swept
+    if Path(path).is_file():
+        kept = takewhile(lambda line: is_within(line, last), Path(path).read_bytes().splitlines(keepends=True))
+        os.truncate(path, sum(map(len, kept)))
+
+
+def is_within(line: bytes, last: int) -> bool:
+    """Whether a line of metrics.json is whole and is of iteration `last` or an earlier one."""
+    try:
+        return line.endswith(b"\n") and json.loads(line)["iteration"] <= last
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def unreadable_because(error: Exception) -> str:
@@ -61,29 +73,3 @@ def unreadable_because(error: Exception) -> str:
     if "weights_only" in text:
         return "its bytes are not what torch.save writes"
     return next(iter(text.splitlines()), "") or type(error).__name__
-
-
-def is_abandoned(path: Path, machine: str, process: int) -> bool:
-    """Whether the process that began `path` is gone."""
-    if machine == this_machine():
-        return not is_running(process)
-    try:
-        return time.time() - path.stat().st_mtime > ABANDONED_SECONDS
-    except FileNotFoundError:  # finished meanwhile
-        return False
-
-
-def is_running(process: int) -> bool:
-    """Whether a process of this number runs on this machine."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True
-
-
-def this_machine() -> str:
-    """The host's name, without the dots that part a file's name."""
-    return socket.gethostname().replace(".", "-") or "localhost"

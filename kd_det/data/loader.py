@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, MapDataset, get_detection_dataset_dicts
@@ -20,18 +19,16 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from kd_core.utils.errors import UserError
-from kd_core.utils.rng import preserved_rng, seed_rng
+from kd_core.utils.rng import mix_seed_32, preserved_rng, seed_rng
 from kd_det.data.bad_images import BadImage, NamedBadImages
 from kd_det.data.two_sizes import build_train_mapper
 
 
 @contextmanager
 def seeded(*entropy: int) -> Iterator[None]:
-    """Draw from `random`, numpy and torch as from generators seeded with `entropy`; afterwards they go on where they
-    were.
-    """
+    """Draw from `random`, numpy and torch as if seeded with `entropy`; afterwards their states are restored."""
     with preserved_rng():
-        seed_rng(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+        seed_rng(mix_seed_32(*entropy))
         yield
 
 

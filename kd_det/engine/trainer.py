@@ -18,6 +18,7 @@ from torch.nn.utils import convert_conv2d_weight_memory_format
 from torch.optim import Optimizer
 
 from kd_core.utils.errors import DivergedError, UserError
+from kd_core.utils.files import cut_metrics
 from kd_det.checkpoint.checkpointer import UnreadableFile, WholeCheckpointer, load_all_weights
 from kd_det.checkpoint.resume import (
     check_begun,
@@ -31,7 +32,7 @@ from kd_det.checkpoint.resume import (
 )
 from kd_det.checks import check_frozen_weights
 from kd_det.data.loader import TrainLoader, build_train_loader
-from kd_det.engine.hooks.checkpointing import KeepBest, SaveStudentConfig, SeedEachStep, cut_metrics
+from kd_det.engine.hooks.checkpointing import KeepBest, SaveStudentConfig, SeedEachStep
 from kd_det.engine.hooks.monitoring import StreamScalars
 from kd_det.engine.hooks.moving_average import MovingAverage, UpdateAverage
 from kd_det.engine.hooks.rank_agreement import CheckRanksAgree
@@ -148,7 +149,7 @@ class DistillationTrainer(DefaultTrainer):
             check_frozen_weights(self.checkpointer.model, self.checkpointer.incompatible, path)
         self.loader.start = self.start_iter * self.cfg.SOLVER.ACCUMULATE_STEPS
         if comm.is_main_process():
-            cut_metrics(Path(self.cfg.OUTPUT_DIR, "metrics.json"), self.start_iter)
+            cut_metrics(Path(self.cfg.OUTPUT_DIR, "metrics.json"), last=self.start_iter - 1)
 
     def train(self) -> dict[str, Any] | None:
         """Run the training; returns the last evaluation's results."""

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from kd_cls.build import build_trainer
-from kd_cls.cli import start_process
 from kd_cls.config import load_cfg
+from kd_cls.distributed import start_process
 from kd_cls.evaluate import evaluate_checkpoint
 
 

@@ -9,8 +9,8 @@ import torch
 import yaml
 from fvcore.common.config import CfgNode
 
-from kd_cls.cli import Process
 from kd_cls.config import load_cfg
+from kd_cls.distributed import Process
 from kd_cls.train import train
 
 TINY = {

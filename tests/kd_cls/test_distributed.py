@@ -13,7 +13,7 @@ import torch
 from helpers import HELPERS
 from kd_cls.build import build_trainer
 from kd_cls.checks import check_config
-from kd_cls.cli import Process
+from kd_cls.distributed import Process
 from kd_cls.evaluate import evaluate_checkpoint
 
 WORKER = HELPERS / "train_ranks.py"

@@ -15,8 +15,9 @@ from timm import create_model
 from timm.models import load_checkpoint
 
 from kd_cls.build import build_trainer
-from kd_cls.cli import Process, run_command
+from kd_cls.cli import run_command
 from kd_cls.config import load_cfg
+from kd_cls.distributed import Process
 from kd_cls.evaluate import evaluate_checkpoint
 from kd_cls.train import main, train
 
@@ -196,7 +197,7 @@ def test_a_file_in_the_way_and_an_interrupt_end_the_command_with_one_sentence(ti
     def interrupted() -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(SystemExit, match=r"interrupted; training goes on from OUTPUT_DIR/last.pth with --resume"):
+    with pytest.raises(SystemExit, match=r"interrupted; --resume continues from OUTPUT_DIR/last.pth"):
         run_command(interrupted)
 
 

@@ -47,5 +47,5 @@ def test_a_classification_step_is_too(tool: ModuleType, tmp_path: Path, monkeypa
 
 
 def test_a_config_that_is_not_there_is_named(tool: ModuleType) -> None:
-    with pytest.raises(ValueError, match=r"there is no config file configs/none.yaml"):
+    with pytest.raises(ValueError, match=r"there is no file configs/none.yaml"):
         tool.main(["configs/none.yaml"])

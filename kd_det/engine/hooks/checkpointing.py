@@ -1,13 +1,9 @@
 """What hangs on the training loop."""
 
-import json
 import math
-import os
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import HookBase
@@ -16,6 +12,7 @@ from detectron2.utils.env import seed_all_rng
 from torch import nn
 
 from kd_core.utils.files import write_text, write_whole
+from kd_core.utils.rng import mix_seed_32
 from kd_det.config import add_timm_config
 
 # At the head of the student's config: detectron2 refuses keys that it does not know.
@@ -32,9 +29,8 @@ class SeedEachStep(HookBase):
         self.seed = seed
 
     def before_step(self) -> None:
-        entropy = np.random.SeedSequence((self.seed, comm.get_rank(), self.trainer.iter))
         # 31 bits: seed_all_rng also feeds numpy's legacy generator
-        seed_all_rng(int(entropy.generate_state(1)[0]) >> 1)
+        seed_all_rng(mix_seed_32(self.seed, comm.get_rank(), self.trainer.iter) >> 1)
 
 
 class SaveStudentConfig(HookBase):
@@ -122,22 +118,3 @@ def box_ap(results: dict[str, Any]) -> float:
     if "bbox" in results:
         return float(results["bbox"].get("AP", math.nan))
     return next((box_ap(of_set) for of_set in results.values() if isinstance(of_set, dict)), math.nan)
-
-
-def cut_metrics(path: Path, start: int) -> None:
-    """Cut `metrics.json` off at iteration `start`: after a kill, a resumed run writes the lines from there again.
-
-    The file is truncated where it is: the writer has it open already, for appending.
-    """
-    if path.is_file():
-        kept = takewhile(lambda line: before(line, start), path.read_bytes().splitlines(keepends=True))
-        os.truncate(path, sum(map(len, kept)))
-
-
-def before(line: bytes, start: int) -> bool:
-    """Whether a line of metrics.json is whole and stems from an iteration before `start`."""
-    try:
-        entry: dict[str, Any] = json.loads(line)
-    except ValueError:
-        return False
-    return entry.get("iteration", 0) < start

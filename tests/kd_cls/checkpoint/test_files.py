@@ -1,6 +1,5 @@
 """What is written: whole or not at all, cut at a resume, evenly spaced, counted on the device."""
 
-import json
 import math
 import os
 import signal
@@ -18,7 +17,7 @@ from kd_cls.checkpoint.checkpoint import read_checkpoint, read_metadata
 from kd_cls.data import EveryNth, create_datasets
 from kd_cls.data.build import build_data
 from kd_cls.engine.meters import StepMeters
-from kd_cls.engine.writers import Writers, cut_metrics
+from kd_cls.engine.writers import Writers
 
 WRITE_FOREVER = """
 import sys, torch
@@ -49,16 +48,6 @@ def test_metadata_of_what_is_no_checkpoint_is_empty(tmp_path: Path) -> None:
     torch.save([1], tmp_path / "list.pth")
     for name in ("text.pth", "list.pth", "gone.pth"):
         assert read_metadata(tmp_path / name) == {}
-
-
-def test_lines_after_the_start_and_half_a_line_are_cut_from_metrics(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.json"
-    lines = [json.dumps({"iteration": i, "loss": float(i)}) for i in (2, 4, 6)]
-    path.write_text("\n".join(lines) + '\n{"iteration": 8, "lo')
-    cut_metrics(path, 4)
-    assert path.read_text().splitlines() == lines[:2]
-    cut_metrics(tmp_path / "none.json", 4)
-    assert not (tmp_path / "none.json").exists()
 
 
 def test_only_the_main_process_writes(tiny: Callable[..., CfgNode], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from kd_cls.build import build_trainer
-from kd_cls.cli import Process
+from kd_cls.distributed import Process
 from kd_cls.train import train
 
 METHODS = {

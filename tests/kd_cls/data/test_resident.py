@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from kd_cls.build import build_trainer
-from kd_cls.cli import Process
 from kd_cls.data import ResidentLoader
+from kd_cls.distributed import Process
 from kd_cls.train import train
 
 RESIDENT = ["DATA.RESIDENT", True]

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from kd_cls.build import build_trainer
 from kd_cls.checks import check_config
-from kd_cls.cli import Process
+from kd_cls.distributed import Process
 from kd_cls.engine.cuda_graph import WARM_UP, GraphedStep
 from kd_cls.engine.trainer import Trainer
 from kd_cls.train import train

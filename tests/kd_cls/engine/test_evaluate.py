@@ -11,8 +11,8 @@ from timm.data import resolve_data_config
 from timm.models import load_checkpoint
 from timm.task.evaluator import ClassificationEvaluator
 
-from kd_cls.cli import Process
 from kd_cls.data import create_datasets, create_loaders
+from kd_cls.distributed import Process
 from kd_cls.evaluate import evaluate_checkpoint, main
 from kd_cls.train import train
 

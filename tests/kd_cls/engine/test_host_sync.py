@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kd_cls.build import build_trainer
-from kd_cls.cli import Process
+from kd_cls.distributed import Process
 from kd_cls.engine.cuda_graph import WARM_UP, GraphedStep
 from kd_cls.engine.solver import build_optimizer, build_scheduler
 from kd_cls.engine.trainer import Trainer

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kd_cls.build import build_trainer
-from kd_cls.cli import Process
+from kd_cls.distributed import Process
 from kd_cls.task.logit_cache import LogitCache
 from kd_cls.train import train
 

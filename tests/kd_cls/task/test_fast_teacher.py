@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from kd_cls.build import build_trainer
 from kd_cls.checkpoint.resume import check_resumable
 from kd_cls.checks import check_config
-from kd_cls.cli import Process
+from kd_cls.distributed import Process
 from kd_cls.models.factory import InputStats
 from kd_cls.task.acceleration import TeacherSpeed, quicken
 from kd_cls.task.teacher import Teacher, build_teacher, digest

@@ -10,7 +10,7 @@ from timm.task import DistillationTeacher, TrainingTask
 from torch.nn import functional as F
 
 from kd_cls.build import build_trainer
-from kd_cls.cli import Process
+from kd_cls.distributed import Process
 from kd_cls.engine.trainer import Trainer
 from kd_cls.models.factory import compile_or_plain
 from kd_cls.task.student import Student

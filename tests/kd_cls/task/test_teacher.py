@@ -13,7 +13,7 @@ from timm import create_model
 
 from kd_cls.build import build_trainer
 from kd_cls.checkpoint.checkpoint import load_weights
-from kd_cls.cli import Process
+from kd_cls.distributed import Process
 from kd_cls.models.factory import InputStats
 from kd_cls.task.teacher import Teacher, build_teacher, digest
 

@@ -1,5 +1,6 @@
 """Files are whole or absent, and what a killed writer leaves is swept away."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,14 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kd_core.utils.files import (
-    ABANDONED_SECONDS,
-    sweep_unfinished,
-    this_machine,
-    unreadable_because,
-    write_text,
-    write_whole,
-)
+from kd_core.utils.files import cut_metrics, sweep_unfinished, unreadable_because, write_text, write_whole
 
 WRITE_SLOWLY = """
 import sys, time
@@ -53,29 +47,39 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path):
 
 def test_a_file_that_is_being_written_is_not_swept(writer: subprocess.Popen, tmp_path: Path):
     (unfinished,) = tmp_path.iterdir()
-    assert sweep_unfinished(tmp_path) == [] and unfinished.read_bytes() == b"half"
+    sweep_unfinished(tmp_path)
+    assert unfinished.read_bytes() == b"half"
 
 
-def test_what_a_killed_writer_left_is_swept(writer: subprocess.Popen, tmp_path: Path):
+def test_what_a_killed_writer_left_is_swept_ten_minutes_later(writer: subprocess.Popen, tmp_path: Path):
     writer.send_signal(signal.SIGKILL)
     writer.wait()
     (unfinished,) = tmp_path.iterdir()
-    (tmp_path / ".mine.tmp").touch()  # not by this hand
-    assert sweep_unfinished(tmp_path) == [unfinished]
-    assert list(tmp_path.iterdir()) == [tmp_path / ".mine.tmp"]
-
-
-def test_a_writer_on_another_machine_has_a_day(tmp_path: Path):
-    unfinished = tmp_path / f".model.pth.not-{this_machine()}.1.tmp"
-    unfinished.touch()
-    assert sweep_unfinished(tmp_path) == []
-    old = time.time() - ABANDONED_SECONDS - 60
-    os.utime(unfinished, (old, old))
-    assert sweep_unfinished(tmp_path) == [unfinished]
+    of_an_older_version, foreign = tmp_path / ".model.pth.machine.123.tmp", tmp_path / ".mine.tmp"
+    for path in (unfinished, of_an_older_version, foreign):
+        path.touch()
+        os.utime(path, (time.time() - 601,) * 2)
+    sweep_unfinished(tmp_path)
+    assert list(tmp_path.iterdir()) == [foreign]
 
 
 def test_a_folder_that_is_not_there_holds_nothing_to_sweep(tmp_path: Path):
-    assert sweep_unfinished(tmp_path / "none") == []
+    sweep_unfinished(tmp_path / "none")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lines_after_the_iteration_and_half_a_line_are_cut_from_metrics(tmp_path: Path):
+    path = tmp_path / "metrics.json"
+    lines = [json.dumps({"iteration": i, "loss": float(i)}) + "\n" for i in (2, 4, 4, 6)]
+    path.write_text("".join(lines) + '{"iteration": 8, "lo')
+    cut_metrics(path, last=6)
+    assert path.read_text() == "".join(lines)
+    with open(path, "a") as already_open:  # as detectron2's writer has it
+        cut_metrics(path, last=4)
+        already_open.write(lines[3])
+    assert path.read_text() == "".join(lines)
+    cut_metrics(tmp_path / "none.json", last=4)
+    assert not (tmp_path / "none.json").exists()
 
 
 class Evil:

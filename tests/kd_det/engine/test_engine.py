@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from helpers.few_digits import few_digits
 from kd_det.data import register_datasets
-from kd_det.engine.hooks.checkpointing import cut_metrics, student_config
+from kd_det.engine.hooks.checkpointing import student_config
 from kd_det.engine.trainer import KEEP_BUFFERS, DistillationTrainer
 from kd_det.modeling.teacher.build import teacher_config
 
@@ -125,13 +125,6 @@ def test_the_teachers_ap_is_reported_when_asked_for(cfg, tmp_path, caplog):
     results = trainer.test(again, trainer.checkpointer.model.teacher.model)
     assert results["bbox"]["AP"] >= 0 and reported
     assert reported == json.loads((tmp_path / "again" / "inference" / "coco_instances_results.json").read_text())
-
-
-def test_metrics_are_cut_where_a_resumed_run_writes_them_again(tmp_path):
-    path = tmp_path / "metrics.json"
-    path.write_text("".join(json.dumps({"iteration": i}) + "\n" for i in (19, 39, 59)) + '{"iteration": 7')
-    cut_metrics(path, 40)
-    assert [json.loads(line)["iteration"] for line in path.read_text().splitlines()] == [19, 39]
 
 
 def test_the_students_config_has_no_key_that_plain_detectron2_refuses(cfg):
