@@ -82,6 +82,7 @@ class Step:
 
     def student_backward(self) -> float:
         """Seconds of a backward pass alone, from the cross-entropy."""
+        self.trainer.optimizer.zero_grad()
         loss = nn.functional.cross_entropy(self.student_forward()[0], self.target)
         seconds = timed(loss.backward)
         self.trainer.optimizer.zero_grad()

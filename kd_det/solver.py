@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from kd_core.optim import StreamOptimizer
 from kd_core.optim.config import STREAM_OPTIMIZERS, build_stream_optimizer
+from kd_core.train_step import clip_gradients
 
 OPTIMIZERS = ("sgd", *STREAM_OPTIMIZERS)
 # detectron2's: every element, every parameter's norm; and the norm of the whole model's gradient.
@@ -146,14 +147,11 @@ def build_clip(cfg: CfgNode, optimizer: Optimizer) -> Callable[[], object] | Non
     None where nothing is clipped, and where detectron2's own SGD clips in its step.
     """
     clip = cfg.SOLVER.CLIP_GRADIENTS
-    streams = isinstance(optimizer, StreamOptimizer)
-    if not clip.ENABLED or not (streams or clip.CLIP_TYPE == "full_model"):
+    if not clip.ENABLED or not (isinstance(optimizer, StreamOptimizer) or clip.CLIP_TYPE == "full_model"):
         return None
-    if streams:
-        clip_ = optimizer.clip_grad_norm_ if clip.CLIP_TYPE == "full_model" else optimizer.clip_each_grad_norm_
-        return partial(clip_, clip.CLIP_VALUE, clip.NORM_TYPE)
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    return partial(nn.utils.clip_grad_norm_, params, clip.CLIP_VALUE, clip.NORM_TYPE)
+    if clip.CLIP_TYPE == "full_model":
+        return partial(clip_gradients, optimizer, clip.CLIP_VALUE, clip.NORM_TYPE)
+    return partial(optimizer.clip_each_grad_norm_, clip.CLIP_VALUE, clip.NORM_TYPE)
 
 
 def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:

@@ -1,12 +1,13 @@
-"""The training loop: step, log, evaluate, save, and go on at any iteration as if nothing had happened.
+"""The training loop: step, log, evaluate, save, and resume at any iteration to the bit.
 
-Nothing here counts for itself: order, augmentation, random numbers, learning rate, warm-up, top-k and the decay of the
-moving average are functions of (SEED, iteration), so what --resume needs is the weights, the optimizer and the scaler.
+Nothing keeps a counter of its own: order, augmentation, random numbers, learning rate, warm-up, top-k and the decay of
+the moving average are functions of (SEED, iteration). So --resume needs only weights, optimizer and scaler.
 """
 
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from kd_cls.engine.writers import Writers
 from kd_cls.evaluate import evaluate
 from kd_cls.task.distillation import DistillationTask
 from kd_core.optim.gsnr import AutoMomenta
-from kd_core.streams import backward_streams
+from kd_core.train_step import TrainStep, clip_gradients
 
 logger = logging.getLogger("kd_cls")
 
@@ -61,17 +62,20 @@ class Trainer:
     ) -> None:
         self.cfg, self.task, self.loaders, self.process, self.describe = cfg, task, loaders, process, describe
         self.optimizer, self.scheduler, self.auto_momenta = optimizer, scheduler, auto_momenta
+        clips = cfg.SOLVER.CLIP_GRADIENTS
+        clip = partial(clip_gradients, optimizer, clips.CLIP_VALUE) if clips.ENABLED else None
+        self.train_step = TrainStep(optimizer, task.amp_dtype, clip, auto_momenta)
+        self.scaler = self.train_step.scaler
         self.steps_per_epoch = loaders.train.sampler.num_batches
         self.max_iter = max(round(cfg.SOLVER.EPOCHS * self.steps_per_epoch), 1)
         self.iteration, self.metrics, self.best = 0, {}, -1.0
         self.seconds = 0.0  # of training, over all resumes, up to the last checkpoint
-        fp16 = cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE == "float16"
-        self.scaler = torch.amp.GradScaler(process.device.type, enabled=fp16)
         self.meters = StepMeters(list(task.streams), process.device)
         self.mixup = build_mixup(cfg, task.trainable_module.model.num_classes)
         self.memory_format = torch.channels_last if cfg.MODEL.CHANNELS_LAST else torch.contiguous_format
         self.output = Path(cfg.OUTPUT_DIR)
-        self.graph = GraphedStep(self) if cfg.SOLVER.CUDA_GRAPH else None
+        batch_size = loaders.train.sampler.batch_size
+        self.graph = GraphedStep(self.run_step, task, optimizer, batch_size) if cfg.SOLVER.CUDA_GRAPH else None
 
     def run(self) -> dict[str, float]:
         """Train to the end; returns the last evaluation's metrics, the best top-1 and the seconds of all of it."""
@@ -97,60 +101,51 @@ class Trainer:
             self.after_step()
 
     def step(self, images: Tensor, target: Tensor, epoch: int, indices: Tensor) -> None:
-        """One optimizer step on a batch, in SOLVER.ACCUMULATE_STEPS parts."""
+        """One iteration on a batch."""
         seed_step(self.cfg.SEED, self.process.rank, self.iteration)
         images = images.contiguous(memory_format=self.memory_format)
-        if self.graph is not None and self.graph.takes(images):
-            self.graph.step(images, target)
+        if self.graph is None or len(images) < self.graph.batch_size:
+            self.run_step(images, target, self.iteration + 1, None, epoch, indices)
         else:
-            self.step_in_parts(images, target, epoch, indices)
+            self.graph.step(images, target, self.iteration, self.progress)
         self.advance()
 
-    def step_in_parts(self, images: Tensor, target: Tensor, epoch: int, indices: Tensor) -> None:
-        """The micro-batches of a step, and the move of the weights."""
-        if self.mixup is not None:
-            images, target = self.mixup(images, target)
-        size = -(-len(images) // self.cfg.SOLVER.ACCUMULATE_STEPS)
-        parts = list(zip(images.split(size), target.split(size), indices.split(size), strict=True))
-        for number, (images_part, target_part, indices_part) in enumerate(parts, 1):
-            teacher_logits = self.task.teacher_logits(images_part, epoch, indices_part)
-            losses = self.losses(images_part, target_part, teacher_logits, len(images_part) / len(images))
-            if self.auto_momenta is not None and number == 1:
-                scale = self.scaler.scale(torch.ones((), device=self.process.device))  # get_scale() would wait for it
-                self.auto_momenta.observe(losses, self.iteration, scale)
-            backward_streams(losses, self.optimizer, self.scaler, sync=number == len(parts))
-        self.move_weights()
-
-    def losses(
+    def run_step(
         self,
         images: Tensor,
         target: Tensor,
-        teacher_logits: Tensor | None = None,
-        share: float = 1.0,
-        iteration: Tensor | None = None,
-        warmup_weight: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """The streams' losses of a part, its `share` of the step; on the way its terms are kept.
+        number: int | Tensor,
+        warmup_weight: Tensor | None,
+        epoch: int = 0,
+        indices: Tensor | None = None,
+    ) -> None:
+        """From the batch to the moved weights, in SOLVER.ACCUMULATE_STEPS micro-batches.
 
-        `iteration` (the number of this step) and `warmup_weight` are tensors where the step is recorded.
+        Args:
+            number: of the step, from 1.
+            warmup_weight: the loss's warm-up; None: as the loss has it. A CUDA graph needs it and `number` as tensors.
+            indices: the images' places in the data set; None (in a CUDA graph) where the teacher has no cache.
         """
-        result = self.task(images, target, self.progress, teacher_logits, warmup_weight)
-        labels = target.argmax(1) if target.ndim == 2 else target
-        self.meters.update(result, result["output"], labels, self.iteration + 1 if iteration is None else iteration)
-        if self.process.device.type == "cpu":  # where looking costs nothing, stop before a NaN does harm
-            self.meters.check(self.learning_rate)
-        return self.task.stream_losses(result, share)
+        if self.mixup is not None:
+            images, target = self.mixup(images, target)
+        size = -(-len(images) // self.cfg.SOLVER.ACCUMULATE_STEPS)
+        columns = [tensor.split(size) for tensor in (images, target, indices) if tensor is not None]
 
-    def move_weights(self) -> None:
-        """Clip and step."""
-        if self.cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
-            clip_gradients(self.optimizer, self.scaler, self.cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
+        def losses_of(part: tuple[Tensor, ...]) -> dict[str, Tensor]:
+            images_part, target_part, *places = part
+            teacher_logits = self.task.teacher_logits(images_part, epoch, *places) if places else None
+            result = self.task(images_part, target_part, self.progress, teacher_logits, warmup_weight)
+            labels = target_part.argmax(1) if target_part.ndim == 2 else target_part
+            self.meters.update(result, result["output"], labels, number)
+            if self.process.device.type == "cpu":  # reading values costs nothing there: stop before a NaN spreads
+                self.meters.check(self.learning_rate)
+            return self.task.stream_losses(result, len(images_part) / len(images))
+
+        self.train_step.backward(list(zip(*columns, strict=True)), losses_of, self.iteration)
+        self.train_step.optimizer_step()
 
     def advance(self) -> None:
-        """Count the step; move the learning rate and the moving average."""
+        """Count the step; update the learning rate and the moving average."""
         self.iteration += 1
         self.scheduler.step_update(self.iteration)
         self.task.update_ema(self.iteration)
@@ -231,16 +226,14 @@ class Trainer:
         save_checkpoint(state, self.output / name)
 
     def state_dict(self) -> dict[str, Any]:
-        """What `resume` needs, beside the weights, to go on to the bit."""
+        """What `resume` needs, beside the weights, to continue to the bit."""
         return {
             "iteration": self.iteration,
             "seconds": self.seconds,
             "best": self.best,
             "metrics": dict(self.metrics),
-            "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "auto_momenta": None if self.auto_momenta is None else self.auto_momenta.state_dict(),
+            **self.train_step.state_dict(),
         }
 
     def resume(self, checkpoint: dict[str, Any]) -> None:
@@ -254,33 +247,15 @@ class Trainer:
         self.iteration, self.best, self.metrics = state["iteration"], state["best"], state["metrics"]
         self.seconds = state["seconds"]
         self.task.load(checkpoint)
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.train_step.load_state_dict(state)
         self.scheduler.load_state_dict(state["scheduler"])
-        self.scaler.load_state_dict(state["scaler"])
         if self.graph is not None:
             self.graph.forget()
-        if self.auto_momenta is not None:
-            self.auto_momenta.load_state_dict(state["auto_momenta"])
-
-
-def clip_gradients(optimizer: Optimizer, scaler: torch.amp.GradScaler, max_norm: float) -> None:
-    """Scale the gradient to at most `max_norm`: all streams by one factor, or p.grad where there are no streams."""
-    if hasattr(optimizer, "clip_grad_norm_"):
-        optimizer.clip_grad_norm_(max_norm)
-        return
-    scaler.unscale_(optimizer)
-    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_norm)
 
 
 def build_mixup(cfg: CfgNode, num_classes: int) -> Mixup | None:
     """timm's Mixup, or None where SOLVER.MIXUP mixes nothing."""
     if not mixes(cfg):
         return None
-    mixup = cfg.SOLVER.MIXUP
-    return Mixup(
-        mixup.ALPHA,
-        mixup.CUTMIX_ALPHA,
-        prob=mixup.PROB,
-        label_smoothing=cfg.SOLVER.LABEL_SMOOTHING,
-        num_classes=num_classes,
-    )
+    mixup, smoothing = cfg.SOLVER.MIXUP, cfg.SOLVER.LABEL_SMOOTHING
+    return Mixup(mixup.ALPHA, mixup.CUTMIX_ALPHA, None, mixup.PROB, label_smoothing=smoothing, num_classes=num_classes)

@@ -2,23 +2,21 @@
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import SimpleTrainer
+from detectron2.engine import SimpleTrainer, TrainerBase
 from detectron2.modeling.poolers import ROIPooler
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from kd_core.optim.config import build_auto_momenta
-from kd_core.optim.gsnr import AutoMomenta
-from kd_core.streams import backward_streams
+from kd_core.train_step import TrainStep
 from kd_core.utils.compiling import compile_in_place
-from kd_det.engine.host_copy import HostCopy, total
 from kd_det.modeling.teacher.acceleration import distilled_parts
 from kd_det.solver import build_clip
 
@@ -26,100 +24,99 @@ KD_TERM = re.compile(r"loss_kd_(?P<term>.+?)(_stage\d+)?")
 
 
 class StreamTrainer(SimpleTrainer):
-    """detectron2's `SimpleTrainer` whose step is: forward, terms → streams, `backward_streams`, clip, step.
+    """detectron2's `SimpleTrainer` with the step of `kd_core.train_step`.
 
     Every iteration is one optimizer step on `accumulate_steps` micro-batches of the loader, gradients averaged.
-    Under DistributedDataParallel the forward pass is in `no_sync`, and `backward_streams` averages over the processes
-    with the last micro-batch. An optimizer of torch's takes all streams as one, so that it too may accumulate and use
-    mixed precision.
+    Under DistributedDataParallel the forward pass is in `no_sync`; the gradients are averaged over the processes with
+    the last micro-batch.
 
     Args:
         model: returns a dict of scalar losses; may be wrapped for several processes.
         data_loader: yields micro-batches.
-        optimizer: a stream optimizer, or any of torch's.
+        train_step: over the model's parameters; the forward pass is in autocast to its dtype.
         streams: stream of every term of the distillation loss (`loss.streams`); all other losses are the task's, `tog`.
-        accumulate_steps: micro-batches of a step.
-        dtype: of autocast; None for none. float16 has a loss scaler, whose infinities skip the step of all streams.
-        clip: clips the optimizer's gradients, unscaled and complete; None where none are, or where its step does it.
-        auto_momenta: sets the optimizer's momenta from the streams' measured GSNR.
+        accumulate_steps: micro-batches per step.
     """
 
     def __init__(
         self,
         model: nn.Module,
         data_loader: Any,
-        optimizer: Optimizer,
+        train_step: TrainStep,
         streams: Mapping[str, str],
-        *,
         accumulate_steps: int = 1,
-        dtype: torch.dtype | None = None,
-        clip: Callable[[], object] | None = None,
-        auto_momenta: AutoMomenta | None = None,
     ) -> None:
-        super().__init__(model, data_loader, optimizer)
-        self.streams, self.accumulate_steps, self.dtype = dict(streams), accumulate_steps, dtype
-        self.clip, self.auto_momenta = clip, auto_momenta
-        self.device = next(model.parameters()).device
-        self.before_data: Callable[[], None] = lambda: None  # for whoever times the step: what follows waits for images
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype is torch.float16)
+        super().__init__(model, data_loader, train_step.optimizer)
+        self.train_step, self.streams, self.accumulate_steps = train_step, dict(streams), accumulate_steps
+        self.scaler, self.auto_momenta = train_step.scaler, train_step.auto_momenta
+        self.before_data: Callable[[], None] = lambda: None  # StageTimes sets it: what follows waits for images
 
     def run_step(self) -> None:
         """One optimizer step."""
         if not self.model.training:
             raise RuntimeError("the model is in eval mode: call model.train() before a training step")
-        self.optimizer.zero_grad()
-        losses: list[HostCopy] = []
-        data_time = 0.0
-        for micro_step in range(self.accumulate_steps):
-            self.before_data()
-            start = time.perf_counter()
-            batch = next(self._data_loader_iter)
-            data_time += time.perf_counter() - start
-            losses.append(self.micro_step(batch, micro_step))
-        self._write_metrics(total(losses), data_time)  # raises where a loss is not finite, before any weight is changed
-        self.update()
+        self.data_time, self.shown = 0.0, []
+        micro_batches = range(self.accumulate_steps)
+        self.train_step.backward(micro_batches, self.next_losses, self.iter, weight=1 / self.accumulate_steps)
+        self._write_metrics(mean(self.shown), self.data_time)  # raises at a loss that is not finite, before the step
+        self.train_step.optimizer_step()
 
-    def micro_step(self, batch: list[dict[str, Any]], index: int) -> HostCopy:
-        """Forward and backward of micro-batch `index`; returns its share of every loss."""
-        losses = self.forward(batch)
-        if index == 0 and self.auto_momenta is not None:
-            scale = self.scaler.scale(torch.ones((), device=self.device))  # get_scale() would wait for it
-            self.auto_momenta.observe(stream_losses(losses, self.streams), self.iter, scale)
-        losses = {name: loss / self.accumulate_steps for name, loss in losses.items()}
-        shares = HostCopy(losses)  # before the backward pass, which nobody has to wait for then
-        last = index == self.accumulate_steps - 1
-        backward_streams(stream_losses(losses, self.streams), self.optimizer, self.scaler, sync=last)
-        return shares
-
-    def forward(self, batch: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """The losses of a micro-batch, in the autocast dtype, with nothing reduced over processes."""
+    def next_losses(self, _: int) -> dict[str, Tensor]:
+        """The streams' losses of the loader's next micro-batch, in the autocast dtype."""
+        self.before_data()
+        start = time.perf_counter()
+        batch = next(self._data_loader_iter)
+        self.data_time += time.perf_counter() - start
         alone = self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
-        with alone, torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
-            return self.model(batch)
-
-    def update(self) -> None:
-        """Unscale, clip, step."""
-        self.scaler.unscale_(self.optimizer)
-        if self.clip is not None:
-            self.clip()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        device, dtype = self.train_step.device.type, self.train_step.dtype
+        with alone, torch.autocast(device, dtype, enabled=dtype is not None):
+            losses = self.model(batch)
+        self.shown.append(AsyncScalars(losses))  # now, so that nobody waits for the backward pass
+        return stream_losses(losses, self.streams)
 
     def state_dict(self) -> dict[str, Any]:
-        """SimpleTrainer's, with the loss scaler and the momenta's measurement where there are any."""
-        state = super().state_dict()
-        if self.scaler.is_enabled():
-            state["grad_scaler"] = self.scaler.state_dict()
-        if self.auto_momenta is not None:
-            state["auto_momenta"] = self.auto_momenta.state_dict()
-        return state
+        """The keys of detectron2's trainers and `auto_momenta`; `grad_scaler` and that only where there are any."""
+        state = self.train_step.state_dict()
+        state["grad_scaler"] = state.pop("scaler")
+        return TrainerBase.state_dict(self) | {key: value for key, value in state.items() if value}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if "grad_scaler" in state_dict:  # absent where the run was begun without float16: it starts afresh
-            self.scaler.load_state_dict(state_dict["grad_scaler"])
-        if self.auto_momenta is not None and "auto_momenta" in state_dict:
-            self.auto_momenta.load_state_dict(state_dict["auto_momenta"])
+        TrainerBase.load_state_dict(self, state_dict)
+        self.train_step.load_state_dict(state_dict | {"scaler": state_dict.get("grad_scaler")})
+
+
+class AsyncScalars:
+    """Named losses, copied to the host while the device goes on.
+
+    `.item()` of each would wait for everything that is queued. This is one copy, queued where it is made, into pinned
+    memory; `read` waits for that copy alone, not for the backward pass that was queued since.
+
+    Args:
+        scalars: tensors of one device, detached here.
+    """
+
+    def __init__(self, scalars: Mapping[str, Tensor]) -> None:
+        self.names, self.copied = list(scalars), None
+        self.values = torch.stack([scalar.detach().reshape(()) for scalar in scalars.values()])
+        if self.values.is_cuda:
+            stream, pinned = torch.cuda.current_stream(self.values.device), {"device": "cpu", "pin_memory": True}
+            self.values = torch.empty_like(self.values, **pinned).copy_(self.values, non_blocking=True)
+            self.copied = stream.record_event()
+
+    def read(self) -> dict[str, Tensor]:
+        """The scalars, on the CPU."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return dict(zip(self.names, self.values.unbind(), strict=True))
+
+
+def mean(micro_batches: Sequence[AsyncScalars]) -> dict[str, Tensor]:
+    """The mean of each scalar over the micro-batches; one that a micro-batch lacks counts as 0 there."""
+    means: dict[str, Tensor] = {}
+    for scalars in micro_batches:
+        for name, value in scalars.read().items():
+            means[name] = means.get(name, 0) + value / len(micro_batches)
+    return means
 
 
 def stream_losses(losses: Mapping[str, Tensor], streams: Mapping[str, str]) -> dict[str, Tensor]:
@@ -153,17 +150,10 @@ def build_step(cfg: CfgNode, model: nn.Module, data_loader: Any, optimizer: Opti
         return SimpleTrainer(model, data_loader, optimizer)
     if solver.AMP.ENABLED:
         pool_in_float32(plain)
-    loss = getattr(plain, "loss", None)
-    return StreamTrainer(
-        model,
-        data_loader,
-        optimizer,
-        loss.streams if loss is not None else {},
-        accumulate_steps=solver.ACCUMULATE_STEPS,
-        dtype=getattr(torch, solver.AMP.DTYPE) if solver.AMP.ENABLED else None,
-        clip=clip,
-        auto_momenta=build_auto_momenta(solver, optimizer, plain.named_parameters()),
-    )
+    dtype = getattr(torch, solver.AMP.DTYPE) if solver.AMP.ENABLED else None
+    step = TrainStep(optimizer, dtype, clip, build_auto_momenta(solver, optimizer, plain.named_parameters()))
+    streams = getattr(getattr(plain, "loss", None), "streams", {})
+    return StreamTrainer(model, data_loader, step, streams, solver.ACCUMULATE_STEPS)
 
 
 def pool_in_float32(model: nn.Module) -> None:

@@ -101,7 +101,8 @@ def graphed_and_eager(tiny: Callable, folder: Path, process: Process, options: l
     graphed, eager = (
         build_trainer(tiny(*options, "OUTPUT_DIR", folder / name), process) for name in ("graphed", "eager")
     )
-    graphed.graph = GraphedStep(graphed, None if process.device.type == "cuda" else TapeRecorder())
+    recorder = None if process.device.type == "cuda" else TapeRecorder()
+    graphed.graph = GraphedStep(graphed.run_step, graphed.task, graphed.optimizer, 16, recorder)
     return graphed, eager
 
 
@@ -136,7 +137,7 @@ def test_a_tape_with_numbers_baked_in_goes_wrong(tiny: Callable, process: Proces
     """The learning rate as a number: what the tape is there to find."""
     graphed, eager = graphed_and_eager(tiny, tmp_path, process, METHODS["plain"])
     graphed.graph.rates = [group["lr"] for group in graphed.optimizer.param_groups]
-    graphed.graph.fill_numbers = lambda: None
+    graphed.graph.fill_numbers = lambda iteration, progress: None
     found, expected = take_steps(graphed, 10), take_steps(eager, 10)
     assert not torch.allclose(found["model.conv1.weight"], expected["model.conv1.weight"], rtol=1e-2, atol=1e-3)
 
@@ -154,9 +155,9 @@ def test_a_new_k_is_a_new_graph_and_a_new_learning_rate_is_not(
 def test_other_momenta_are_a_new_graph(tiny: Callable, process: Process, tmp_path: Path) -> None:
     graphed, _ = graphed_and_eager(tiny, tmp_path, process, DEEPKD)
     take_steps(graphed, 5)
-    signature = graphed.graph.current_signature()
+    signature = graphed.graph.current_signature(graphed.progress)
     graphed.optimizer.set_momenta({"tog": 0.9, "tcg": 0.8, "ncg": 0.9})
-    assert graphed.graph.current_signature() != signature == graphed.graph.signature
+    assert graphed.graph.current_signature(graphed.progress) != signature == graphed.graph.signature
 
 
 def test_an_incomplete_batch_runs_as_ever(tiny: Callable, process: Process, tmp_path: Path) -> None:
@@ -232,4 +233,4 @@ def test_a_loss_with_a_forward_of_its_own_refuses(tiny: Callable, process: Proce
     trainer = build_trainer(tiny("KD.LOSS.NAME", "dkd"), process)
     trainer.task.distillation = Own()
     with pytest.raises(ValueError, match=r"SOLVER.CUDA_GRAPH: Own has a forward of its own.*row_terms"):
-        GraphedStep(trainer, TapeRecorder())
+        GraphedStep(trainer.run_step, trainer.task, trainer.optimizer, 16, TapeRecorder())

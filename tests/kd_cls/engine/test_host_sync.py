@@ -147,7 +147,7 @@ def test_what_a_cuda_graph_captures_reads_nothing_and_takes_nothing_from_the_hos
     trainer = build_trainer(cfg, process)
     with data_free_cuda(monkeypatch):
         trainer = trainer_without_data(cfg, trainer)
-        trainer.graph = GraphedStep(trainer, Listener())
+        trainer.graph = GraphedStep(trainer.run_step, trainer.task, trainer.optimizer, 16, Listener())
         fill_gradients.params = list(trainer.task.trainable_module.parameters())
         monkeypatch.setattr(Tensor, "backward", fill_gradients)
         images, target = torch.empty(16, 3, 16, 16, device="cuda"), torch.empty(16, dtype=torch.int64, device="cuda")

@@ -16,8 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.tiny_detector import make_batch
 from kd_core.losses import KDLoss
-from kd_det.engine.host_copy import HostCopy, total
-from kd_det.engine.train_step import build_step
+from kd_det.engine.train_step import AsyncScalars, build_step, mean
 from kd_det.solver import build_optimizer
 
 READING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "_unique2", "masked_select")
@@ -116,16 +115,16 @@ def test_a_read_of_ours_would_be_seen(monkeypatch, read):
     assert found.of["ours"] == {"checks.<genexpr>": 2, "base.weighted_terms": 1}
 
 
-def test_losses_of_several_micro_batches_add_up_on_the_host():
+def test_losses_of_several_micro_batches_are_averaged_on_the_host():
     first, second = {"a": torch.tensor(1.0, requires_grad=True), "b": torch.tensor([2.0])}, {"a": torch.tensor(0.5)}
-    sums = total([HostCopy(first), HostCopy(second)])
-    assert sums == {"a": 1.5, "b": 2.0} and not sums["a"].requires_grad
+    means = mean([AsyncScalars(first), AsyncScalars(second)])
+    assert means == {"a": 0.75, "b": 1.0} and not means["a"].requires_grad
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_on_cuda_a_copy_is_of_the_values_at_the_time_and_reading_it_waits_for_no_more():
     loss = torch.full((), 3.0, device="cuda")
-    copied = HostCopy({"loss": loss})
+    copied = AsyncScalars({"loss": loss})
     torch.cuda._sleep(1_000_000_000)  # cycles: about half a second
     loss.zero_()
     behind = torch.cuda.Event()

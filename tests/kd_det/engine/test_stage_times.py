@@ -5,6 +5,7 @@ import torch
 from detectron2.engine import SimpleTrainer, TrainerBase
 from torch import nn
 
+from kd_core.train_step import TrainStep
 from kd_det.engine.hooks import stage_times
 from kd_det.engine.hooks.stage_times import StageTimes, stage_seconds
 from kd_det.engine.train_step import StreamTrainer
@@ -75,7 +76,7 @@ def test_each_stage_is_timed_and_micro_batches_add_up(micro_batches, monkeypatch
     model = SlowModel(3, 1)
     optimizer = SlowSGD(model.parameters(), lr=0.1)
     if micro_batches:
-        step = StreamTrainer(model, batches(), optimizer, {}, accumulate_steps=micro_batches)
+        step = StreamTrainer(model, batches(), TrainStep(optimizer), {}, micro_batches)
     else:
         step = SimpleTrainer(model, batches(), optimizer)
     trainer = Trainer(step)

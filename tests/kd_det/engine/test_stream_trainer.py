@@ -89,11 +89,11 @@ def test_an_infinite_scaled_gradient_skips_the_step_of_every_stream(tiny_cfg, ti
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer = build_step(cfg, model, [make_batch()] * 2, build_optimizer(cfg, model))
     trainer.iter = 0
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)  # beyond float16
+    trainer.train_step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)  # beyond float16
     trainer.run_step()
     assert all(torch.equal(p, start[name]) for name, p in model.named_parameters())
-    assert trainer.scaler.get_scale() == 2.0**119
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    assert trainer.train_step.scaler.get_scale() == 2.0**119
+    trainer.train_step.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     trainer.run_step()
     moved = [name for name, p in model.named_parameters() if not torch.equal(p, start[name])]
     assert "roi_heads.box_predictor.cls_score.weight" in moved and "proposal_generator.rpn_head.conv.weight" in moved
