@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from kd_core.partition_blocks import Group, KLWeights, block_gradient, compare, split
+from kd_core.partition_blocks import Group, KLWeights, block_gradient, compare, find_neg_inf, split
 
 KL_TYPES = {"forward": KLWeights(1.0, 0.0), "reverse": KLWeights(0.0, 1.0), "both": KLWeights(0.5, 0.5)}
 
@@ -59,6 +59,8 @@ def decompose(
     Returns:
         The parts row by row, at least float32; each may be backpropagated alone. Finite for |z| up to 1e30: the maximum
         of a group is taken out before any exponential, and no logarithm is taken of a probability that can be 0.
+        A logit of −inf is a probability of 0, and 0 · log(0 / q) is 0. A group that the teacher leaves empty adds 0.
+        Where the student has 0 and the teacher has not, forward KL is +inf; reverse KL is where it is the other way.
     """
     flat = (tensor for group in groups for tensor in group)
     mass, log_mass_student, log_mass_teacher, *within = _Decompose.apply(
@@ -80,26 +82,31 @@ class _Decompose(torch.autograd.Function):
         *groups: Tensor | None,
     ) -> tuple[Tensor, ...]:
         pairs = [Group(index, valid) for index, valid in zip(groups[::2], groups[1::2], strict=True)]
-        blocks = [compare(*sides, kl) for sides in split(student, teacher, pairs, temperature)]
+        blocks = [compare(*block, kl) for block in split(student, teacher, pairs, temperature)]
         within, largest, log_peaks = torch.stack([block.rows for block in blocks]).split([1, 2, 2], 1)  # (G, 1 or 2, N)
         # Relative to the row's largest logit, so that a row far from 0 loses no digits.
-        log_mass = (largest - largest.amax(0)).sub_(log_peaks).log_softmax(0)
-        log_mass_student, log_mass_teacher = log_mass.unbind(1)
-        mass_student, mass_teacher = log_mass.exp().unbind(1)
-        mass = (mass_teacher * (log_mass_teacher - log_mass_student)).sum(0).clamp_min_(0)
+        log_mass = (largest - largest.amax(0)).sub_(log_peaks)
+        # Side by side, since a vectorised exponential depends on the place in memory: equal sides must stay equal.
+        log_mass_student, log_mass_teacher = (side.log_softmax(0) for side in log_mass.unbind(1))
+        mass_student, mass_teacher = log_mass_student.exp(), log_mass_teacher.exp()
+        terms = mass_teacher * (log_mass_teacher - log_mass_student)
+        mass = terms.masked_fill_(mass_teacher == 0, 0.0).sum(0).clamp_min_(0)  # 0 · log 0 is 0
+        within, empty = within[:, 0], find_neg_inf(largest[:, 1])
+        if empty is not None:
+            within = within.masked_fill(empty, 0.0)
         kept = (tensor for block in blocks for tensor in block[:3])
-        ctx.save_for_backward(mass_student, mass_teacher, *groups, *kept)
+        ctx.save_for_backward(mass_student, mass_teacher, empty, *groups, *kept)
         ctx.temperature, ctx.kl, ctx.dtype, ctx.num_groups = temperature, kl, student.dtype, len(pairs)
         ctx.mark_non_differentiable(log_mass_teacher)
         ctx.set_materialize_grads(False)  # a stream that leaves a part out costs no pass over it
-        return mass, log_mass_student, log_mass_teacher, *within[:, 0]
+        return mass, log_mass_student, log_mass_teacher, *within
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, grad_mass: Tensor | None, grad_log_mass: Tensor | None, _: None, *grad_within: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        mass_student, mass_teacher, *saved = ctx.saved_tensors
+        mass_student, mass_teacher, empty, *saved = ctx.saved_tensors
         groups, kept = saved[: 2 * ctx.num_groups], saved[2 * ctx.num_groups :]
         scale = 1 / ctx.temperature  # du/dz
         slope = torch.zeros_like(mass_student)
@@ -107,7 +114,10 @@ class _Decompose(torch.autograd.Function):
             slope = (mass_student - mass_teacher) * (grad_mass * scale)
         if grad_log_mass is not None:
             slope = slope + (grad_log_mass - mass_student * grad_log_mass.sum(0)) * scale
-        grads = (None if grad is None else grad * scale for grad in grad_within)
+        grads = [None if grad is None else grad * scale for grad in grad_within]
+        if empty is not None:
+            pairs = zip(grads, empty, strict=True)
+            grads = [None if grad is None else grad.masked_fill_(is_empty, 0.0) for grad, is_empty in pairs]
         *listed, gradient = (
             block_gradient(kept[3 * g : 3 * g + 3], ctx.kl, slope[g], grad) for g, grad in enumerate(grads)
         )

@@ -49,45 +49,50 @@ def work_dtype(*tensors: Tensor) -> torch.dtype:
 
 def split(
     student: Tensor, teacher: Tensor, groups: Sequence[Group], temperature: float
-) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """The logits z/T of every group and, last, of the rest, which has all C columns: student, teacher, void.
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Student's and teacher's logits z/T of every group and, last, of the rest, which has all C columns.
 
-    All fresh memory. A class of another group is −inf on both sides, where void says: columns (N, V) or a mask (N, K).
+    All fresh memory. A class that is not in the block is −inf on both sides.
     """
     dtype = work_dtype(student, teacher)
-    sides = [scaled(side, dtype, temperature) for side in (student, teacher)]
+    sides = [to_work_dtype(side, dtype, temperature) for side in (student, teacher)]
     for index, valid in groups:
-        block = [side.gather(1, index) for side in sides]
-        if valid is None:
-            yield *block, None
-        else:
-            yield *(side.masked_fill_(~valid, -torch.inf) for side in block), ~valid
-    listed = torch.cat([group.index for group in groups], 1) if groups else None
-    if listed is not None:
-        sides = [put(side, listed, -torch.inf) for side in sides]
-    yield *sides, listed
+        student, teacher = (side.gather(1, index) for side in sides)
+        if valid is not None:
+            student, teacher = (side.masked_fill_(~valid, -torch.inf) for side in (student, teacher))
+        yield student, teacher
+    if groups:
+        listed = torch.cat([group.index for group in groups], 1)
+        sides = [scatter_value_(side, listed, -torch.inf) for side in sides]
+    student, teacher = sides
+    yield student, teacher
 
 
-def compare(student: Tensor, teacher: Tensor, void: Tensor | None, kl: KLWeights) -> Block:
-    """Compare the two sides of a block, which are overwritten: forward KL keeps three such buffers alive, no more."""
+def compare(student: Tensor, teacher: Tensor, kl: KLWeights) -> Block:
+    """Compare the two sides of a block, which are overwritten: forward KL keeps three such buffers alive, no more.
+
+    Where a probability is 0 because its logit is −inf, p · log(p / q) is 0 · ∞, or NaN where both logits are −inf. The
+    limit is 0, which is what `nansum` adds. It hides no wrong logit: that makes the whole row's softmax NaN.
+    """
     if student.shape[1] == 1:  # one class has the distribution (1) on both sides
         zeros, ones = torch.zeros_like(student), torch.ones_like(student)
         return Block(ones, ones, None, torch.stack([zeros, student, teacher, zeros, zeros]).squeeze(2))
     largest = row_maximum(student), row_maximum(teacher)
-    student.sub_(largest[0])
-    teacher.sub_(largest[1])
+    student.sub_(fill_empty_rows_(student, largest[0]))
+    teacher.sub_(fill_empty_rows_(teacher, largest[1]))
     p_teacher = teacher.softmax(1)
-    log_ratio = clear(teacher.sub_(student), void)  # log(p̂^T / p̂^S) up to a constant of the row
+    log_ratio = teacher.sub_(student)  # log(p̂^T / p̂^S) up to a constant of the row
     if kl.reverse:
         p_student = student.softmax(1)
     else:
-        gap = log_ratio.mul_(p_teacher).sum(1, keepdim=True)
+        gap = log_ratio.mul_(p_teacher).nansum(1, keepdim=True)
         p_student = torch.softmax(student, 1, out=log_ratio)
     # The largest logit is 0 now, so its p̂ is 1 / Σ exp, which is never 0.
     log_peaks = row_maximum(p_student).log_(), row_maximum(p_teacher).log_()
     offset = log_peaks[1] - log_peaks[0]
     if kl.reverse:
-        divergence, log_ratio = both_divergences(log_ratio.add_(offset).neg_(), p_student, p_teacher, kl)
+        log_ratio = zero_excluded_(log_ratio.add_(offset).neg_(), kl)
+        divergence, log_ratio = both_divergences(log_ratio, p_student, p_teacher, kl)
     else:
         divergence, log_ratio = gap.add_(offset).clamp_min_(0), None  # below 0 by rounding only
     return Block(p_student, p_teacher, log_ratio, torch.stack([divergence, *largest, *log_peaks]).squeeze(2))
@@ -95,8 +100,8 @@ def compare(student: Tensor, teacher: Tensor, void: Tensor | None, kl: KLWeights
 
 def both_divergences(log_ratio: Tensor, p_student: Tensor, p_teacher: Tensor, kl: KLWeights) -> tuple[Tensor, Tensor]:
     """(N, 1) weighted divergence out of log_ratio = log(p̂^S / p̂^T), and that less the reverse KL, in its memory."""
-    forward = (log_ratio * p_teacher).sum(1, keepdim=True).neg_()
-    reverse = (log_ratio * p_student).sum(1, keepdim=True)
+    forward = (log_ratio * p_teacher).nansum(1, keepdim=True).neg_()
+    reverse = (log_ratio * p_student).nansum(1, keepdim=True)
     divergence = kl.forward * forward.clamp_min_(0) + kl.reverse * reverse.clamp_min(0)
     return divergence, log_ratio.sub_(reverse)
 
@@ -120,21 +125,37 @@ def block_gradient(block: Sequence[Tensor | None], kl: KLWeights, slope: Tensor,
     return gradient
 
 
-def scaled(logits: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:
+def to_work_dtype(logits: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:
     """A fresh copy of z/T: half precision is widened before it is divided."""
     return logits / temperature if logits.dtype == dtype else logits.to(dtype).div_(temperature)
 
 
-def put(values: Tensor, index: Tensor, value: float) -> Tensor:
+def scatter_value_(values: Tensor, index: Tensor, value: float) -> Tensor:
     """`values.scatter_(1, index, value)`, which on a CPU is four times slower with a number than with a tensor."""
     return values.scatter_(1, index, values.new_full(index.shape, value))
 
 
-def clear(log_ratio: Tensor, void: Tensor | None) -> Tensor:
-    """Set what came of −inf − (−inf) to 0, in place."""
-    if void is None:
-        return log_ratio
-    return log_ratio.masked_fill_(void, 0.0) if void.dtype == torch.bool else put(log_ratio, void, 0.0)
+def zero_excluded_(log_ratio: Tensor, kl: KLWeights) -> Tensor:
+    """Set log(p̂^S / p̂^T) to 0 in place where both are 0, and for the reverse KL alone also where the student's is."""
+    return log_ratio.nan_to_num_(0.0, torch.inf, -torch.inf if kl.forward else 0.0)
+
+
+def fill_empty_rows_(logits: Tensor, largest: Tensor) -> Tensor:
+    """Give rows whose every logit is −inf all probability in their first class; the (N, 1) maxima to subtract.
+
+    Such a block has no mass, so its distribution is multiplied by 0, which must not meet NaN.
+    """
+    empty = find_neg_inf(largest)
+    if empty is None:
+        return largest
+    logits[:, :1].masked_fill_(empty, 0.0)
+    return largest.masked_fill(empty, 0.0)
+
+
+def find_neg_inf(rows: Tensor) -> Tensor | None:
+    """Where `rows`, one number per row, are −inf; None where that costs no wait for a device to see, and none is."""
+    can_look = rows.device.type == "cpu" and not torch.compiler.is_compiling()
+    return None if can_look and not (rows.numel() and rows.amin() == -torch.inf) else rows == -torch.inf
 
 
 def row_maximum(values: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kd_core.partition import decompose
+from kd_core.partition_blocks import scatter_value_
 from kd_core.schedules import linear
 from kd_core.selection import largest_indices
 
@@ -64,11 +65,17 @@ class TopKSchedule:
 
 def top_nontarget_classes(teacher_logits: Tensor, target: Tensor, k: int) -> Tensor:
     """(N, K) indices of the K largest teacher logits among the non-target classes: the target is never one of them."""
-    others = teacher_logits.detach().scatter(1, target[:, None], -torch.inf)
-    return largest_indices(others, k)
+    lowest = torch.finfo(teacher_logits.dtype).min  # above −inf: a class that the teacher excludes is before the target
+    others = teacher_logits.detach().clamp(min=lowest)
+    return largest_indices(scatter_value_(others, target[:, None], -torch.inf), k)
 
 
 def masked_nckd(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, k: int, temperature: float) -> Tensor:
-    """(N,) KL(p̂^T || p̂^S), both distributions renormalised over the same K non-target classes; without T²."""
+    """(N,) KL(p̂^T || p̂^S), both distributions renormalised over the same K non-target classes; without T².
+
+    A class of teacher logit −inf is never kept: where fewer than K others are left, those are all.
+    """
     kept = top_nontarget_classes(teacher_logits, target, k)
-    return decompose(student_logits.gather(1, kept), teacher_logits.gather(1, kept), temperature=temperature).within[0]
+    teacher = teacher_logits.gather(1, kept)
+    student = student_logits.gather(1, kept).masked_fill(teacher == -torch.inf, -torch.inf)
+    return decompose(student, teacher, temperature=temperature).within[0]

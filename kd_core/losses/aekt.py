@@ -1,4 +1,4 @@
-"""Adaptive explicit knowledge transfer. The paper's formula is not to be had: this is our reading of it."""
+"""Adaptive explicit knowledge transfer. The paper's formula is not published: this is our reading of it."""
 
 import math
 from collections.abc import Callable
@@ -30,7 +30,7 @@ class AEKTLoss(TargetPartitionLoss):
         temperature: T.
         max_ratio: cap of r.
         explicit: another explicit term: maps the `Decomposition` (groups: target, rest) to (N,) rows, without T².
-        options: `weight`, `warmup`, `standardize`, `topk` of `DistillationLoss`; the mask acts on `implicit`.
+        options: `weight`, `warmup`, `standardize`, `topk`, … of `DistillationLoss`; the mask acts on `implicit`.
 
     Raises:
         ValueError: max_ratio ≤ 0, or what `DistillationLoss` refuses.
@@ -62,9 +62,12 @@ class AEKTLoss(TargetPartitionLoss):
     def weighted_tckd(self, parts: Decomposition) -> Tensor:
         """(N,) r · TCKD: a student less confident in the target than its teacher learns from it the more."""
         log_ratio = parts.log_mass_teacher[0] - parts.log_mass_student[0].detach()
+        log_ratio = log_ratio.nan_to_num(0.0)  # 0 / 0, where both exclude the target, weights a mass term of 0
         return log_ratio.clamp(max=math.log(self.max_ratio)).exp() * parts.mass
 
-    def row_terms(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor, k: int) -> dict[str, Tensor]:
+    def row_terms(
+        self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None, k: int
+    ) -> dict[str, Tensor]:
         parts = self.decompose(student_logits, teacher_logits, target, k)
         explicit = self.explicit or self.weighted_tckd
         return {"explicit": explicit(parts), "implicit": parts.within[1]}

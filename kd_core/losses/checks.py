@@ -1,4 +1,4 @@
-"""Checks of what a loss is given. None of them waits for a device."""
+"""Checks of what a loss is given. None of them waits for a device: numbers are read only by who says `can_look`."""
 
 import math
 from typing import Any
@@ -18,19 +18,30 @@ def as_number(value: Any, name: str) -> float:
     return number
 
 
+def as_count(value: Any, name: str, least: int = 1) -> int:
+    """`value`; a ValueError names it where it is no whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number >= {least}, not {value!r}")
+    return value
+
+
 def check_inputs(
     student_logits: Tensor,
     teacher_logits: Tensor,
     target: Tensor | None,
     row_weights: Tensor | None,
     needs_target: bool,
+    can_look: bool,
 ) -> None:
     """Raise a ValueError that names the first value that does not fit."""
     for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
         if not logits.is_floating_point():
             raise ValueError(f"{name} must be of a floating type, not {logits.dtype}")
     if student_logits.ndim != 2:
-        raise ValueError(f"student_logits must be (N, C), not {tuple(student_logits.shape)}; flatten the rows into N")
+        hint = ": kd_core.rows.flatten_rows makes rows of (B, C, H, W) and of (B, L, C)"
+        raise ValueError(
+            f"student_logits must be (N, C), not {tuple(student_logits.shape)}{hint if student_logits.ndim > 2 else ''}"
+        )
     if teacher_logits.shape != student_logits.shape:
         raise ValueError(
             f"teacher_logits are {tuple(teacher_logits.shape)} but student_logits are {tuple(student_logits.shape)}: "
@@ -39,19 +50,42 @@ def check_inputs(
     if row_weights is not None and row_weights.shape != student_logits.shape[:1]:
         raise ValueError(f"row_weights must be ({len(student_logits)},), one a row, not {tuple(row_weights.shape)}")
     if target is not None or needs_target:
-        check_target(target, *student_logits.shape)
+        check_target(target, *student_logits.shape, can_look)
 
 
-def check_target(target: Tensor | None, num_rows: int, num_classes: int) -> None:
-    """Raise a ValueError unless `target` holds `num_rows` class indices; on the CPU their range is checked too."""
+def check_target(target: Tensor | None, num_rows: int, num_classes: int, can_look: bool) -> None:
+    """Raise a ValueError unless `target` holds `num_rows` class indices; their range is checked where one can look."""
     if not isinstance(target, Tensor):
         raise ValueError(f"target must be an (N,) tensor of class indices, not {target!r}: this loss reads the label")
     if target.shape != (num_rows,):
         raise ValueError(f"target must be ({num_rows},), one class index a row, not {tuple(target.shape)}")
     if target.is_floating_point() or target.dtype == torch.bool:
         raise ValueError(f"target must hold class indices of an integer type, not {target.dtype}")
-    if target.device.type == "cpu" and num_rows:
+    if can_look and target.device.type == "cpu" and num_rows:
         low, high = (int(bound) for bound in target.aminmax())
         if low < 0 or high >= num_classes:
             wrong = low if low < 0 else high
             raise ValueError(f"target has class {wrong}, but the logits have classes 0 to {num_classes - 1}")
+
+
+def check_finite(terms: dict[str, Tensor], student_logits: Tensor, teacher_logits: Tensor) -> None:
+    """Raise a ValueError where terms are not finite because one side excludes a class (−inf) and the other does not.
+
+    Only what is not finite costs a look at the logits.
+    """
+    if all(math.isfinite(term.item()) if term.ndim == 0 else term.isfinite().all() for term in terms.values()):
+        return
+    student_out, teacher_out = student_logits == -torch.inf, teacher_logits == -torch.inf
+    for side, out in (("student", student_out), ("teacher", teacher_out)):
+        if out.all(1).any():
+            raise ValueError(f"{side}_logits have a row of -inf only: no class has a probability")
+    for (side, out), (other, other_out), kl in (
+        (("student", student_out), ("teacher", teacher_out), "KL(teacher || student)"),
+        (("teacher", teacher_out), ("student", student_out), "the reverse KL(student || teacher)"),
+    ):
+        alone = (out & ~other_out).any(0).nonzero()
+        if len(alone):
+            raise ValueError(
+                f"{side}_logits are -inf for class {int(alone[0])} where {other}_logits are not: {kl} is +inf by "
+                "definition; exclude a class on both sides or on neither"
+            )

@@ -7,8 +7,6 @@ from torch import Tensor
 from kd_core.losses.checks import as_number
 from kd_core.losses.target_partition import TargetPartitionLoss
 
-PARTITIONS = ("target", "teacher_top1")
-
 
 class DKDLoss(TargetPartitionLoss):
     """DKD, arXiv 2203.08679, section 3.2:
@@ -21,9 +19,9 @@ class DKDLoss(TargetPartitionLoss):
         alpha: α.
         beta: β.
         temperature: T.
-        partition: what t is: "target", the label, or "teacher_top1", the teacher's largest logit; the latter (GDKD's
-            released code) does not read the label.
-        options: `weight`, `warmup`, `standardize`, `topk` of `DistillationLoss`.
+        partition: which class t is: "target", the label, or "teacher_top1", the teacher's largest logit; the latter
+            (GDKD's released code) does not read the label: `target` may be None, as without labels or under mixup.
+        options: `weight`, `warmup`, `standardize`, `topk`, … of `DistillationLoss`.
 
     Raises:
         ValueError: another `partition`, or what `DistillationLoss` refuses.
@@ -39,11 +37,8 @@ class DKDLoss(TargetPartitionLoss):
         partition: str = "target",
         **options: Any,
     ) -> None:
-        super().__init__(temperature, **options)
-        if partition not in PARTITIONS:
-            raise ValueError(f"partition must be one of {', '.join(PARTITIONS)}, not {partition!r}")
-        self.alpha, self.beta, self.partition = as_number(alpha, "alpha"), as_number(beta, "beta"), partition
-        self.needs_target = partition == "target"
+        super().__init__(temperature, partition=partition, **options)
+        self.alpha, self.beta = as_number(alpha, "alpha"), as_number(beta, "beta")
 
     @property
     def coefficients(self) -> dict[str, float]:
@@ -52,7 +47,5 @@ class DKDLoss(TargetPartitionLoss):
     def row_terms(
         self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None, k: int
     ) -> dict[str, Tensor]:
-        if self.partition == "teacher_top1":
-            target = teacher_logits.argmax(1)
         parts = self.decompose(student_logits, teacher_logits, target, k)
         return {"tckd": parts.mass, "nckd": parts.within[1]}

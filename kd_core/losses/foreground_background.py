@@ -1,5 +1,6 @@
 """One loss for a detector's foreground rows, another for its background rows."""
 
+import torch
 from torch import Tensor, nn
 
 from kd_core.losses.checks import check_inputs
@@ -29,6 +30,11 @@ class ForegroundBackground(nn.Module):
         return {"fg": self.fg_loss, "bg": self.bg_loss}
 
     @property
+    def validate(self) -> bool:
+        """Whether the target's range is checked, as in `DistillationLoss`."""
+        return all(getattr(part, "validate", True) for part in self.parts.values())
+
+    @property
     def streams(self) -> dict[str, str]:
         """The gradient stream of every term."""
         return {f"{side}_{term}": stream for side, part in self.parts.items() for term, stream in part.streams.items()}
@@ -48,13 +54,20 @@ class ForegroundBackground(nn.Module):
         row_weights: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """As `DistillationLoss.forward`, which raises the same errors."""
-        check_inputs(student_logits, teacher_logits, target, row_weights, needs_target=True)
+        can_look = self.validate and not torch.compiler.is_compiling()
+        check_inputs(student_logits, teacher_logits, target, row_weights, True, can_look)
         background = target == student_logits.shape[1] - 1
         terms = {}
         for side, rows in (("fg", (~background).nonzero()[:, 0]), ("bg", background.nonzero()[:, 0])):
             inputs = (tensor.index_select(0, rows) for tensor in (student_logits, teacher_logits, target))
             weights = None if row_weights is None else row_weights.index_select(0, rows)
             values = self.parts[side](*inputs, progress, row_weights=weights)
-            share = len(rows) / max(len(target), 1)
-            terms.update({f"{side}_{term}": share * value for term, value in values.items()})
+            terms.update({f"{side}_{term}": over_all_rows(value, rows, len(target)) for term, value in values.items()})
         return terms
+
+
+def over_all_rows(value: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    """The mean over all rows, 0 where not among `rows`, of a mean over those; or all rows, of those themselves."""
+    if value.ndim:
+        return value.new_zeros(num_rows).index_copy(0, rows, value)
+    return value * (len(rows) / max(num_rows, 1))

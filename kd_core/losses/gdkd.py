@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kd_core.losses.base import DistillationLoss
-from kd_core.losses.checks import as_number
+from kd_core.losses.checks import as_count, as_number
 from kd_core.partition import KL_TYPES, Decomposition, decompose
 from kd_core.partition_blocks import Group, work_dtype
 from kd_core.selection import sort_values
@@ -15,7 +15,7 @@ AUTO_K_RATIO = 2.0  # released code
 
 
 class TopPartitionLoss(DistillationLoss):
-    """A loss whose top group are the k largest teacher logits; the label is not read."""
+    """A loss whose top group are the k largest teacher logits. The label is not read: `target` may be None."""
 
     terms = {"mass": "tcg", "within_top": "ncg", "within_rest": "ncg"}
     needs_target = False
@@ -23,10 +23,8 @@ class TopPartitionLoss(DistillationLoss):
 
     def __init__(self, w0: float, w1: float, w2: float, k: int, temperature: float, **options: Any) -> None:
         super().__init__(temperature, **options)
-        if isinstance(k, bool) or not isinstance(k, int) or k < self.min_k:
-            raise ValueError(f"k must be a whole number >= {self.min_k}, not {k!r}")
         self.w0, self.w1, self.w2 = (as_number(w, name) for w, name in ((w0, "w0"), (w1, "w1"), (w2, "w2")))
-        self.k = k
+        self.k = as_count(k, "k", self.min_k)
 
     @property
     def coefficients(self) -> dict[str, float]:
@@ -63,7 +61,7 @@ class GDKDLoss(TopPartitionLoss):
         kl: divergence within the groups: "forward" KL(T||S), "reverse" KL(S||T), or "both", their mean. The gradient of
             a reverse KL is as large as the teacher's logit gaps, times T and weight: float16 logits may not hold it.
         auto_k: draw the size of U1 row by row from the teacher's probabilities (`auto_top_group`).
-        options: `weight`, `warmup`, `standardize` of `DistillationLoss`.
+        options: `weight`, `warmup`, `standardize`, … of `DistillationLoss`.
 
     Raises:
         ValueError: k < 1, k ≥ C, an unknown `kl`, or what `DistillationLoss` refuses.
@@ -105,7 +103,7 @@ class GDKD3Loss(TopPartitionLoss):
         w0, w1, w2: weights of the terms.
         k: size of the first two groups together, at least 2.
         temperature: T.
-        options: `weight`, `warmup`, `standardize` of `DistillationLoss`.
+        options: `weight`, `warmup`, `standardize`, … of `DistillationLoss`.
 
     Raises:
         ValueError: k < 2, k ≥ C, or what `DistillationLoss` refuses.
@@ -137,8 +135,10 @@ def auto_top_group(teacher_logits: Tensor, temperature: float, max_k: int, ratio
     """
     num_classes = teacher_logits.shape[1]
     logits = teacher_logits.detach().to(work_dtype(teacher_logits))
-    p = (sort_values(logits) / temperature).softmax(1)
+    logits_upwards = sort_values(logits)
+    p = (logits_upwards / temperature).softmax(1)
     rank = torch.arange(1, num_classes + 1, device=p.device)
+    rank = rank - (logits_upwards == -torch.inf).sum(1, keepdim=True)  # a class of p = 0 is as good as none
     starts = p * rank / p.cumsum(1) >= ratio  # 0 / 0, where all up to here has underflowed, is no start
     first = starts.to(torch.uint8).argmax(1, keepdim=True)  # 0 where there is no start: the first quotient is 1
     size = torch.where(first > 0, num_classes - first, 1).clamp_(max=max_k)

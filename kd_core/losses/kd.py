@@ -16,17 +16,26 @@ class KDLoss(TargetPartitionLoss):
 
     With `topk` the mask acts on p̂ in `nckd` (DeepKD, arXiv 2505.15133); with all classes admitted the sum is KD again.
 
+    The sum is the same whatever class t is. Where a row has no one label (unlabelled images, mixup, soft targets), take
+    `partition="teacher_top1"` and `target=None`: the sum is still KD, and `tckd` is what the teacher's top class
+    contributes.
+
     Args:
         temperature: T.
         weight: factor of both terms.
-        options: `warmup`, `standardize`, `topk` of `DistillationLoss`.
+        partition: which class t is: "target", the label, or "teacher_top1", the teacher's largest logit.
+        options: `warmup`, `standardize`, `topk`, … of `DistillationLoss`.
     """
 
     terms = {"tckd": "tcg", "nckd": "ncg"}
 
-    def __init__(self, temperature: float = 4.0, weight: float = 1.0, **options: Any) -> None:
-        super().__init__(temperature, weight, **options)
+    def __init__(
+        self, temperature: float = 4.0, weight: float = 1.0, partition: str = "target", **options: Any
+    ) -> None:
+        super().__init__(temperature, weight, partition, **options)
 
-    def row_terms(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor, k: int) -> dict[str, Tensor]:
+    def row_terms(
+        self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None, k: int
+    ) -> dict[str, Tensor]:
         parts = self.decompose(student_logits, teacher_logits, target, k)
         return {"tckd": parts.mass, "nckd": parts.log_mass_teacher[1].exp() * parts.within[1]}

@@ -68,7 +68,7 @@ def binary_form(loss: nn.Module) -> BinaryDKDLoss:
     """
     if isinstance(loss, BinaryDKDLoss):
         return loss
-    target = type(loss) is KDLoss or (type(loss) is DKDLoss and loss.partition == "target")
+    target = type(loss) in (KDLoss, DKDLoss) and loss.partition == "target"
     if not target or loss.topk is not None or loss.standardize:
         raise UserError(
             f"MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE: {type(loss).__name__} with these settings is defined over a softmax; "

@@ -248,7 +248,7 @@ def test_torch_compile_gives_the_same_numbers() -> None:
 def test_two_classes_have_no_non_target_term_and_the_log_says_so_once(
     name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    base.note_void.cache_clear()
+    base.warn_no_nontarget_term.cache_clear()
     student, teacher, target = batch(classes=2)
     loss = LOSSES[name]()
     with caplog.at_level(logging.WARNING, "kd_core"):
