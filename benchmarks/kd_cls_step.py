@@ -1,7 +1,8 @@
 """What a distilled classifier's training step costs:  python benchmarks/kd_cls_step.py [--peer DIR] [--json FILE]
 
-ResNet-8x4 ← ResNet-32x4, 64 images of 32 px, 100 classes, float32, random weights, learning rate 0. The sides take
-turns in one process on the same batch; the figures are medians over the rounds.
+ResNet-8x4 ← ResNet-32x4, 64 images of 32 px, 100 classes, float32, random weights, learning rate 0. Our networks run
+channels last (MODEL.CHANNELS_LAST, KD.TEACHER.CHANNELS_LAST), which is opt-in. The sides take turns in one process on
+the same batch; the figures are medians over the rounds.
 
     KD        beside its floor: the teacher's forward pass, the student's and its backward pass, each alone
     DeepKD    (over KD, the paper's momenta) beside KD, and beside its floor: that of KD + a second backward pass
@@ -94,7 +95,7 @@ class Step:
 def step_of(method: str, output: str, more: str = "") -> Step:
     """Our step of `method`, from its config with `more` keys and values."""
     words = f"OUTPUT_DIR {output} DATA.NAME noise DATA.AUGMENTATION none DATA.NUM_WORKERS 0"
-    words += " SOLVER.BASE_LR 0 SOLVER.EPOCHS 1e6"
+    words += " SOLVER.BASE_LR 0 SOLVER.EPOCHS 1e6 MODEL.CHANNELS_LAST True KD.TEACHER.CHANNELS_LAST True"
     words += " KD.TEACHER.CONFIG_FILE  KD.TEACHER.NAME cifar_resnet32x4 KD.TEACHER.ALLOW_RANDOM True"
     cfg = load_cfg(str(ROOT / f"configs/CIFAR100/{method}_resnet32x4_resnet8x4.yaml"), words.split(" ") + more.split())
     with start_process(cfg.DEVICE) as process:

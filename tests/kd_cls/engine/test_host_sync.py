@@ -49,7 +49,7 @@ MASKED = "deepkd over dkd, masked"
 OTHER_STATISTICS = ["KD.TEACHER.MEAN", "(0.1, 0.2, 0.3)"]
 
 # The fast form of a teacher is a copy that is made once, with values.
-PLAIN_TEACHER = ["KD.TEACHER.FOLD_BN", False, "KD.TEACHER.CHANNELS_LAST", False]
+PLAIN_TEACHER = ["KD.TEACHER.FOLD_BN", False]
 
 
 def pairs(methods: Iterable[str], start: int) -> list[tuple[str, str]]:

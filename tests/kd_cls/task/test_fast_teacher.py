@@ -227,20 +227,18 @@ def test_a_network_that_cannot_be_copied_computes_as_it_was_loaded(caplog: pytes
 
 
 def test_the_keys_say_how_a_teacher_computes(tiny: Callable) -> None:
-    assert build_teacher(tiny("KD.LOSS.NAME", "kd"), 10, STATS).speed == FAST
-    options = ["KD.TEACHER.FOLD_BN", False, "KD.TEACHER.CHANNELS_LAST", False, "KD.TEACHER.DTYPE", "bfloat16"]
+    assert build_teacher(tiny("KD.LOSS.NAME", "kd"), 10, STATS).speed == TeacherSpeed(fold_bn=True)
+    options = ["KD.TEACHER.FOLD_BN", False, "KD.TEACHER.CHANNELS_LAST", True, "KD.TEACHER.DTYPE", "bfloat16"]
     speed = build_teacher(tiny("KD.LOSS.NAME", "kd", *options), 10, STATS).speed
-    assert speed == TeacherSpeed(dtype=torch.bfloat16)
+    assert speed == TeacherSpeed(channels_last=True, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"KD.TEACHER.DTYPE is 'int8', expected one of float32, bfloat16, float16"):
         check_config(tiny("KD.TEACHER.DTYPE", "int8"), 1)
 
 
 def test_a_student_learns_the_same_from_a_fast_teacher(run: Callable, tmp_path: Any) -> None:
     options = ["KD.LOSS.NAME", "dkd", "SOLVER.EPOCHS", 1]
-    plain = ["KD.TEACHER.FOLD_BN", False, "KD.TEACHER.CHANNELS_LAST", False]
-    fast, slow = (
-        run(*options, *more, "OUTPUT_DIR", tmp_path / name)["model"] for name, more in (("fast", []), ("slow", plain))
-    )
+    forms = {"fast": ["KD.TEACHER.CHANNELS_LAST", True], "slow": ["KD.TEACHER.FOLD_BN", False]}
+    fast, slow = (run(*options, *more, "OUTPUT_DIR", tmp_path / name)["model"] for name, more in forms.items())
     assert list(fast) == list(slow)
     for name in fast:
         assert torch.allclose(fast[name], slow[name], rtol=1e-3, atol=1e-4), name
@@ -273,6 +271,6 @@ def test_evaluate_reports_the_teacher_as_loaded_and_in_its_type(
 def test_a_run_goes_on_with_another_speed_and_not_with_another_type(tiny: Callable, run: Callable) -> None:
     options = ["KD.LOSS.NAME", "kd", "SOLVER.EPOCHS", 1]
     checkpoint = run(*options)
-    check_resumable(checkpoint, tiny(*options, "KD.TEACHER.FOLD_BN", False, "KD.TEACHER.CHANNELS_LAST", False))
+    check_resumable(checkpoint, tiny(*options, "KD.TEACHER.FOLD_BN", False, "KD.TEACHER.CHANNELS_LAST", True))
     with pytest.raises(ValueError, match=r"KD.TEACHER.DTYPE 'float32', now it is 'bfloat16'"):
         check_resumable(checkpoint, tiny(*options, "KD.TEACHER.DTYPE", "bfloat16"))
