@@ -5,18 +5,21 @@ momentum obey the same linear recursion, so their losses are summed before the b
 pass and one buffer.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from kd_core.distributed import SetReduction, world_size
-from kd_core.spare import SpareTensors
+from kd_core.distributed import SetReduction, is_sharded, refuse_fsdp1, world_size
+from kd_core.stream_gradients import StreamGradients, StreamSets
 
 # .9 + .05 and .95 differ by one bit; momenta that are meant to differ do so by far more than this.
 MOMENTUM_TOLERANCE = 1e-9
 
-StreamSets = tuple[tuple[str, ...], ...]
+TASK_STREAM = "tog"
 
 
 def stream_sets(momenta: Sequence[Mapping[str, float]]) -> StreamSets:
@@ -25,7 +28,7 @@ def stream_sets(momenta: Sequence[Mapping[str, float]]) -> StreamSets:
     Two streams are in one set where their momenta agree, to `MOMENTUM_TOLERANCE`, in every group.
 
     Args:
-        momenta: one {stream: momentum} a parameter group, all of the same streams.
+        momenta: one {stream: momentum} per parameter group, all of the same streams.
     Returns:
         The sets, ordered as their first streams are in the first group.
     """
@@ -40,35 +43,65 @@ def stream_sets(momenta: Sequence[Mapping[str, float]]) -> StreamSets:
     return tuple(tuple(members) for members in sets)
 
 
+def to_streams(terms: Mapping[str, Tensor], loss: Any, task_loss: Tensor | None = None) -> dict[str, Tensor]:
+    """The terms of a loss, summed by stream: what `backward_streams` takes.
+
+    Args:
+        terms: {term: value}, as the loss returned them.
+        loss: the loss, or anything whose `streams` is {term: stream}.
+        task_loss: added to stream "tog".
+    Raises:
+        ValueError: a term that `loss.streams` does not name.
+    """
+    sums = {} if task_loss is None else {TASK_STREAM: task_loss}
+    for term, value in terms.items():
+        if term not in loss.streams:
+            raise ValueError(f"unknown term {term!r}: {type(loss).__name__}.streams names {', '.join(loss.streams)}")
+        stream = loss.streams[term]
+        sums[stream] = sums[stream] + value if stream in sums else value
+    return sums
+
+
 def backward_streams(
     losses: Mapping[str, Tensor | None],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None = None,
     sync: bool = True,
     retain_graph: bool = False,
+    process_group: dist.ProcessGroup | None = None,
 ) -> None:
-    """The streams' backward passes, one a set, into `optimizer`; afterwards `p.grad` shows the sum of all streams.
+    """Runs one backward pass per set of streams; afterwards `p.grad` shows the sum of all streams.
 
     Called again before `optimizer.step()`, gradients add up (micro-batches). A stream that is absent, None or without a
     graph reaches no parameter. Under `torch.distributed` each set's gradients are averaged over the ranks: make the
     forward pass in `no_sync()` (or on the plain module), and call this on every rank, whatever streams its batch has.
+    Parameters of `torch.distributed.fsdp.fully_shard` are averaged by FSDP itself, in every pass, so for them `sync`
+    changes nothing.
 
     Args:
         losses: {stream: scalar loss}.
-        optimizer: a stream optimizer; any other `torch.optim` optimizer takes all streams as one set.
+        optimizer: a stream optimizer; any other `torch.optim` optimizer takes all streams as one set. The wrappers of
+            accelerate and Lightning are unwrapped.
         scaler: scales every stream; the step is then `scaler.step(optimizer)`.
         sync: average over the ranks now. False for all micro-batches but the last.
         retain_graph: keep the graph after the last set's pass, too.
+        process_group: the ranks to average over; None: all.
+    Warns:
+        RuntimeWarning: after the last micro-batch (`sync`) no parameter has a gradient, so a step would do nothing.
     Raises:
-        ValueError: an unknown stream; a loss that is no scalar tensor.
+        ValueError: an unknown stream; a loss that is no scalar tensor; parameters of `FullyShardedDataParallel`.
         RuntimeError: `p.grad` was changed, or filled by another `backward()`, since the last call.
     """
+    optimizer = unwrap_optimizer(optimizer)
     sets = getattr(optimizer, "stream_sets", None) or (tuple(losses),)
     set_losses = _set_losses(losses, sets)
     gradients = getattr(optimizer, "gradients", None) or StreamGradients()
     params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    refuse_fsdp1(params)
     gradients.open(params, sets, scaler if scaler is not None and scaler.is_enabled() else None)
-    reduction = SetReduction(params, len(sets)) if sync and world_size() > 1 else None
+    replicated = [p for p in params if not is_sharded(p)]
+    averages = sync and replicated and world_size(process_group) > 1
+    reduction = SetReduction(replicated, len(sets), process_group) if averages else None
     last = max((i for i, loss in enumerate(set_losses) if loss is not None), default=-1)
     try:
         for i, loss in enumerate(set_losses):
@@ -85,6 +118,20 @@ def backward_streams(
             p.grad = None
         raise
     gradients.show(params)
+    if sync and all(p.grad is None for p in params):
+        warnings.warn(
+            "backward_streams: no loss reaches a parameter of the optimizer, so a step will change nothing: check "
+            "requires_grad of the parameters, and no_grad() or detach() on the way to the losses",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer inside accelerate's `AcceleratedOptimizer` or Lightning's `LightningOptimizer`."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    return optimizer
 
 
 def _set_losses(losses: Mapping[str, Tensor | None], sets: StreamSets) -> list[Tensor | None]:
@@ -102,117 +149,3 @@ def _set_losses(losses: Mapping[str, Tensor | None], sets: StreamSets) -> list[T
         terms = [losses[s].reshape(()) for s in streams if losses.get(s) is not None and losses[s].requires_grad]
         summed.append(sum(terms[1:], terms[0]) if terms else None)
     return summed
-
-
-class StreamGradients:
-    """One optimizer's gradients between backward and step: for each set of streams {parameter: gradient}.
-
-    With one set `p.grad` itself is the gradient, as with any optimizer. With more, `p.grad` shows their sum, and its
-    version counter tells, without a synchronisation, whether anybody has changed it since: a change would be lost.
-    """
-
-    def __init__(self) -> None:
-        self.spare = SpareTensors()
-        self.bytes_sent = 0  # by this rank, over the optimizer's life
-        self.clear()
-
-    def clear(self) -> None:
-        self.sets: StreamSets = ()
-        self.of_set: list[dict[Tensor, Tensor]] = []
-        self.shown: dict[Tensor, tuple[Tensor, int]] = {}  # the sum, and its version when it was shown
-        self.scaler: torch.amp.GradScaler | None = None
-        self.scale: Tensor | None = None  # what the streams have yet to be divided by
-
-    def open(self, params: Sequence[Tensor], sets: StreamSets, scaler: torch.amp.GradScaler | None) -> None:
-        """Makes ready to add another backward pass to what is there."""
-        if len(sets) == 1:
-            of_set = [{p: p.grad for p in params if p.grad is not None}]
-        else:
-            self.check(params, sets)
-            of_set = self.of_set or [{} for _ in sets]
-        if not any(of_set):
-            self.clear()
-        elif self.sets and (scaler is None) != (self.scale is None):
-            raise RuntimeError("micro-batches of one step are all scaled or none; clip and unscale after the last")
-        self.sets, self.of_set, self.scaler = sets, of_set, scaler
-
-    def backward(self, params: Iterable[Tensor], index: int, loss: Tensor, retain_graph: bool) -> None:
-        """One backward pass, added to the gradients of set `index`."""
-        if self.scaler is not None:
-            self.scale = self.scaler.scale(torch.ones((), device=loss.device))
-            loss = loss * self.scale
-        gradient = self.of_set[index]
-        for p in params:
-            p.grad = gradient.get(p)
-        loss.backward(retain_graph=retain_graph)
-        for p in params:
-            if p.grad is not None:
-                if p.grad.is_sparse:
-                    raise RuntimeError("sparse gradients have no streams: build nn.Embedding with sparse=False")
-                gradient[p] = p.grad
-                p.grad = None  # the reduction moves it into a bucket: nobody else may keep it alive
-
-    def show(self, params: Iterable[Tensor]) -> None:
-        """Makes `p.grad` the sum over the sets; where one set alone reaches a parameter, they are the same tensor."""
-        self.shown = {}
-        parts = {p: [gradient[p] for gradient in self.of_set if p in gradient] for p in params}
-        for p in params:
-            p.grad = None
-        sums = self._sums({p: of_p for p, of_p in parts.items() if len(of_p) > 1})
-        for p, of_p in parts.items():
-            if len(of_p) == 1:
-                # scaler.unscale_ divides p.grad, and shall not divide the stream's own gradient with it.
-                sums[p] = of_p[0].clone() if self.scaler is not None and len(self.of_set) > 1 else of_p[0]
-            p.grad = sums.get(p)
-        self.shown = {p: (total, total._version) for p, total in sums.items()}
-
-    def _sums(self, parts: Mapping[Tensor, list[Tensor]]) -> dict[Tensor, Tensor]:
-        """The sum of each list of two or more."""
-        sums: dict[Tensor, Tensor] = {}
-        for p in (p for p in parts if p.device.type == "cpu"):
-            sums[p] = torch.add(parts[p][0], parts[p][1], out=self.spare.take(p))
-            self.spare.keep(p, sums[p])
-        if elsewhere := [p for p in parts if p not in sums]:
-            firsts, seconds = [parts[p][0] for p in elsewhere], [parts[p][1] for p in elsewhere]
-            sums.update(zip(elsewhere, torch._foreach_add(firsts, seconds), strict=True))
-        for i in range(2, len(self.of_set)):
-            if more := [p for p in parts if len(parts[p]) > i]:
-                torch._foreach_add_([sums[p] for p in more], [parts[p][i] for p in more])
-        return sums
-
-    def accept(self) -> None:
-        """What `p.grad` holds now is what was meant."""
-        self.shown = {p: (total, total._version) for p, (total, _) in self.shown.items()}
-
-    def check(self, params: Iterable[Tensor], sets: StreamSets) -> None:
-        """Raises where `p.grad` is not what was shown. All None is `model.zero_grad()`: nothing is left then."""
-        if self.shown and all(p.grad is None for p in params):
-            self.clear()
-        if self.shown and sets != self.sets:
-            raise RuntimeError("momenta changed between backward_streams and step: set them before, or after zero_grad")
-        for p in params:
-            total, version = self.shown.get(p, (None, 0))
-            if p.grad is not total or (total is not None and total._version != version):
-                raise RuntimeError(
-                    "p.grad was changed outside backward_streams, where it only shows the sum of several streams: use "
-                    "backward_streams for loss.backward, optimizer.zero_grad, and optimizer.clip_grad_norm_ to clip"
-                )
-
-    def tensors(self) -> list[Tensor]:
-        """The gradients of every set and the sums that are shown, each once."""
-        every = [g for gradient in self.of_set for g in gradient.values()] + [total for total, _ in self.shown.values()]
-        return list({id(t): t for t in every}.values())
-
-    def of_parameter(self, p: Tensor) -> list[Tensor]:
-        """A parameter's gradient in every set that reaches it, and their sum, each once."""
-        every = [gradient[p] for gradient in self.of_set if p in gradient] + [p.grad]
-        return list({id(t): t for t in every}.values())
-
-
-def foreach_multiply_(tensors: Iterable[Tensor], factor: Tensor) -> None:
-    """`t *= factor` for tensors on any devices; the factor is a scalar tensor, never read by the host."""
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for t in tensors:
-        by_device.setdefault(t.device, []).append(t)
-    for device, on_device in by_device.items():
-        torch._foreach_mul_(on_device, factor.to(device))

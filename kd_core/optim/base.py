@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd_core.streams import StreamGradients, StreamSets, foreach_multiply_, stream_sets
+from kd_core.distributed import is_sharded, local
+from kd_core.stream_gradients import StreamGradients, StreamSets, foreach_multiply_
+from kd_core.streams import stream_sets
 
 MOMENTA = "momenta"
 BUFFERS = "momentum_buffers"
@@ -26,16 +28,18 @@ class StreamOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
-        self._start()
+        self.gradients = StreamGradients()
+        self._buffer_sets: StreamSets | None = None  # the sets that all buffers are known to follow
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        """For unpickling, deep copies and, by `torch.optim.Optimizer`, `load_state_dict`."""
+        own_keys = set(state.get("defaults") or self.defaults)
         super().__setstate__(state)
-        self._start()
-
-    def _start(self) -> None:
-        self.gradients = StreamGradients()
-        self._buffer_sets: StreamSets | None = None  # the sets that all buffers are known to follow
+        # torch has added keys of its own there, which no saved group needs to have.
+        self.defaults = {key: value for key, value in self.defaults.items() if key in own_keys}
+        self.__dict__.setdefault("gradients", StreamGradients())
+        self._buffer_sets = None
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -88,11 +92,10 @@ class StreamOptimizer(torch.optim.Optimizer):
             group[MOMENTA] = {stream: momenta[stream] for stream in group[MOMENTA]}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drops the gradients of every stream; `set_to_none=False` makes them 0, so momentum and decay go on."""
+        """Drops the gradients of every stream; `set_to_none=False` makes them 0: momentum and decay still act then."""
         sets = self.stream_sets
         if not set_to_none and len(sets) > 1 and sets == self.gradients.sets:
-            torch._foreach_zero_(self.gradients.tensors())
-            self.gradients.accept()
+            self.gradients.zero_(self._params())
         else:
             self.gradients.clear()
             super().zero_grad(set_to_none or len(sets) > 1)
@@ -106,15 +109,16 @@ class StreamOptimizer(torch.optim.Optimizer):
         Returns:
             The norm before; the host does not wait for it.
         """
-        sets = self._checked_sets()
-        self._unscale_with_scaler()
+        sets = self._unscaled_sets()
         shown = [p.grad for p in self._params() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(shown, norm_type, error_if_nonfinite)
+        norm = total_norm(shown, norm_type, error_if_nonfinite)
         factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
         if factor.device.type == "cpu" and factor == 1:
             return norm  # nothing to do, and on the CPU it costs nothing to know
-        foreach_multiply_(self.gradients.tensors() if len(sets) > 1 else shown, factor)
-        self.gradients.accept()
+        if len(sets) > 1:
+            self.gradients.multiply_(factor)
+        else:
+            foreach_multiply_(map(local, shown), factor)
         return norm
 
     @torch.no_grad()
@@ -125,57 +129,51 @@ class StreamOptimizer(torch.optim.Optimizer):
         equal momenta it is what the sum alone would be clipped to. The host does not wait for the norms. Under a
         GradScaler as in `clip_grad_norm_`.
         """
-        sets = self._checked_sets()
-        self._unscale_with_scaler()
+        sets = self._unscaled_sets()
         reached = [p for p in self._params() if p.grad is not None and p.numel()]
         if not reached:
             return
-        norms = torch._foreach_norm([p.grad for p in reached], norm_type)
+        norms = [whole(norm) for norm in torch._foreach_norm([p.grad for p in reached], norm_type)]
         factors = [torch.clamp(max_norm / (norm + 1e-6), max=1.0) for norm in norms]
-        parts = [self.gradients.of_parameter(p) if len(sets) > 1 else [p.grad] for p in reached]
-        pairs = [(part, factor) for of_p, factor in zip(parts, factors, strict=True) for part in of_p]
-        torch._foreach_mul_(*(list(column) for column in zip(*pairs, strict=True)))
-        self.gradients.accept()
+        if len(sets) > 1:
+            self.gradients.multiply_(dict(zip(reached, factors, strict=True)))
+        else:
+            torch._foreach_mul_([local(p.grad) for p in reached], factors)
 
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
 
-    def _checked_sets(self) -> StreamSets:
-        sets = self.stream_sets
-        if len(sets) > 1:
-            self.gradients.check(self._params(), sets)
-        return sets
-
-    def _unscale_with_scaler(self) -> None:
-        """Divides `p.grad`, by way of the scaler, which notes infinities, and the streams by the loss scale."""
-        if self.gradients.scale is None:
-            return
-        try:
-            self.gradients.scaler.unscale_(self)
-        except RuntimeError as error:  # the user has called it, as is usual before clipping
-            if "already been called" not in str(error):
-                raise
-        self._unscale_streams()
-
-    def _unscale_streams(self) -> None:
-        """Divides the streams by the loss scale. With one set there is `p.grad` alone, which the scaler divides."""
-        if self.gradients.scale is not None and len(self.gradients.sets) > 1:
+    def _unscaled_sets(self) -> StreamSets:
+        """The sets, whose gradients are checked, and unscaled by way of the scaler, which notes infinities."""
+        sets, inverse = self.stream_sets, None
+        if self.gradients.scale is not None:
+            try:
+                self.gradients.scaler.unscale_(self)
+            except RuntimeError as error:  # the user has called it, as is usual before clipping
+                if "already been called" not in str(error):
+                    raise
             inverse = _reciprocal(self.gradients.scale)
-            for gradient in self.gradients.of_set:
-                foreach_multiply_(gradient.values(), inverse)
+        if len(sets) > 1:
+            self.gradients.check(self._params(), sets, unscaled_by=inverse)
         self.gradients.scale = None
+        return sets
 
     def _gradients_for_step(self) -> list[tuple[tuple[str, ...], dict[Tensor, Tensor]]]:
         """Every set with its gradients, checked, unscaled, and the buffers regrouped to the sets."""
-        sets = self._checked_sets()
-        if self.gradients.scale is not None and not hasattr(self, "found_inf"):
+        sets, scale = self.stream_sets, self.gradients.scale
+        if scale is not None and not hasattr(self, "found_inf"):
             raise RuntimeError("the gradients are scaled: step by scaler.step(optimizer), not by optimizer.step()")
+        grad_scale = getattr(self, "grad_scale", None)  # None: the user has called scaler.unscale_
+        if len(sets) > 1:
+            by_scaler = _reciprocal(scale) if scale is not None and grad_scale is None else None
+            self.gradients.check(self._params(), sets, unscaled_by=by_scaler)
         self._regroup_buffers(sets)
-        if getattr(self, "grad_scale", None) is not None:  # the scaler has looked at p.grad, but not divided it
-            shown = [p.grad for p in self._params() if p.grad is not None]
-            foreach_multiply_(shown, _reciprocal(self.grad_scale))
-            self.gradients.accept()
-        self._unscale_streams()
+        if grad_scale is not None:  # the scaler has looked at p.grad, but not divided it
+            if len(sets) > 1:
+                self.gradients.multiply_(_reciprocal(grad_scale))
+            else:
+                foreach_multiply_([p.grad for p in self._params() if p.grad is not None], _reciprocal(grad_scale))
+        self.gradients.scale = None
         if len(sets) == 1:
             return [(sets[0], {p: p.grad for p in self._params() if p.grad is not None})]
         return list(zip(sets, self.gradients.of_set or [{} for _ in sets], strict=True))
@@ -219,7 +217,24 @@ class StreamOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"not a state of {type(self).__name__}: its groups have no {', '.join(missing)}")
             self._check_group(group)
         super().load_state_dict(state_dict)
-        self._start()
+
+
+def local_gradient(p: Tensor, gradient: Tensor) -> Tensor:
+    """This rank's part of a gradient, in the parameter's type: `p.grad_dtype` may differ from it."""
+    gradient = local(gradient)
+    return gradient if gradient.dtype == p.dtype else gradient.to(p.dtype)
+
+
+def total_norm(gradients: list[Tensor], norm_type: float, error_if_nonfinite: bool) -> Tensor:
+    """`torch.nn.utils.get_total_norm` of gradients of which some may be sharded."""
+    parts = [[g for g in gradients if not is_sharded(g)], [g for g in gradients if is_sharded(g)]]
+    norms = [whole(torch.nn.utils.get_total_norm(part, norm_type, error_if_nonfinite)) for part in parts if part]
+    return norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm(norms, norm_type, error_if_nonfinite)
+
+
+def whole(t: Tensor) -> Tensor:
+    """A sharded tensor, gathered; any other tensor itself."""
+    return t.full_tensor() if is_sharded(t) else t
 
 
 def _reciprocal(scale: Tensor) -> Tensor:

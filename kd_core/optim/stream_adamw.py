@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd_core.optim.base import BUFFERS, MOMENTA, StreamOptimizer, label, run_closure
+from kd_core.distributed import local
+from kd_core.optim.base import BUFFERS, MOMENTA, StreamOptimizer, label, local_gradient, run_closure
 
 STEP = "step"
 SECOND = "exp_avg_sq"
@@ -88,8 +89,8 @@ class StreamAdamW(StreamOptimizer):
         sets: list[tuple[tuple[str, ...], dict[Tensor, Tensor]]],
     ) -> None:
         lr, beta2 = float(group["lr"]), group["beta2"]
-        sums, seconds = [p.grad for p in params], [self.state[p][SECOND] for p in params]
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        sums, seconds = [local_gradient(p, p.grad) for p in params], [local(self.state[p][SECOND]) for p in params]
+        torch._foreach_mul_([local(p) for p in params], 1 - lr * group["weight_decay"])
         torch._foreach_mul_(seconds, beta2)
         torch._foreach_addcmul_(seconds, sums, sums, value=1 - beta2)
         roots = torch._foreach_sqrt(seconds)
@@ -101,7 +102,11 @@ class StreamAdamW(StreamOptimizer):
             moving = [p for p in params if p in gradient or name in self.state[p][BUFFERS]]
             if not moving:
                 continue
-            firsts = [self._buffer(p, name) for p in moving]
-            grads = [gradient[p] if p in gradient else torch.zeros_like(p) for p in moving]
+            firsts = [local(self._buffer(p, name)) for p in moving]
+            grads = [
+                local_gradient(p, gradient[p]) if p in gradient else torch.zeros_like(first)
+                for p, first in zip(moving, firsts, strict=True)
+            ]
             torch._foreach_lerp_(firsts, grads, 1 - beta1)
-            torch._foreach_addcdiv_(moving, firsts, [root_of[p] for p in moving], value=-lr / (1 - beta1**steps))
+            weights, roots = [local(p) for p in moving], [root_of[p] for p in moving]
+            torch._foreach_addcdiv_(weights, firsts, roots, value=-lr / (1 - beta1**steps))

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd_core.optim.base import MOMENTA, StreamOptimizer, label, run_closure
+from kd_core.distributed import local
+from kd_core.optim.base import MOMENTA, StreamOptimizer, label, local_gradient, run_closure
 from kd_core.optim.sgd_kernels import sgd_
 
 STEPS = ("paper", "matched")
@@ -100,8 +101,8 @@ class StreamSGD(StreamOptimizer):
             v = self._buffer(p, name, create=momentum != 0 and (g is not None or decay != 0))
             if g is None and v is None and decay == 0:
                 continue  # v is 0, and stays 0
-            params.append(p)
-            grads.append(torch.zeros_like(p) if g is None else g)
-            buffers.append(v)
+            params.append(local(p))
+            grads.append(torch.zeros_like(params[-1]) if g is None else local_gradient(p, g))
+            buffers.append(v if v is None else local(v))
         lr, found_inf = group["lr"] * scale, getattr(self, "found_inf", None)
         sgd_(params, grads, buffers if momentum != 0 else None, lr, momentum, decay, group["nesterov"], found_inf)

@@ -145,13 +145,14 @@ def test_a_bucket_holds_one_dtype_and_at_most_its_bytes() -> None:
     assert [[p.numel() for p in bucket] for bucket in buckets] == [[3, 4], [40], [1, 2]]
 
 
-def test_what_lies_in_a_bucket_has_its_parameters_layout_and_its_own_version() -> None:
+def test_what_lies_in_a_bucket_has_its_parameters_layout_and_the_type_of_its_gradient() -> None:
     conv = nn.Parameter(torch.zeros(4, 3, 2, 2).to(memory_format=torch.channels_last))
     flat, (first, second) = flat_bucket([conv, nn.Parameter(torch.zeros(5))])
     assert first.stride() == conv.stride()
     first.fill_(1)
     second.fill_(2)
     assert flat.tolist() == [1] * 48 + [2] * 5
-    versions = first._version, second._version
-    first.add_(1)
-    assert (first._version, second._version) == (versions[0] + 1, versions[1])
+    half = nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
+    half.grad_dtype = torch.float32
+    assert [len(bucket) for bucket in make_buckets([half, conv], bucket_bytes=1000)] == [2]
+    assert flat_bucket([half])[0].dtype == torch.float32

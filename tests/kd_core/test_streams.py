@@ -1,14 +1,11 @@
 """`backward_streams`: how many passes, what `p.grad` shows, what is refused."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 from kd_core.losses import DKDLoss
-from kd_core.optim import StreamSGD, deepkd_sgd
+from kd_core.optim import StreamAdamW, StreamSGD, deepkd_sgd
 from kd_core.streams import backward_streams, stream_sets
 
 STREAMS = ("tog", "tcg", "ncg")
@@ -138,18 +135,38 @@ def test_a_loss_that_is_no_scalar_tensor_is_refused() -> None:
         backward_streams({"tcg": 0.5}, optimizer)
 
 
+def edit_by_numpy(model: nn.Module) -> None:
+    next(model.parameters()).grad.numpy()[0, 0] += 1e-9
+
+
 @pytest.mark.parametrize(
     "change",
     [
         lambda model: nn.utils.clip_grad_value_(model.parameters(), 1e-3),
-        lambda model: nn.utils.clip_grad_norm_(model.parameters(), 1e-3),
         lambda model: next(model.parameters()).grad.add_(1),
+        lambda model: next(model.parameters()).grad.mul_(0.5),
         lambda model: setattr(next(model.parameters()), "grad", None),
         lambda model: setattr(next(model.parameters()), "grad", torch.zeros(9, 6).double()),
-        lambda model: sum(dkd_streams(model).values()).backward(),
-        lambda model: model.zero_grad(set_to_none=False),
+        lambda model: setattr(next(model.parameters()), "grad", next(model.parameters()).grad.clone()),
+        lambda model: sum(dkd_streams(model, seed=1).values()).backward(),
+        lambda model: [p.grad.data.clamp_(-1e-3, 1e-3) for p in model.parameters()],
+        lambda model: next(model.parameters()).grad.data.neg_(),
+        lambda model: next(model.parameters()).grad.detach().zero_(),
+        edit_by_numpy,
     ],
-    ids=["clip by value", "clip by norm", "in place", "None", "another tensor", "plain backward", "zeroed in place"],
+    ids=[
+        "clip by value",
+        "in place",
+        "a factor for one parameter only",
+        "None",
+        "another tensor",
+        "an equal tensor",
+        "plain backward",
+        "data.clamp_",
+        "data.neg_ of one parameter",
+        "detach",
+        "numpy",
+    ],
 )
 def test_changing_p_grad_is_an_error_where_several_momenta_would_ignore_it(change) -> None:
     model = small_net()
@@ -157,11 +174,136 @@ def test_changing_p_grad_is_an_error_where_several_momenta_would_ignore_it(chang
     backward_streams(dkd_streams(model), optimizer)
     change(model)
     for use in (optimizer.step, lambda: optimizer.clip_grad_norm_(1), lambda: backward_streams({}, optimizer)):
-        with pytest.raises(RuntimeError, match=r"p\.grad was changed outside backward_streams"):
+        with pytest.raises(
+            RuntimeError, match=r"p\.grad was changed outside backward_streams.*clip_grad_norm_ to clip"
+        ):
             use()
     optimizer.zero_grad()
     backward_streams(dkd_streams(model), optimizer)
     optimizer.step()
+
+
+def test_a_gradient_that_one_stream_alone_reaches_is_guarded_as_well() -> None:
+    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = deepkd_sgd([p, q], lr=0.1)
+    backward_streams({"tog": (p + q).sum(), "tcg": p.square().sum()}, optimizer)
+    q.grad.data.clamp_(max=0.5)
+    with pytest.raises(RuntimeError, match=r"p\.grad was changed"):
+        optimizer.step()
+
+
+def rescale(model: nn.Module, factor: float) -> None:
+    for p in model.parameters():
+        p.grad.mul_(factor)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: nn.utils.clip_grad_norm_(model.parameters(), 0.05),
+        lambda model: nn.utils.clip_grad_norm_(model.parameters(), 0.05, foreach=False),
+        lambda model: nn.utils.clip_grad_norm_(model.parameters(), 1e9),
+        lambda model: rescale(model, 3.7),
+        lambda model: rescale(model, -0.1),
+        lambda model: rescale(model, 1.0),
+        lambda model: [p.grad.data.mul_(0.3) for p in model.parameters()],
+        lambda model: [p.grad.numpy() for p in model.parameters()],
+        lambda model: model.zero_grad(set_to_none=False),
+    ],
+    ids=["clip", "clip, not foreach", "clip to more", "3.7", "-0.1", "1", "data", "read by numpy", "zeroed in place"],
+)
+@pytest.mark.parametrize("momenta", [(0.975, 0.825, 0.975), (0.9, 0.8, 0.95)], ids=["two sets", "three sets"])
+def test_one_factor_on_all_of_p_grad_is_followed_by_every_stream(change, momenta: tuple[float, ...]) -> None:
+    """Beside three SGDs, each with its momentum and a gradient of its own that is scaled by the same factor."""
+    model, slow = small_net(), small_net()
+    optimizer = StreamSGD(model.parameters(), 0.1, dict(zip(STREAMS, momenta, strict=True)))
+    velocity = {stream: [torch.zeros_like(p) for p in slow.parameters()] for stream in STREAMS}
+    for step in range(4):
+        optimizer.zero_grad()
+        backward_streams(dkd_streams(model, step), optimizer)
+        before = model[0].weight.grad.clone()
+        change(model)
+        factor = model[0].weight.grad[0, 0] / before[0, 0]
+        losses = dkd_streams(slow, step)
+        for stream, momentum in zip(STREAMS, momenta, strict=True):
+            gradients = torch.autograd.grad(losses[stream], list(slow.parameters()), retain_graph=True)
+            velocity[stream] = [momentum * v + factor * g for v, g in zip(velocity[stream], gradients, strict=True)]
+        optimizer.step()
+        with torch.no_grad():
+            for p, *moves in zip(slow.parameters(), *velocity.values(), strict=True):
+                p -= 0.1 * sum(moves)
+    for p, q in zip(model.parameters(), slow.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_clipping_by_torch_is_recognised_in_every_type(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(300, 20).to(dtype)), nn.Parameter(torch.randn(7).to(dtype))]
+    optimizer = deepkd_sgd(params, lr=1.0)
+    for max_norm in (0.3, 1e-4, 123.4):
+        optimizer.zero_grad()
+        noise = [torch.randn_like(p) for p in params]
+        losses = {"tog": sum((p * n).mean() for p, n in zip(params, noise, strict=True)), "tcg": params[0].mean()}
+        backward_streams(losses, optimizer)
+        nn.utils.clip_grad_norm_(params, max_norm)
+        optimizer.step()
+        params[0].grad.data[3, 3] += params[0].grad.abs().max()
+        with pytest.raises(RuntimeError, match=r"p\.grad was changed"):
+            optimizer.step()
+
+
+def test_micro_batches_after_a_common_factor_add_to_the_scaled_streams() -> None:
+    model, other = small_net(), small_net()
+    optimizers = [deepkd_sgd(m.parameters(), lr=0.1) for m in (model, other)]
+    backward_streams(dkd_streams(model), optimizers[0])
+    rescale(model, 0.5)
+    backward_streams(dkd_streams(model, 1), optimizers[0])
+    backward_streams({name: loss / 2 for name, loss in dkd_streams(other).items()}, optimizers[1])
+    backward_streams(dkd_streams(other, 1), optimizers[1])
+    for m, optimizer in zip((model, other), optimizers, strict=True):
+        nn.utils.clip_grad_norm_(m.parameters(), 0.1)
+        optimizer.clip_grad_norm_(0.05)
+        optimizer.step()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-13)
+
+
+def test_a_step_in_which_nothing_requires_a_gradient_is_said() -> None:
+    model = small_net().requires_grad_(False)
+    head = nn.Parameter(torch.zeros(1))
+    for optimizer in (deepkd_sgd([head, *model.parameters()], lr=0.1), torch.optim.SGD([head], 0.1)):
+        with pytest.warns(RuntimeWarning, match="no loss reaches a parameter of the optimizer.*check requires_grad"):
+            backward_streams(dkd_streams(model), optimizer)
+
+
+def test_a_micro_batch_in_which_nothing_requires_a_gradient_is_no_matter(recwarn: pytest.WarningsRecorder) -> None:
+    model = small_net()
+    optimizer = deepkd_sgd(model.parameters(), lr=0.1)
+    backward_streams({}, optimizer, sync=False)
+    backward_streams(dkd_streams(model), optimizer, sync=False)
+    backward_streams({"tog": torch.zeros(())}, optimizer)
+    assert not [w for w in recwarn if "backward_streams" in str(w.message)]
+
+
+@pytest.mark.parametrize("build", [deepkd_sgd, lambda p, lr: StreamAdamW(p, lr, {"tog": 0.9, "tcg": 0.8, "ncg": 0.9})])
+def test_bfloat16_parameters_may_have_float32_gradients(build) -> None:
+    """The streams then add up in float32, and the update is made in the parameter's own type."""
+    torch.manual_seed(0)
+    start = torch.randn(40)
+    params = [nn.Parameter(start.bfloat16()) for _ in range(2)]
+    params[0].grad_dtype = torch.float32
+    for p in params:
+        optimizer = build([p], lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            backward_streams({"tog": (p - 1).square().sum(), "tcg": p.abs().sum(), "ncg": p.exp().sum()}, optimizer)
+            assert p.grad.dtype == (torch.float32 if p is params[0] else torch.bfloat16)
+            optimizer.clip_grad_norm_(0.5)
+            optimizer.step()
+        assert all(b.dtype == torch.bfloat16 for b in optimizer.state[p]["momentum_buffers"].values())
+    assert not torch.equal(params[0], start.bfloat16())
+    torch.testing.assert_close(*params, rtol=0.02, atol=0.02)
 
 
 def test_a_plain_backward_pass_is_refused_with_several_momenta() -> None:
@@ -220,42 +362,6 @@ def test_frozen_parameters_are_left_alone() -> None:
     optimizer.step()
     assert model[0].weight.grad is None
     assert torch.equal(model[0].weight, before)
-
-
-USED_AGAIN = """
-import torch
-from kd_core.optim import deepkd_sgd
-from kd_core.streams import backward_streams
-
-model = torch.nn.Linear(8, 4)
-optimizer = deepkd_sgd(model.parameters(), lr=0.1)
-addresses = []
-for _ in range(2):
-    optimizer.zero_grad()
-    out = model(torch.randn(3, 8))
-    backward_streams({"tog": out.square().mean(), "tcg": out.mean(), "ncg": out.abs().mean()}, optimizer)
-    addresses.append(model.weight.grad.data_ptr())
-print(addresses[0] == addresses[1])
-"""
-
-
-def test_the_memory_of_the_sum_is_used_again_unless_somebody_holds_it() -> None:
-    def used_again(hold) -> bool:
-        model = small_net()
-        optimizer = deepkd_sgd(model.parameters(), lr=0.1)
-        backward_streams(dkd_streams(model), optimizer)
-        held = hold(model[0].weight.grad)
-        kept, address = None if held is None else held.clone(), model[0].weight.grad.data_ptr()
-        optimizer.zero_grad()
-        backward_streams(dkd_streams(model, seed=1), optimizer)
-        assert held is None or torch.equal(held, kept)
-        return model[0].weight.grad.data_ptr() == address
-
-    # In a process of its own: what ran before in this one (compilers, debuggers) may keep references of theirs.
-    done = subprocess.run([sys.executable, "-c", USED_AGAIN], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "True"
-    for hold in (lambda grad: grad, lambda grad: grad[0], lambda grad: grad.detach(), lambda grad: grad.view(-1)):
-        assert not used_again(hold)
 
 
 def test_the_streams_of_a_parameter_that_two_of_three_sets_reach_add_up() -> None:

@@ -151,14 +151,59 @@ def test_a_disabled_scaler_is_none(momenta: dict[str, float]) -> None:
     assert not torch.equal(model[0].weight, net()[0].weight)
 
 
-def test_changing_p_grad_is_an_error_under_a_scaler_too() -> None:
-    model = net()
-    optimizer, scaler = StreamSGD(model.parameters(), 0.1, MOMENTA["two sets"]), cpu_scaler()
-    backward_streams(streams(model, 0), optimizer, scaler=scaler)
-    scaler.unscale_(optimizer)
-    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
-    with pytest.raises(RuntimeError, match=r"p\.grad was changed outside backward_streams"):
-        scaler.step(optimizer)
+@pytest.mark.parametrize("unscale", [False, True])
+def test_changing_p_grad_is_an_error_under_a_scaler_too(unscale: bool) -> None:
+    for change in (
+        lambda model: nn.utils.clip_grad_value_(model.parameters(), 1e-6),
+        lambda model: model[0].weight.grad.data.clamp_(max=0),
+    ):
+        model = net()
+        optimizer, scaler = StreamSGD(model.parameters(), 0.1, MOMENTA["two sets"]), cpu_scaler()
+        backward_streams(streams(model, 0), optimizer, scaler=scaler)
+        if unscale:
+            scaler.unscale_(optimizer)
+        change(model)
+        with pytest.raises(RuntimeError, match=r"p\.grad was changed outside backward_streams"):
+            scaler.step(optimizer)
+
+
+@pytest.mark.parametrize("init_scale", [2.0**10, 1000.0])
+def test_clipping_by_torch_after_unscaling_is_clipping_by_the_optimizer(
+    build, momenta: dict[str, float], init_scale: float
+) -> None:
+    models = net(), net()
+    for model, by_torch in zip(models, (True, False), strict=True):
+        optimizer = build(model.parameters(), momenta)
+        scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
+        for step in range(5):
+            optimizer.zero_grad()
+            losses = streams(model, step)
+            if step == 2:
+                losses["tcg"] = losses["tcg"] * float("inf")
+            backward_streams(losses, optimizer, scaler=scaler)
+            if by_torch:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            else:
+                optimizer.clip_grad_norm_(0.5)
+            scaler.step(optimizer)
+            scaler.update()
+    assert not torch.equal(models[0][0].weight, net()[0].weight)
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_zeroed_in_place_take_the_next_scaled_backward_pass(build, momenta: dict[str, float]) -> None:
+    models = net(), net()
+    for model, set_to_none in zip(models, (True, False), strict=True):
+        optimizer, scaler = build(model.parameters(), momenta), cpu_scaler()
+        for step in range(4):
+            optimizer.zero_grad(set_to_none=set_to_none)
+            backward_streams(streams(model, step), optimizer, scaler=scaler)
+            scaler.step(optimizer)
+            scaler.update()
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
 
 
 def test_plain_backward_with_one_stream_works_with_a_scaler_as_in_torch() -> None:

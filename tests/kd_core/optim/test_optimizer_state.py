@@ -3,17 +3,21 @@
 import copy
 import io
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from detectron2.solver.lr_scheduler import LRMultiplier
 from fvcore.common.param_scheduler import CosineParamScheduler, MultiStepParamScheduler
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from kd_core.optim import StreamAdamW, StreamOptimizer, StreamSGD, deepkd_sgd
 from kd_core.streams import backward_streams
 
+GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 DEEPKD = {"tog": 0.975, "tcg": 0.825, "ncg": 0.975}
 THREE = {"tog": 0.9, "tcg": 0.8, "ncg": 0.95}
 EQUAL = {"tog": 0.9, "tcg": 0.9, "ncg": 0.9}
@@ -66,6 +70,54 @@ def test_a_saved_state_goes_on_to_the_bit_in_a_freshly_built_optimizer(build) ->
     fresh.load_state_dict(saved["optimizer"])
     assert fresh.stream_sets == optimizer.stream_sets
     train(resumed, fresh, range(10, 20))
+    assert_identical(resumed, straight)
+
+
+@pytest.mark.parametrize("target", [lambda o: o, copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_a_state_loads_a_second_time_and_into_a_copy(build, target) -> None:
+    model = net()
+    optimizer = build(model)
+    train(model, optimizer, range(3))
+    state = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(state)
+    other = target(optimizer)
+    for _ in range(2):
+        other.load_state_dict(state)
+    assert other.state_dict()["param_groups"] == state["param_groups"]
+    other.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+    assert set(other.param_groups[-1]) == set(other.param_groups[0])
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_state_written_at_96e214b_resumes_as_it_did_there(name: str) -> None:
+    """Three steps of this file's `train` were saved there, and the parameters after three more."""
+    saved = torch.load(GOLDEN / "optimizer_states_96e214b.pt", weights_only=True)[name]
+    model = net()
+    model.load_state_dict(saved["model"])
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters()}]
+    optimizer = StreamSGD(groups, 1.0, EQUAL) if name == "sgd" else StreamAdamW(groups, 1.0, EQUAL)
+    optimizer.load_state_dict(saved["optimizer"])
+    train(model, optimizer, range(3, 6))
+    for p, after in zip(model.parameters(), saved["after"], strict=True):
+        torch.testing.assert_close(p.detach(), after, rtol=0, atol=1e-13)
+
+
+def test_torchs_distributed_checkpoint_builds_and_sets_the_state(build, tmp_path: Path) -> None:
+    """Its `set_optimizer_state_dict` steps gradients of zero to build the state that it fills."""
+    model, straight = net(), net()
+    optimizer = build(model)
+    train(model, optimizer, range(3))
+    dcp.save(
+        {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=tmp_path
+    )
+    resumed = net()
+    fresh = build(resumed, DEEPKD)
+    saved = {"model": resumed.state_dict(), "optimizer": get_optimizer_state_dict(resumed, fresh)}
+    dcp.load(saved, checkpoint_id=tmp_path)
+    resumed.load_state_dict(saved["model"])
+    set_optimizer_state_dict(resumed, fresh, saved["optimizer"])
+    train(resumed, fresh, range(3, 6))
+    train(straight, build(straight), range(6))
     assert_identical(resumed, straight)
 
 
