@@ -41,10 +41,10 @@ class TrainStep:
         iteration: int,
         weight: float = 1.0,
     ) -> None:
-        """The gradients of one step; under `torch.distributed` the last micro-batch averages them over the processes.
+        """The gradients of one step, averaged over the processes with the last micro-batch.
 
         Args:
-            micro_batches: at least one; `losses_of` gets them in turn.
+            micro_batches: at least one.
             losses_of: a micro-batch's {stream: loss}, from a forward pass that reduces nothing over processes.
             iteration: number of the step, from 0.
             weight: of every micro-batch in the step. GSNR is measured without it.

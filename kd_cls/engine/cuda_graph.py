@@ -148,10 +148,7 @@ class GraphedStep:
     def current_signature(self, progress: float) -> list[Any]:
         """The numbers that are constants of a graph."""
         classes = self.task.trainable_module.model.num_classes
-        groups = [
-            {name: value for name, value in group.items() if name not in ("params", "lr")}
-            for group in self.optimizer.param_groups
-        ]
+        groups = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in self.optimizer.param_groups]
         return [None if self.loss is None else self.loss.topk_size(progress, classes), *groups]
 
     def run(self) -> None:

@@ -121,10 +121,8 @@ class Trainer:
     ) -> None:
         """From the batch to the moved weights, in SOLVER.ACCUMULATE_STEPS micro-batches.
 
-        Args:
-            number: of the step, from 1.
-            warmup_weight: the loss's warm-up; None: as the loss has it. A CUDA graph needs it and `number` as tensors.
-            indices: the images' places in the data set; None (in a CUDA graph) where the teacher has no cache.
+        In a CUDA graph the step's number (from 1) and the loss's warm-up are tensors, and there is no teacher's cache
+        to look up `indices` (the images' places in the data set) in.
         """
         if self.mixup is not None:
             images, target = self.mixup(images, target)
@@ -185,9 +183,10 @@ class Trainer:
         self.meters.check(self.learning_rate)
         self.share_batchnorm()
         self.task.eval()
-        metrics = self.evaluate_student(self.task.trainable_module.predict)
+        how = self.loaders.val, self.process, self.task.amp_dtype
+        metrics = evaluate(self.task.trainable_module.predict, *how)
         if self.task.has_ema():
-            ema = self.evaluate_student(self.task.trainable_module_ema.module.predict)
+            ema = evaluate(self.task.trainable_module_ema.module.predict, *how)
             metrics |= {f"ema_{name}": ema[name] for name in ("top1", "top5", "loss")}
         self.task.train()
         self.metrics = metrics
@@ -200,10 +199,6 @@ class Trainer:
             self.best = top1
             self.save(BEST, resumable=False)
         self.meters.restart()
-
-    def evaluate_student(self, predict: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """The metrics of one network."""
-        return evaluate(predict, self.loaders.val, self.process, self.task.amp_dtype)
 
     def share_batchnorm(self) -> None:
         """Give every process the same BatchNorm statistics: each has seen its own images only."""

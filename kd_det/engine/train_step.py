@@ -26,29 +26,23 @@ KD_TERM = re.compile(r"loss_kd_(?P<term>.+?)(_stage\d+)?")
 class StreamTrainer(SimpleTrainer):
     """detectron2's `SimpleTrainer` with the step of `kd_core.train_step`.
 
-    Every iteration is one optimizer step on `accumulate_steps` micro-batches of the loader, gradients averaged.
-    Under DistributedDataParallel the forward pass is in `no_sync`; the gradients are averaged over the processes with
-    the last micro-batch.
+    An iteration is one optimizer step on the mean of several micro-batches. The forward pass of
+    DistributedDataParallel is in `no_sync`: `TrainStep` averages the gradients over the processes.
 
     Args:
         model: returns a dict of scalar losses; may be wrapped for several processes.
         data_loader: yields micro-batches.
-        train_step: over the model's parameters; the forward pass is in autocast to its dtype.
+        step: over the model's parameters; the forward pass is in autocast to its dtype.
         streams: stream of every term of the distillation loss (`loss.streams`); all other losses are the task's, `tog`.
-        accumulate_steps: micro-batches per step.
+        micro_batches: of a step (SOLVER.ACCUMULATE_STEPS).
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        data_loader: Any,
-        train_step: TrainStep,
-        streams: Mapping[str, str],
-        accumulate_steps: int = 1,
+        self, model: nn.Module, data_loader: Any, step: TrainStep, streams: Mapping[str, str], micro_batches: int = 1
     ) -> None:
-        super().__init__(model, data_loader, train_step.optimizer)
-        self.train_step, self.streams, self.accumulate_steps = train_step, dict(streams), accumulate_steps
-        self.scaler, self.auto_momenta = train_step.scaler, train_step.auto_momenta
+        super().__init__(model, data_loader, step.optimizer)
+        self.train_step, self.streams, self.micro_batches = step, dict(streams), range(micro_batches)
+        self.scaler, self.auto_momenta = step.scaler, step.auto_momenta
         self.before_data: Callable[[], None] = lambda: None  # StageTimes sets it: what follows waits for images
 
     def run_step(self) -> None:
@@ -56,8 +50,7 @@ class StreamTrainer(SimpleTrainer):
         if not self.model.training:
             raise RuntimeError("the model is in eval mode: call model.train() before a training step")
         self.data_time, self.shown = 0.0, []
-        micro_batches = range(self.accumulate_steps)
-        self.train_step.backward(micro_batches, self.next_losses, self.iter, weight=1 / self.accumulate_steps)
+        self.train_step.backward(self.micro_batches, self.next_losses, self.iter, weight=1 / len(self.micro_batches))
         self._write_metrics(mean(self.shown), self.data_time)  # raises at a loss that is not finite, before the step
         self.train_step.optimizer_step()
 
