@@ -1,7 +1,6 @@
 """Two gloo ranks under torchrun, and one process on the whole batch. What a rank does is in train_ranks.py."""
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 from helpers import HELPERS
+from helpers.processes import run
 from kd_cls.build import build_trainer
 from kd_cls.checks import check_config
 from kd_cls.distributed import Process
@@ -32,7 +32,7 @@ def ranks(tiny_yaml: Path, teacher_yaml: Path, tmp_path_factory: pytest.TempPath
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(WORKER)]
     words = [str(tiny_yaml), str(folder), *OPTIONS, "KD.TEACHER.CONFIG_FILE", str(teacher_yaml)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=240, env=environment)
+    done = run([*command, *words], env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 

@@ -1,7 +1,6 @@
 """Runs, what they leave, and the commands."""
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from fvcore.common.config import CfgNode
 from timm import create_model
 from timm.models import load_checkpoint
 
+from helpers.processes import run as run_process
 from kd_cls.build import build_trainer
 from kd_cls.cli import run_command
 from kd_cls.config import load_cfg
@@ -174,7 +174,7 @@ def test_milestones_and_warm_up_hold_to_the_step(tiny: Callable, process: Proces
 @pytest.mark.parametrize("command", [["-m", "kd_cls.train"], [str(ROOT / "kd_cls" / "train.py")]])
 def test_the_command_runs_as_a_module_and_as_a_file(command: list[str], tiny_yaml: Path, tmp_path: Path) -> None:
     words = ["--config-file", str(tiny_yaml), "SOLVER.EPOCHS", "0.25", "OUTPUT_DIR", str(tmp_path / "run")]
-    done = subprocess.run([sys.executable, *command, *words], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = run_process([sys.executable, *command, *words], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "iter 1/1" in done.stdout and (tmp_path / "run" / "last.pth").is_file()
 

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.processes import run as run_process
+from helpers.processes import started
+
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN_NET = [sys.executable, str(ROOT / "tools" / "train_net.py")]
 SMALL = [
@@ -44,7 +47,7 @@ def command(output, *options, config="configs/Digits/dkd.yaml"):
 
 
 def run(args, environment):
-    done = subprocess.run(args, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = run_process(args, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done
 
@@ -73,14 +76,12 @@ def equal(a, b):
 
 
 def test_killed_and_resumed_it_ends_where_an_undisturbed_run_does_to_the_bit(undisturbed, tmp_path, environment):
-    process = subprocess.Popen(
-        command(tmp_path), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while not (tmp_path / "last_checkpoint").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with started(command(tmp_path), cwd=ROOT, env=environment, **quiet) as process:
+        while not (tmp_path / "last_checkpoint").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
     assert not (tmp_path / "model_final.pth").exists()
     run(command(tmp_path, "--resume"), environment)
     expected, got = load(undisturbed / "model_final.pth"), load(tmp_path / "model_final.pth")
@@ -171,9 +172,7 @@ def test_a_loss_that_is_not_finite_names_iteration_and_terms_and_keeps_the_last_
         "SOLVER.CLIP_GRADIENTS.ENABLED",
         "False",
     ]
-    done = subprocess.run(
-        command(tmp_path, *options), cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    done = run_process(command(tmp_path, *options), cwd=ROOT, env=environment)
     assert done.returncode != 0
     assert "train_net: Training stopped at iteration " in done.stderr and "Traceback" not in done.stderr
     assert "Terms of the iteration before" in done.stderr and "--resume" in done.stderr
@@ -197,9 +196,7 @@ def test_a_loss_that_is_not_finite_names_iteration_and_terms_and_keeps_the_last_
     ids=["unknown key", "beta", "data set", "teacher config", "frozen stem", "meta architecture"],
 )
 def test_bad_input_is_one_clear_error_before_training(tmp_path, environment, options, message):
-    done = subprocess.run(
-        command(tmp_path, *options), cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    done = run_process(command(tmp_path, *options), cwd=ROOT, env=environment)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith("train_net: ") and message in last
@@ -217,9 +214,7 @@ def test_the_help_names_the_ways_to_start_and_the_keys_are_listed_with_their_val
 
 
 def test_several_machines_without_gpus_are_refused_with_the_right_command():
-    done = subprocess.run(
-        [*TRAIN_NET, "--num-machines", "2", "--num-gpus", "0"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = run_process([*TRAIN_NET, "--num-machines", "2", "--num-gpus", "0"], cwd=ROOT)
     assert done.returncode != 0
     assert "would run 2 separate trainings" in done.stderr and "torchrun --nnodes 2" in done.stderr
 

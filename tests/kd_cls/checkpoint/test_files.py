@@ -1,8 +1,6 @@
 """What is written: whole or not at all, cut at a resume, evenly spaced, counted on the device."""
 
 import math
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -13,6 +11,7 @@ import pytest
 import torch
 from fvcore.common.config import CfgNode
 
+from helpers.processes import started
 from kd_cls.checkpoint.checkpoint import read_checkpoint, read_metadata
 from kd_cls.data import EveryNth, create_datasets
 from kd_cls.data.build import build_data
@@ -31,14 +30,12 @@ for number in range(10**9):
 
 def test_a_kill_in_the_middle_of_writing_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "last.pth"
-    writer = subprocess.Popen([sys.executable, "-c", WRITE_FOREVER, str(path)], stdout=subprocess.PIPE, text=True)
-    assert writer.stdout.readline() == "0\n"
-    for _ in range(5):
-        time.sleep(0.02)
-        checkpoint = read_checkpoint(path, "--resume")  # while it is being replaced
-        assert torch.equal(checkpoint["weights"], torch.full((400_000,), float(checkpoint["number"])))
-    os.kill(writer.pid, signal.SIGKILL)
-    writer.wait()
+    with started([sys.executable, "-c", WRITE_FOREVER, path], stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout.readline() == "0\n"
+        for _ in range(5):
+            time.sleep(0.02)
+            checkpoint = read_checkpoint(path, "--resume")  # while it is being replaced
+            assert torch.equal(checkpoint["weights"], torch.full((400_000,), float(checkpoint["number"])))
     checkpoint = read_checkpoint(path, "--resume")
     assert torch.equal(checkpoint["weights"], torch.full((400_000,), float(checkpoint["number"])))
 

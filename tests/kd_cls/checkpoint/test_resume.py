@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.processes import run as run_process
+from helpers.processes import started
 from kd_cls.build import build_trainer
 from kd_cls.distributed import Process
 from kd_cls.train import train
@@ -90,18 +92,18 @@ def test_kill_9_with_a_worker_and_resume_ends_as_an_undisturbed_run(tiny_yaml: P
     words += ["DATA.NUM_WORKERS", "1", "SOLVER.EVAL_PERIOD", "6"]
     command = [sys.executable, "-m", "kd_cls.train", *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
-    subprocess.run([*command, "OUTPUT_DIR", str(tmp_path / "whole")], check=True, timeout=120, **quiet)
-    running = subprocess.Popen([*command, "OUTPUT_DIR", str(tmp_path / "cut")], start_new_session=True, **quiet)
+    assert run_process([*command, "OUTPUT_DIR", tmp_path / "whole"], env=environment).returncode == 0
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     metrics = tmp_path / "cut" / "metrics.json"
-    limit = time.monotonic() + 120
-    while time.monotonic() < limit and not (metrics.is_file() and metrics.read_text().count("\n") >= 5):
-        time.sleep(0.002)
-    os.killpg(running.pid, signal.SIGKILL)  # the worker too
-    assert running.wait() == -signal.SIGKILL
+    with started([*command, "OUTPUT_DIR", tmp_path / "cut"], env=environment, **quiet) as running:
+        limit = time.monotonic() + 120
+        while time.monotonic() < limit and not (metrics.is_file() and metrics.read_text().count("\n") >= 5):
+            time.sleep(0.002)
+        os.killpg(running.pid, signal.SIGKILL)  # the worker too
+        assert running.wait() == -signal.SIGKILL
     assert 0 < last(tmp_path / "cut")["training"]["iteration"] < 24
     resumed = [*command, "--resume", "OUTPUT_DIR", str(tmp_path / "cut")]
-    subprocess.run(resumed, check=True, timeout=120, **quiet)
+    assert run_process(resumed, env=environment).returncode == 0
     assert same(last(tmp_path / "whole"), last(tmp_path / "cut")) == []
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.processes import started
 from kd_core.utils.files import cut_metrics, sweep_unfinished, unreadable_because, write_text, write_whole
 
 WRITE_SLOWLY = """
@@ -24,11 +25,9 @@ write_whole(sys.argv[1], lambda file: (file.write(b"half"), file.flush(), print(
 def writer(tmp_path: Path):
     """A process in the middle of writing `tmp_path`/model.pth."""
     command = [sys.executable, "-c", WRITE_SLOWLY, str(tmp_path / "model.pth")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "begun\n"
-    yield process
-    process.kill()
-    process.wait()
+    with started(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "begun\n"
+        yield process
 
 
 def test_a_text_is_there_in_full(tmp_path: Path):

@@ -2,7 +2,6 @@
 
 import os
 import re
-import subprocess
 import sys
 
 import pytest
@@ -11,6 +10,7 @@ from torch.testing import assert_close
 
 from helpers import HELPERS
 from helpers.few_digits import few_digits
+from helpers.processes import run
 from helpers.tiny_detector import make_batch
 from helpers.two_ranks import gradients
 
@@ -35,15 +35,8 @@ DEEPKD = (
 
 def on_two_ranks(*command):
     """Run a script in two gloo processes of one thread each; a hang is an error too."""
-    done = subprocess.run(
-        [*TORCHRUN, *map(str, command)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = run([*TORCHRUN, *command], timeout=400, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
