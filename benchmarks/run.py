@@ -53,7 +53,6 @@ BENCHMARKS = (
         ("--rounds", "1", "--mapped", "20"),
         from_environment=(("--images", ("IMAGES_JSON", "IMAGES_DIR")),),
     ),
-    Benchmark("scaling", quick=("--rounds", "1")),
     Benchmark("memory"),
 )
 

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from helpers.import_graph import circles, import_graph
+
 ROOT = Path(__file__).resolve().parent.parent
+BELOW = {"kd_core": set(), "kd_det": {"kd_core"}, "kd_cls": {"kd_core"}, "tools": {"kd_core", "kd_det", "kd_cls"}}
 
 
 def run(code: str) -> subprocess.CompletedProcess:
@@ -59,6 +62,49 @@ def test_no_extra_names_detectron2_which_no_index_has_under_that_name(extra):
 
     assert any(f'extra == "{extra}"' in line for line in requires("decoupled-kd"))
     assert not any(line.startswith("detectron2") for line in requires("decoupled-kd"))
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    found = circles(import_graph(ROOT, ["kd_core", "kd_det", "kd_cls"]))
+    assert found == [], "\n".join(" ↔ ".join(circle) for circle in found)
+
+
+@pytest.mark.parametrize("package", BELOW)
+def test_a_package_imports_only_those_below_it(package):
+    graph = import_graph(ROOT, list(BELOW))
+    upward = [
+        f"{module} imports {other}"
+        for module, others in graph.items()
+        for other in sorted(others)
+        if module.split(".")[0] == package and other.split(".")[0] not in BELOW[package] | {package}
+    ]
+    assert upward == []
+
+
+SOURCES = {
+    "p/__init__.py": "from .a import f\n",
+    "p/a.py": "from p.sub import c\ndef f():\n    import p.late\n",
+    "p/late.py": "from . import a\n",
+    "p/sub/__init__.py": "from .c import d\n",
+    "p/sub/c.py": "import os\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .. import late\nd = 1\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("line", "circle"),
+    [
+        ("", []),
+        ("from .. import a", ["p.a", "p.sub", "p.sub.c"]),
+        ("try:\n    from p.late import g\nexcept ImportError:\n    pass", ["p.a", "p.late", "p.sub", "p.sub.c"]),
+        ("import p", ["p", "p.a", "p.sub", "p.sub.c"]),
+    ],
+    ids=["none", "relative", "within try", "the package itself"],
+)
+def test_circles_are_found(tmp_path, line, circle):
+    for name, source in SOURCES.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(source + (line if name == "p/sub/c.py" else ""))
+    assert circles(import_graph(tmp_path, ["p"])) == ([circle] if circle else [])
 
 
 # what is imported → the distribution that brings it, where their names differ

@@ -1,4 +1,4 @@
-"""What the benchmarks conclude from their figures: slopes, the model of many GPUs, the report, the exit code."""
+"""What the benchmarks conclude from their figures: slopes, the report, the exit code."""
 
 import importlib
 import json
@@ -105,78 +105,6 @@ def test_curves_and_plot_come_from_real_steps(load: Load, tmp_path: Path) -> Non
     assert optimizer.bytes == pytest.approx([20 * n for n in optimizer.sizes], rel=0.1)  # 2 gradients, sum, 2 buffers
     growth.plot([vars(curve) for curve in curves], tmp_path / "figures" / "growth.png")
     assert (tmp_path / "figures" / "growth.png").read_bytes().startswith(b"\x89PNG")
-
-
-# Many GPUs ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def model(load: Load) -> ModuleType:
-    return load("scaling_model")
-
-
-def parts(model: ModuleType, backwards: tuple[float, ...], buckets: tuple[int, ...], fill: float = 0.0) -> object:
-    return model.Parts(forward=2.0, backwards=backwards, fill=fill, step=1.0, buckets=buckets)
-
-
-def test_a_ring_sends_nearly_twice_the_bytes_in_two_hops_a_gpu(model: ModuleType) -> None:
-    link = model.Link(bandwidth=100.0, latency=0.5)
-    assert model.all_reduce_seconds(400, 4, link) == pytest.approx(2 * 3 / 4 * 4 + 6 * 0.5)
-    assert model.all_reduce_seconds(400, 1, link) == 0
-
-
-def test_one_gpu_communicates_nothing_and_fills_no_buckets(model: ModuleType) -> None:
-    one = parts(model, (3.0, 4.0), (400,), fill=9.0)
-    exposed = model.exposed_seconds(one, 1, model.Link(1e-9, 1e9))
-    assert exposed == 0 and model.step_seconds(one, 1, exposed) == 2 + 3 + 4 + 1
-
-
-def test_a_set_travels_behind_the_next_sets_pass_and_the_last_one_is_exposed(model: ModuleType) -> None:
-    link = model.Link(bandwidth=75e9, latency=0.0)  # 50e9 bytes over 4 GPUs: one second
-    two = parts(model, (3.0, 3.0), (50 * 10**9,))
-    assert model.exposed_seconds(two, 4, link) == pytest.approx(1)
-    # The second pass, 3 … 3.25, is too short to hide the first set: that travels in 3 … 4, the second in 4 … 5.
-    assert model.exposed_seconds(parts(model, (3.0, 0.25), (50 * 10**9,)), 4, link) == pytest.approx(1.75)
-    assert model.step_seconds(two, 4, 1.0) == 2 + 3 + 3 + 1 + 1
-
-
-def test_buckets_that_leave_at_once_expose_the_last_one_only(model: ModuleType) -> None:
-    link = model.Link(bandwidth=75e9, latency=0.0)
-    halves = parts(model, (4.0,), (25 * 10**9,) * 2)
-    assert model.exposed_seconds(halves, 4, link) == pytest.approx(1)
-    assert model.exposed_seconds(halves, 4, link, bucket_by_bucket=True) == pytest.approx(0.5)
-
-
-def test_filling_buckets_and_the_bitmap_are_paid_for(model: ModuleType) -> None:
-    filled = parts(model, (3.0, 3.0), (1,), fill=0.5)
-    assert model.step_seconds(filled, 2, 0.0) == 2 + 6 + 2 * 0.5 + 1
-    latency = model.Link(bandwidth=1e30, latency=0.25)
-    assert model.exposed_seconds(filled, 2, latency) == pytest.approx(2 * 0.25 + 2 * 0.25)  # last bucket, bitmap
-
-
-def test_without_communication_every_gpu_brings_its_whole_speed(model: ModuleType) -> None:
-    free = model.Link(bandwidth=1e30, latency=0.0)
-    rows = model.scaling_table({"KD": parts(model, (3.0,), (400,))}, free, free).rows
-    assert [row[1] for row in rows] == [1, 8, 64, 512] and {row[5] for row in rows} == {"100.0%"}
-    slow = model.Link(bandwidth=2e9, latency=0.0)
-    rows = model.scaling_table({"KD": parts(model, (3.0,), (4 * 10**9,))}, free, slow, gpus=(8, 64)).rows
-    assert rows[0][5] == "100.0%" and rows[1][5] == f"{6 / (6 + 2 * 63 / 64 * 2):.1%}"  # beyond a node, the slow link
-
-
-def test_a_faster_device_shortens_what_is_computed_and_nothing_else(model: ModuleType) -> None:
-    fast = parts(model, (3.0, 4.0), (400,), fill=0.5).faster(10)
-    assert (fast.forward, fast.backwards, fast.fill, fast.step) == (0.2, (0.3, 0.4), 0.05, 0.1)
-    assert fast.buckets == (400,)
-
-
-def test_parts_from_the_command_line_are_checked(load: Load) -> None:
-    scaling = load("scaling")
-    (given,) = scaling.given_parts([0.1, 0.2, 0.3, 0.01], 20e6).values()
-    assert given.backwards == (0.2, 0.3) and sum(given.buckets) == 80e6 and len(given.buckets) == 4
-    with pytest.raises(ValueError, match="give FORWARD, a BACKWARD a set and STEP"):
-        scaling.given_parts([0.1, 0.2], 20e6)
-    with pytest.raises(ValueError, match="--parameters 0"):
-        scaling.given_parts([0.1, 0.2, 0.3], 0)
 
 
 # Shares -------------------------------------------------------------------------------------------------------------
