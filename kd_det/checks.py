@@ -7,6 +7,7 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from kd_core.utils.errors import UserError
+from kd_det.checkpoint.checkpointer import misfit_of
 from kd_det.data import check_datasets, register_datasets
 from kd_det.modeling.teacher.acceleration import TeacherSpeed
 
@@ -101,7 +102,8 @@ def check_frozen_weights(model: nn.Module, incompatible: Any, path: str) -> None
     Raises:
         UserError: a frozen parameter is as random as it was drawn.
     """
-    unmatched = {*incompatible.missing_keys, *(name for name, *_ in incompatible.incorrect_shapes)}
+    misfit = misfit_of(incompatible)
+    unmatched = {*misfit.missing, *(name for name, *_ in misfit.shapes)}
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad and name in unmatched]
     if frozen:
         raise UserError(
@@ -109,3 +111,30 @@ def check_frozen_weights(model: nn.Module, incompatible: Any, path: str) -> None
             "be random to the end. Give a file that has them (tools/convert_weights.py makes ImageNet weights of "
             "ResNets), or train them with MODEL.BACKBONE.FREEZE_AT 0"
         )
+
+
+def check_synchronised_norms(cfg: CfgNode, world_size: int) -> None:
+    """Refuse SyncBN on CPU processes, which torch's cannot serve.
+
+    Raises:
+        ValueError: names the key and what to use instead.
+    """
+    if world_size == 1 or cfg.MODEL.DEVICE != "cpu":
+        return
+    for key, norm in norms(cfg.MODEL, "MODEL"):
+        if norm in ("SyncBN", "nnSyncBN"):
+            raise ValueError(
+                f"{key} {norm} synchronises GPUs only, and this training runs in {world_size} processes on the CPU: "
+                f"set {key} naiveSyncBN, or BN"
+            )
+
+
+def norms(node: CfgNode, name: str) -> list[tuple[str, str]]:
+    """Every (key, value) called NORM below `node`."""
+    found = []
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            found += norms(value, f"{name}.{key}")
+        elif key == "NORM":
+            found.append((f"{name}.{key}", value))
+    return found

@@ -15,10 +15,11 @@ from detectron2.modeling import GeneralizedRCNN, build_model
 from torch import Tensor, nn
 
 from kd_core.utils.errors import UserError
-from kd_core.utils.files import write_text, write_whole
+from kd_core.utils.files import write_whole
+from kd_core.utils.state_dict import check_fit
 from kd_det.checkpoint.checkpointer import WholeCheckpointer
 from kd_det.config import kd_defaults, merge_file
-from kd_det.engine.hooks.checkpointing import TIMM_NOTE, student_config
+from kd_det.config.student import student_config, write_student
 
 CONFIGS = ("student.yaml", "config.yaml")  # what a training leaves beside its checkpoints
 TRACED_AT, CHECKED_AT = (3, 320, 256), (3, 224, 352)  # an image's (C, H, W): a trace must hold at other sizes too
@@ -52,7 +53,9 @@ def read_student(source: str | os.PathLike, config_file: str | None = None, aver
     checkpoint = WholeCheckpointer(model, save_to_disk=False)._load_file(str(weights))
     if average and "ema" not in checkpoint:
         raise UserError(f"{weights} holds no moving average: it was trained without SOLVER.EMA.ENABLED")
-    load_strictly(model, checkpoint["ema" if average else "model"], str(weights))
+    state = checkpoint["ema" if average else "model"]
+    check_fit(state, model.state_dict(), str(weights))
+    model.load_state_dict(state)
     return Student(model, config, weights)
 
 
@@ -88,20 +91,6 @@ def read_config(path: str) -> CfgNode:
     return plain
 
 
-def load_strictly(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Load `state`, all of it into all of `model`; a ValueError names what does not fit."""
-    own = model.state_dict()
-    kinds = {
-        "lacks": sorted(own.keys() - state.keys()),
-        "has in another shape": [name for name in own if name in state and own[name].shape != state[name].shape],
-        "has beside the model's weights": sorted(state.keys() - own.keys()),
-    }
-    for what, names in kinds.items():
-        if names:
-            raise UserError(f"{source} {what}: {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}")
-    model.load_state_dict(state)
-
-
 def save_plain(student: Student, folder: Path) -> list[Path]:
     """Write `student.pth` and `student.yaml`, which plain detectron2 loads."""
     weights, config = folder / "student.pth", folder / "student.yaml"
@@ -109,7 +98,7 @@ def save_plain(student: Student, folder: Path) -> list[Path]:
     write_whole(weights, lambda file: torch.save(content, file))
     plain = student.config.clone()
     plain.MODEL.WEIGHTS = str(weights.resolve())
-    write_text(config, (TIMM_NOTE if "TIMM" in plain.MODEL else "") + plain.dump())
+    write_student(plain, config)
     return [weights, config]
 
 

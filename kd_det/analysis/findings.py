@@ -114,14 +114,14 @@ def look_for_teachers(found: Findings, cfg: CfgNode, runnable: CfgNode) -> None:
             found.missing.append(f"{group}.WEIGHTS is empty: name the teacher's weights")
         elif there(found, f"{group}.WEIGHTS", node.WEIGHTS, "train the teacher, or give the path of its weights"):
             continue
-        forget_weights(runnable, index)
+        use_random_teacher(runnable, index)
         found.stood_in.append(f"random weights in the place of {group}.WEIGHTS")
     if not built:
         runnable.KD.LOSS.NAME, runnable.SOLVER.OPTIMIZER, runnable.SOLVER.MOMENTA = "none", "sgd", ""
         found.stood_in.append("a plain step in the place of one with a teacher")
 
 
-def forget_weights(cfg: CfgNode, index: int) -> None:
+def use_random_teacher(cfg: CfgNode, index: int) -> None:
     """Let teacher `index` be random."""
     cfg.KD.TEACHER.ALLOW_RANDOM = True
     if cfg.KD.TEACHERS:

@@ -12,6 +12,7 @@ from torch import nn
 
 from kd_core.utils.errors import DivergedError, UserError
 from kd_core.utils.files import unreadable_because, write_text, write_whole
+from kd_core.utils.state_dict import Misfit
 
 # What a model-zoo pickle is made of: dicts, strings and numpy arrays.
 SAFE_GLOBALS = {
@@ -120,13 +121,14 @@ def load_all_weights(model: nn.Module, path: str, key: str) -> None:
         checkpointer.load(path)
     except ValueError as error:
         raise UserError(f"{key}: {error}") from error
-    wrong = checkpointer.incompatible.incorrect_shapes
-    if wrong:
-        name, found, expected = wrong[0]
-        raise UserError(
-            f"{key}: {path} does not fit the model: {len(wrong)} weights have another shape, the first is {name} "
-            f"with {tuple(found)}, expected {tuple(expected)}"
-        )
-    missing = checkpointer.incompatible.missing_keys
-    if missing:
-        raise UserError(f"{key}: {path} lacks {len(missing)} weights of the model, the first is {missing[0]}")
+    misfit = misfit_of(checkpointer.incompatible)
+    if misfit.shapes or misfit.missing:
+        raise UserError(f"{key}: {path} {misfit}")
+
+
+def misfit_of(incompatible: Any) -> Misfit:
+    """What fvcore's checkpointer could not match; it counts a weight of another shape as missing, too."""
+    shapes = [(name, tuple(found), tuple(expected)) for name, found, expected in incompatible.incorrect_shapes]
+    other_shape = {name for name, *_ in shapes}
+    missing = [name for name in incompatible.missing_keys if name not in other_shape]
+    return Misfit(missing, list(incompatible.unexpected_keys), shapes)

@@ -21,7 +21,8 @@ from detectron2.modeling import build_backbone, build_model
 from torch import Tensor
 
 from kd_core.utils.errors import UserError
-from kd_core.utils.files import unreadable_because, write_text, write_whole
+from kd_core.utils.files import unreadable_because, write_whole
+from kd_core.utils.state_dict import check_fit
 from kd_det.checkpoint.classifier_weights import WRAPPERS
 from kd_det.checkpoint.convert_classifier import (
     BASIC,
@@ -33,7 +34,7 @@ from kd_det.checkpoint.convert_classifier import (
     some_of,
 )
 from kd_det.config import add_timm_config
-from kd_det.engine.hooks.checkpointing import TIMM_NOTE
+from kd_det.config.student import write_student
 
 TEACHER = "teacher."
 PARTS = ("backbone.", "proposal_generator.", "roi_heads.")  # of a GeneralizedRCNN
@@ -118,16 +119,7 @@ def detector(weights: dict[str, Tensor], who: str) -> Detector:
     config = infer_config(weights, who)
     whole = any(name.startswith("roi_heads.") for name in weights)
     expected = expected_weights(config, whole, any(".fpn_" in name for name in weights))
-    problems = {
-        "lacks": [name for name in expected if name not in weights],
-        "has beside a detector's weights": [name for name in weights if name not in expected],
-        "has in another shape": [
-            name for name in expected if name in weights and expected[name].shape != weights[name].shape
-        ],
-    }
-    for what, names in problems.items():
-        if names:
-            raise UserError(f"{who} {what}: {some_of(names)}")
+    check_fit(weights, expected, who)
     return Detector({name: weights[name].float().contiguous() for name in expected}, config, whole)
 
 
@@ -141,7 +133,7 @@ def save(found: Detector, path: str | os.PathLike) -> list[Path]:
         return [weights]
     config = found.config.clone()
     config.MODEL.WEIGHTS = str(weights.resolve())
-    write_text(weights.with_suffix(".yaml"), (TIMM_NOTE if "TIMM" in config.MODEL else "") + config.dump())
+    write_student(config, weights.with_suffix(".yaml"))
     return [weights, weights.with_suffix(".yaml")]
 
 

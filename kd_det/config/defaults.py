@@ -75,8 +75,10 @@ def add_speed_config(node: CfgNode) -> None:
     node.TEACHER.COMPILE = False
     # Make the frozen batch norms of every teacher part of its convolutions.
     node.TEACHER.FOLD_BN = True
-    # Channels last in the memory of every teacher's backbone and box head (chosen on a CPU).
-    node.TEACHER.CHANNELS_LAST = True
+    # Channels last in the memory of every teacher's backbone and box head.
+    node.TEACHER.CHANNELS_LAST = False
+    # On CUDA, run the first teacher's backbone on a second stream beside the student's forward pass.
+    node.TEACHER.OVERLAP = False
     # Type in which every teacher's backbone and box head compute: "student", the student's under SOLVER.AMP;
     # "float32"; "bfloat16"; "float16". ROI pooling and, but for "student", the classifier are in float32.
     node.TEACHER.DTYPE = "student"

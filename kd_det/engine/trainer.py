@@ -30,14 +30,12 @@ from kd_det.checkpoint.resume import (
     note_teachers_file,
     other_checkpoints,
 )
-from kd_det.checks import check_frozen_weights
+from kd_det.checks import check_frozen_weights, check_synchronised_norms
 from kd_det.data.loader import TrainLoader, build_train_loader
 from kd_det.engine.hooks.checkpointing import KeepBest, SaveStudentConfig, SeedEachStep
-from kd_det.engine.hooks.monitoring import StreamScalars
+from kd_det.engine.hooks.monitoring import StageTimes, StreamScalars
 from kd_det.engine.hooks.moving_average import MovingAverage, UpdateAverage
-from kd_det.engine.hooks.rank_agreement import CheckRanksAgree
-from kd_det.engine.hooks.ranks import ShareBatchNorm, check_synchronised_norms
-from kd_det.engine.hooks.stage_times import StageTimes
+from kd_det.engine.hooks.ranks import CheckRanksAgree, ShareBatchNorm
 from kd_det.engine.train_step import build_step
 from kd_det.engine.writers import build_wandb_writers
 from kd_det.evaluation.evaluator import build_evaluator

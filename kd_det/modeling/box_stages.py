@@ -1,14 +1,31 @@
-"""What a student's ROI heads were given and computed, seen while its own forward pass runs."""
+"""The rows that are distilled: what the student's box head computed on N boxes, and which of them count."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
+import torch
 from detectron2.layers import cat
 from detectron2.modeling.roi_heads import ROIHeads
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
-from kd_det.modeling.rows import BoxStage
+ROWS = ("all", "foreground", "weighted")
+
+
+@dataclass(frozen=True)
+class BoxStage:
+    """One stage of a box head on N boxes over all images, and what the student said of them."""
+
+    student_logits: Tensor  # (N, C): foreground classes + background, with gradient
+    gt_classes: Tensor  # (N,), background = number of foreground classes
+    boxes: list[Boxes]  # per image, in pixels of the student's input image; together N
+    weights: Tensor | None = None  # (N,) weights of the rows in the losses, None for 1
+
+    @property
+    def foreground(self) -> Tensor:
+        """(N,) whether a row has an object's class."""
+        return self.gt_classes < self.student_logits.shape[1] - 1
 
 
 @contextmanager
@@ -60,3 +77,46 @@ def capture_head_inputs(heads: ROIHeads) -> Iterator[list[tuple[dict[str, Tensor
         yield seen
     finally:
         hook.remove()
+
+
+def select_rows(stage: BoxStage, rows: str, background_weight: float) -> BoxStage:
+    """The rows that KD.ROWS names, weighted so that each option is Σ w·x / N over the N rows of `stage` (ours).
+
+        all         w = 1
+        foreground  w = 1 on foreground rows, 0 on background rows, which are dropped: no teacher sees them
+        weighted    w = 1 on foreground rows, `background_weight` on background rows
+
+    N stays the number of all rows, as in detectron2's box regression loss: a lone object does not weigh more than each
+    of many, and the ranks of a distributed run average as one process does. Without any foreground row the loss is 0,
+    with a gradient. Dropping rows waits for the device.
+    """
+    if rows == "all":
+        return stage
+    foreground = stage.foreground
+    dtype = torch.promote_types(stage.student_logits.dtype, torch.float32)
+    if rows == "weighted":
+        weights = torch.full_like(foreground, background_weight, dtype=dtype)
+        return replace(stage, weights=weights.masked_fill(foreground, 1.0))
+    kept = foreground.split([len(boxes) for boxes in stage.boxes])
+    logits = stage.student_logits[foreground]
+    return BoxStage(
+        logits,
+        stage.gt_classes[foreground],
+        [boxes[keep] for boxes, keep in zip(stage.boxes, kept, strict=True)],
+        logits.new_full((len(logits),), len(logits) / max(len(foreground), 1), dtype=dtype),
+    )
+
+
+def join_stages(first: BoxStage, second: BoxStage) -> BoxStage:
+    """The rows of both, image by image; neither has weights yet."""
+    counts = [[len(boxes) for boxes in stage.boxes] for stage in (first, second)]
+
+    def interleave(*rows: Tensor) -> Tensor:
+        parts = (values.split(count) for values, count in zip(rows, counts, strict=True))
+        return torch.cat([part for image in zip(*parts, strict=True) for part in image])
+
+    return BoxStage(
+        interleave(first.student_logits, second.student_logits),
+        interleave(first.gt_classes, second.gt_classes),
+        [Boxes.cat(list(pair)) for pair in zip(first.boxes, second.boxes, strict=True)],
+    )

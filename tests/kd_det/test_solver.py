@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kd_det.engine.hooks.ranks import check_synchronised_norms
+from kd_det.checks import check_synchronised_norms
 from kd_det.solver import build_optimizer, check_solver, scale_to_world_size
 
 DEEPKD = ("KD.LOSS.NAME", "dkd", "SOLVER.OPTIMIZER", "deepkd_sgd")

@@ -13,7 +13,7 @@ from detectron2.modeling import build_model
 from kd_core.utils.files import write_text
 from kd_det.checkpoint.checkpointer import WholeCheckpointer
 from kd_det.config import kd_defaults, merge_file, merge_list
-from kd_det.engine.hooks.checkpointing import student_config
+from kd_det.config.student import student_config
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 TINY = Path(__file__).with_name("tiny.yaml")

@@ -1,22 +1,19 @@
-"""What hangs on the training loop."""
+"""Training hooks around checkpoints: seeds that a resumed run repeats, the student's config, the best weights."""
 
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from torch import nn
 
-from kd_core.utils.files import write_text, write_whole
+from kd_core.utils.files import write_whole
 from kd_core.utils.rng import mix_seed_32
-from kd_det.config import add_timm_config
-
-# At the head of the student's config: detectron2 refuses keys that it does not know.
-TIMM_NOTE = "# Its backbone is timm's: before merging this file, import kd_det and call kd_det.add_timm_config(cfg).\n"
+from kd_det.config.student import student_config, write_student
 
 
 class SeedEachStep(HookBase):
@@ -41,36 +38,7 @@ class SaveStudentConfig(HookBase):
 
     def before_train(self) -> None:
         if comm.is_main_process():
-            write_text(Path(self.cfg.OUTPUT_DIR, "student.yaml"), dump_student(student_config(self.cfg)))
-
-
-def student_config(cfg: CfgNode) -> CfgNode:
-    """`cfg` without the keys of ours that plain detectron2 would refuse: a GeneralizedRCNN with the final weights.
-
-    MODEL.TIMM stays where the backbone is built from it.
-    """
-    plain = get_cfg()
-    if cfg.MODEL.BACKBONE.NAME == "build_timm_fpn_backbone":
-        add_timm_config(plain)
-    copy_shared(cfg, plain)
-    if plain.MODEL.META_ARCHITECTURE == "DistilledRCNN":
-        plain.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
-    plain.MODEL.WEIGHTS = str(Path(cfg.OUTPUT_DIR, "model_final.pth"))
-    return plain
-
-
-def dump_student(plain: CfgNode) -> str:
-    """The yaml of a `student_config`; where plain detectron2 needs our backbone, it says so in its first line."""
-    return (TIMM_NOTE if "TIMM" in plain.MODEL else "") + plain.dump()
-
-
-def copy_shared(source: CfgNode, target: CfgNode) -> None:
-    """Copy the values of every key that both configs have."""
-    for key, value in target.items():
-        if isinstance(value, CfgNode):
-            copy_shared(source[key], value)
-        else:
-            target[key] = source[key]
+            write_student(student_config(self.cfg), Path(self.cfg.OUTPUT_DIR, "student.yaml"))
 
 
 class KeepBest(HookBase):

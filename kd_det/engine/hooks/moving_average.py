@@ -10,6 +10,9 @@ from detectron2.modeling import build_model
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from kd_core.utils.state_dict import check_fit
+from kd_det.config.student import plain_config
+
 logger = logging.getLogger(__name__)
 
 
@@ -60,20 +63,9 @@ class MovingAverage:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError where the weights do not fit the student."""
-        own = self.model.state_dict()
-        wrong = [name for name in own | state if shape(own, name) != shape(state, name)]
-        if wrong:
-            raise ValueError(
-                f"The checkpoint's moving average (key ema) is of another model: {len(wrong)} weights differ in name "
-                f"or shape, the first is {wrong[0]}"
-            )
+        check_fit(state, self.model.state_dict(), "--resume: the moving average in the checkpoint (key ema)")
         self.model.load_state_dict(state)
         self.loaded = True
-
-
-def shape(state: dict[str, Tensor], name: str) -> torch.Size | None:
-    """Of a weight, None where there is none."""
-    return state[name].shape if name in state else None
 
 
 class UpdateAverage(HookBase):
@@ -93,12 +85,3 @@ class UpdateAverage(HookBase):
 
     def after_step(self) -> None:
         self.average.update(self.trainer.iter + 1)
-
-
-def plain_config(cfg: CfgNode) -> CfgNode:
-    """What builds the student as a GeneralizedRCNN, keys of ours included (a backbone may read some)."""
-    plain = cfg.clone()
-    plain.defrost()
-    if plain.MODEL.META_ARCHITECTURE == "DistilledRCNN":
-        plain.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
-    return plain

@@ -1,11 +1,16 @@
-"""BatchNorm statistics of several processes: each has seen its own images only."""
+"""Hooks of a training in several processes: shared BatchNorm statistics, and a check that the weights are equal."""
 
-from detectron2.config import CfgNode
+import logging
+
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from timm.utils import distribute_bn
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from kd_core.utils.state_dict import weights_digest
+
+logger = logging.getLogger(__name__)
 
 
 class ShareBatchNorm(HookBase):
@@ -42,28 +47,34 @@ def share_batch_norm(model: nn.Module) -> None:
             distribute_bn(module, comm.get_world_size(), reduce=True)
 
 
-def check_synchronised_norms(cfg: CfgNode, world_size: int) -> None:
-    """Refuse SyncBN on CPU processes, which torch's cannot serve.
+class CheckRanksAgree(HookBase):
+    """At every checkpoint and at the end, sees that the parameters are equal in every process, to the bit.
 
-    Raises:
-        ValueError: names the key and what to use instead.
+    A rank whose weights have drifted (a gradient that was not reduced, a memory error) trains a network of its own
+    whose gradients spoil the others', and nothing else would show it. Every rank logs its digest.
+
+    Args:
+        period: iterations between checkpoints. It costs a copy of the parameters to the host.
     """
-    if world_size == 1 or cfg.MODEL.DEVICE != "cpu":
-        return
-    for key, norm in norms(cfg.MODEL, "MODEL"):
-        if norm in ("SyncBN", "nnSyncBN"):
-            raise ValueError(
-                f"{key} {norm} synchronises GPUs only, and this training runs in {world_size} processes on the CPU: "
-                f"set {key} naiveSyncBN, or BN"
-            )
+
+    def __init__(self, period: int) -> None:
+        self.period = period
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if comm.get_world_size() > 1 and (done % self.period == 0 or done == self.trainer.max_iter):
+            check_ranks_agree(self.trainer.checkpointer.model, done)
 
 
-def norms(node: CfgNode, name: str) -> list[tuple[str, str]]:
-    """Every (key, value) called NORM below `node`."""
-    found = []
-    for key, value in node.items():
-        if isinstance(value, CfgNode):
-            found += norms(value, f"{name}.{key}")
-        elif key == "NORM":
-            found.append((f"{name}.{key}", value))
-    return found
+def check_ranks_agree(model: nn.Module, iterations: int) -> None:
+    """Raises RuntimeError, in every process, where the parameters of `model` differ between processes."""
+    digest = weights_digest(dict(model.named_parameters()))
+    logger.info("Parameters after %d iterations on rank %d: %s", iterations, comm.get_rank(), digest)
+    digests = comm.all_gather(digest)
+    odd = [rank for rank, other in enumerate(digests) if other != digests[0]]
+    if odd:
+        raise RuntimeError(
+            f"After {iterations} iterations, the parameters of rank{'s' * (len(odd) > 1)} {', '.join(map(str, odd))} "
+            "differ from those of rank 0: resume from the last checkpoint, and look for what is done to the model "
+            "or its gradients outside of the trainer"
+        )

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
-from operator import methodcaller
 from typing import Any
 
 from detectron2.config import CfgNode, configurable
@@ -14,13 +13,10 @@ from torch import Tensor, nn
 from kd_core.utils.errors import UserError
 from kd_det.config import build_box_loss
 from kd_det.modeling.aekt import build_serialization, keep_out_of_state_dict, serialized_outputs
-from kd_det.modeling.box_stages import capture_box_stages, capture_head_inputs
-from kd_det.modeling.rows import ROWS, BoxStage, join_stages, select_rows
+from kd_det.modeling.box_stages import ROWS, BoxStage, capture_box_stages, capture_head_inputs, join_stages, select_rows
 from kd_det.modeling.sigmoid_loss import binary_form, check_same_classifier, uses_sigmoid
-from kd_det.modeling.teacher.overlap import ViewAhead
-from kd_det.modeling.teacher.proposals import stages_on_teacher_proposals
-from kd_det.modeling.teacher.teacher import Teacher, mean_of_teachers
-from kd_det.modeling.teacher.view import TeacherView
+from kd_det.modeling.teacher.teacher import PrefetchedView, Teacher, mean_of_teachers
+from kd_det.modeling.teacher.view import TeacherView, stages_on_teacher_proposals
 
 PROPOSALS = ("student", "student+teacher")
 MEANS = ("log_probs", "losses")
@@ -51,6 +47,7 @@ class DistilledRCNN(GeneralizedRCNN):
         rows: "all", "foreground", or "weighted": background rows count `background_weight` times (`select_rows`).
         background_weight: see `rows`.
         teachers_mean: of several teachers: "log_probs", their mean teaches; "losses", the loss is the mean of theirs.
+        overlap: on CUDA, run the first teacher's backbone on a second stream beside the student's forward pass.
         kwargs: those of GeneralizedRCNN.
 
     Raises:
@@ -69,6 +66,7 @@ class DistilledRCNN(GeneralizedRCNN):
         rows: str = "all",
         background_weight: float = 1.0,
         teachers_mean: str = "log_probs",
+        overlap: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -84,7 +82,7 @@ class DistilledRCNN(GeneralizedRCNN):
         self.loss = binary_form(loss) if self.sigmoid and loss is not None else loss
         self.max_iter = max_iter
         self.proposals, self.rows, self.background_weight = proposals, rows, background_weight
-        self.teachers_mean = teachers_mean
+        self.teachers_mean, self.overlap = teachers_mean, overlap
         self.serialization = build_serialization(self.roi_heads) if serialize else None
         if serialize:
             keep_out_of_state_dict(self)
@@ -102,6 +100,7 @@ class DistilledRCNN(GeneralizedRCNN):
             "rows": cfg.KD.ROWS,
             "background_weight": cfg.KD.BACKGROUND_WEIGHT,
             "teachers_mean": cfg.KD.TEACHERS_MEAN,
+            "overlap": cfg.KD.TEACHER.OVERLAP,
         }
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
@@ -119,9 +118,11 @@ class DistilledRCNN(GeneralizedRCNN):
         return losses
 
     def teacher_views(self, batched_inputs: list[dict[str, Any]]) -> Iterator[TeacherView]:
-        """What each teacher sees of the batch, made when it is asked for; on CUDA the first is on its way already."""
+        """What each teacher sees of the batch, made when it is asked for; with `overlap` the first is begun now."""
         first, *others = (partial(teacher.view, batched_inputs, self.input_format) for teacher in self.teachers)
-        return (make() for make in [ViewAhead(self.device, first).take, *others])
+        if self.overlap and self.device.type == "cuda":
+            first = PrefetchedView(self.device, first).wait
+        return (make() for make in [first, *others])
 
     def inference(self, *args: Any, **kwargs: Any) -> Any:
         """As GeneralizedRCNN's, by the logits that classify."""
@@ -155,8 +156,11 @@ class DistilledRCNN(GeneralizedRCNN):
             more = stages_on_teacher_proposals(self.roi_heads, *head_inputs[0], views)
             stages = [join_stages(*pair) for pair in zip(stages, more, strict=True)]
         stages = [select_rows(stage, self.rows, self.background_weight) for stage in stages]
-        # `map`, unlike a comprehension, lets go of one teacher's feature maps before the next one's are made.
-        teacher_logits = list(map(methodcaller("box_logits", [stage.boxes for stage in stages]), views))
+        boxes = [stage.boxes for stage in stages]
+        teacher_logits = []
+        for view in views:
+            teacher_logits.append(view.box_logits(boxes))
+            del view  # its feature maps: the next teacher's are made when the loop goes on
         losses = {}
         for k, (stage, logits) in enumerate(zip(stages, zip(*teacher_logits, strict=True), strict=True)):
             suffix = f"_stage{k}" if len(stages) > 1 else ""

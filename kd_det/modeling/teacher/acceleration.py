@@ -50,7 +50,7 @@ class TeacherSpeed:
         return cls(node.FOLD_BN, node.CHANNELS_LAST, dtype, node.COMPILE)
 
 
-def quicken(model: GeneralizedRCNN, speed: TeacherSpeed) -> GeneralizedRCNN:
+def accelerate_teacher(model: GeneralizedRCNN, speed: TeacherSpeed) -> GeneralizedRCNN:
     """Change a frozen detector, in place, as `speed` says."""
     if speed.fold_bn:
         fold_detector(model)
@@ -60,13 +60,13 @@ def quicken(model: GeneralizedRCNN, speed: TeacherSpeed) -> GeneralizedRCNN:
         if speed.dtype not in (None, torch.float32):
             cast_products(part, speed.dtype)
         if speed.channels_last or speed.dtype is not None:
-            part.forward = ForwardIn(part, speed.dtype)
+            part.forward = AutocastForward(part, speed.dtype)
         if speed.compile:
             compile_in_place(part, f"teacher's {name}")
     if speed.dtype is not None:
         for predictor in each(model.roi_heads.box_predictor):
             if hasattr(predictor, "cls_score"):  # one's own predictor may have another
-                predictor.cls_score.forward = ForwardIn(predictor.cls_score, torch.float32)
+                predictor.cls_score.forward = AutocastForward(predictor.cls_score, torch.float32)
     return model
 
 
@@ -110,7 +110,7 @@ def cast_products(part: nn.Module, dtype: torch.dtype) -> None:
                 parameter.data = parameter.data.to(dtype)
 
 
-class ForwardIn:
+class AutocastForward:
     """The forward pass of a module under an autocast of its own; what comes out is contiguous, and float32.
 
     An instance takes the place of `module.forward`: the module's name and weights stay, and whoever calls it (the RPN,
@@ -127,13 +127,13 @@ class ForwardIn:
     def __call__(self, inputs: Tensor) -> Any:
         plain = type(self.module).forward
         if self.dtype is None:
-            return laid_out(plain(self.module, inputs))
+            return to_contiguous(plain(self.module, inputs))
         with torch.autocast(inputs.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return laid_out(plain(self.module, inputs.float()), torch.float32)
+            return to_contiguous(plain(self.module, inputs.float()), torch.float32)
 
 
-def laid_out(outputs: Tensor | dict[str, Tensor], dtype: torch.dtype | None = None) -> Any:
+def to_contiguous(outputs: Tensor | dict[str, Tensor], dtype: torch.dtype | None = None) -> Any:
     """A module's output, or its named outputs, contiguous (ROI pooling would copy them) and of type `dtype`."""
     if isinstance(outputs, dict):
-        return {name: laid_out(output, dtype) for name, output in outputs.items()}
+        return {name: to_contiguous(output, dtype) for name, output in outputs.items()}
     return outputs.to(dtype or outputs.dtype, memory_format=torch.contiguous_format)

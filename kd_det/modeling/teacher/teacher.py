@@ -1,6 +1,7 @@
 """The teacher: one frozen detector with its own architecture, weights, channel order and normalisation."""
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from detectron2.modeling.roi_heads import Res5ROIHeads, StandardROIHeads
 from torch import Tensor
 
 from kd_det.modeling.sigmoid_loss import as_wide
-from kd_det.modeling.teacher.acceleration import TeacherSpeed, quicken
+from kd_det.modeling.teacher.acceleration import TeacherSpeed, accelerate_teacher
 from kd_det.modeling.teacher.build import teacher_builders
 from kd_det.modeling.teacher.view import TEACHER_IMAGE, TeacherView
 
@@ -59,7 +60,8 @@ class Teacher:
             # teacher.
             with torch.random.fork_rng(devices=[]):
                 model = freeze(self._build())
-            self._model = quicken(model.to(device=device, dtype=None if self.speed.dtype else dtype), self.speed)
+            model = model.to(device=device, dtype=None if self.speed.dtype else dtype)
+            self._model = accelerate_teacher(model, self.speed)
         return self._model
 
     def view(self, batched_inputs: Sequence[dict[str, Any]], input_format: str | None) -> TeacherView:
@@ -112,3 +114,37 @@ def mean_of_teachers(logits: Sequence[Tensor], sigmoid: bool = False) -> Tensor:
         return logits[0]
     wide = [as_wide(z) for z in logits]
     return torch.stack(wide if sigmoid else [z.log_softmax(1) for z in wide]).mean(0)
+
+
+class PrefetchedView:
+    """A `TeacherView` that a second CUDA stream computes beside the student's forward pass (KD.TEACHER.OVERLAP).
+
+    The second stream first waits for what is queued on the current one: weights and images. `wait` makes the current
+    stream wait for the features, never the host. They are memory of the second stream: `record_stream` keeps it from
+    being reused before the current stream has read them.
+
+    Args:
+        device: the student's, a CUDA device.
+        make: makes the view, from tensors that outlive `wait`.
+    """
+
+    def __init__(self, device: torch.device, make: Callable[[], TeacherView]) -> None:
+        self.device = device
+        second_stream(device).wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(second_stream(device)):
+            self.view: TeacherView | None = make()
+
+    def wait(self) -> TeacherView:
+        """The view, for use on the current stream; it is not kept here."""
+        view, self.view = self.view, None
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(second_stream(self.device))
+        for feature in view.features.values():
+            feature.record_stream(current)
+        return view
+
+
+@cache
+def second_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream beside the current one for each device."""
+    return torch.cuda.Stream(device)

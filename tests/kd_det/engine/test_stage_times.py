@@ -6,8 +6,8 @@ from detectron2.engine import SimpleTrainer, TrainerBase
 from torch import nn
 
 from kd_core.train_step import TrainStep
-from kd_det.engine.hooks import stage_times
-from kd_det.engine.hooks.stage_times import StageTimes, stage_seconds
+from kd_det.engine.hooks import monitoring
+from kd_det.engine.hooks.monitoring import StageTimes, stage_seconds
 from kd_det.engine.train_step import StreamTrainer
 
 DATA, FORWARD, BACKWARD, STEP = 8.0, 5.0, 3.0, 1.0
@@ -72,7 +72,7 @@ def batches():
 
 @pytest.mark.parametrize("micro_batches", [0, 1, 2])  # 0: detectron2's own step
 def test_each_stage_is_timed_and_micro_batches_add_up(micro_batches, monkeypatch):
-    monkeypatch.setattr(stage_times, "time", Clock)
+    monkeypatch.setattr(monitoring, "time", Clock)
     model = SlowModel(3, 1)
     optimizer = SlowSGD(model.parameters(), lr=0.1)
     if micro_batches:

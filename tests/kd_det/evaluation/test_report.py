@@ -6,7 +6,7 @@ import pytest
 from detectron2.modeling import build_model
 
 from kd_det.checkpoint.checkpointer import WholeCheckpointer
-from kd_det.engine.hooks.checkpointing import student_config
+from kd_det.config.student import student_config
 from kd_det.evaluation import report
 
 

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from kd_core.utils.folding import folded_weights
 from kd_det import Teacher
 from kd_det.checks import check_before_training
-from kd_det.modeling.teacher.acceleration import TeacherSpeed, distilled_parts, fold_detector, quicken
+from kd_det.modeling.teacher.acceleration import TeacherSpeed, accelerate_teacher, distilled_parts, fold_detector
 from kd_det.modeling.teacher.teacher import freeze
 from kd_det.modeling.teacher.view import class_logits
 
@@ -148,7 +148,7 @@ def test_a_convolution_that_does_more_with_its_weight_is_not_touched(tiny_model)
             return super().forward(x)
 
     conv.__class__, conv.norm = Standardised, FrozenBatchNorm2d(8)
-    quicken(freeze(model), TeacherSpeed(fold_bn=True, dtype=torch.bfloat16))
+    accelerate_teacher(freeze(model), TeacherSpeed(fold_bn=True, dtype=torch.bfloat16))
     assert conv.norm is not None and conv.weight.dtype == torch.float32
     assert model.backbone.fpn_lateral4.weight.dtype == torch.bfloat16
 
@@ -209,7 +209,7 @@ def test_a_fast_teacher_still_proposes_and_detects(tiny_model, batch, storage, f
 def test_weights_that_are_no_images_have_no_channels_last(tiny_model):
     detector = freeze(tiny_model())
     detector.backbone.volume = nn.Conv3d(1, 1, 1).requires_grad_(False)
-    quicken(detector, TeacherSpeed(channels_last=True))
+    accelerate_teacher(detector, TeacherSpeed(channels_last=True))
     assert detector.backbone.volume.weight.is_contiguous()
     weights = [m.weight for m in detector.backbone.modules() if isinstance(m, nn.Conv2d)]
     assert weights and all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
@@ -257,7 +257,7 @@ def test_only_detectron2s_own_classifier_is_asked_for_logits_alone():
 def test_every_listed_teacher_is_made_fast(tiny_cfg, tmp_path):
     yaml = tiny_cfg().KD.TEACHER.CONFIG_FILE
     listed = ("KD.TEACHER.CONFIG_FILE", "", "KD.TEACHERS", [[yaml, ""], [yaml, ""]], "KD.TEACHER.DTYPE", "float16")
-    speed = TeacherSpeed(fold_bn=True, channels_last=True, dtype=torch.float16)
+    speed = TeacherSpeed(fold_bn=True, dtype=torch.float16)
     assert [teacher.speed for teacher in Teacher.from_config(tiny_cfg(*listed))] == [speed, speed]
 
 

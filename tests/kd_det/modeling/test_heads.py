@@ -13,8 +13,7 @@ from torch.testing import assert_close
 from kd_det import Teacher
 from kd_det.engine.train_step import pool_in_float32
 from kd_det.modeling.box_stages import capture_box_stages, capture_head_inputs
-from kd_det.modeling.teacher.proposals import stages_on_teacher_proposals
-from kd_det.modeling.teacher.view import stage_logits
+from kd_det.modeling.teacher.view import stage_logits, stages_on_teacher_proposals
 
 DKD = ("KD.LOSS.NAME", "dkd", "KD.LOSS.TEMPERATURE", 1.0)
 BOTH = ("KD.PROPOSALS", "student+teacher")

@@ -50,7 +50,7 @@ def test_when_forward_returns_the_teachers_activations_are_gone(tiny_model, batc
 
 
 def test_an_activation_that_is_kept_would_be_seen(tiny_model, batch, storage):
-    model = tiny_model(*DKD, "KD.TEACHER.CHANNELS_LAST", False)  # whose maps are those of the last layers, not copies
+    model = tiny_model(*DKD)
     watched, kept = [], []
     watch(model.teacher.model, watched)
     model.teacher.model.backbone.register_forward_hook(lambda _, __, maps: kept.append(maps["p3"]))

@@ -10,7 +10,7 @@ from detectron2.structures import Boxes, Instances
 
 from kd_core.losses import DKDLoss
 from kd_det import DistilledRCNN, Teacher
-from kd_det.engine.hooks.checkpointing import copy_shared
+from kd_det.config.student import copy_shared
 
 DKD = ("KD.LOSS.NAME", "dkd", "KD.LOSS.TEMPERATURE", 1.0)
 

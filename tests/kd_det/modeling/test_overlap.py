@@ -5,26 +5,13 @@ import copy
 import pytest
 import torch
 
-import kd_det.modeling.meta_arch.rcnn as meta_arch
-from kd_det.modeling.teacher.overlap import ViewAhead
+from kd_det.modeling.teacher.teacher import PrefetchedView
 
 DKD = ("KD.LOSS.NAME", "dkd", "KD.LOSS.TEMPERATURE", 1.0)
-CPU = torch.device("cpu")
-
-
-def test_on_the_cpu_the_view_is_made_when_it_is_asked_for_and_not_kept(tiny_model, batch):
-    model = tiny_model(*DKD)
-    calls = []
-    model.teacher.model.backbone.register_forward_hook(lambda *_: calls.append("features"))
-    ahead = ViewAhead(CPU, lambda: model.teacher.view(batch, model.input_format))
-    assert calls == []
-    view = ahead.take()
-    assert calls == ["features"] and view.features.keys() >= {"p2", "p5"}
-    assert ahead.make is None
 
 
 def test_the_teacher_comes_after_the_student_on_the_cpu_and_its_maps_are_made_once(tiny_model, batch, storage):
-    model = tiny_model(*DKD)
+    model = tiny_model(*DKD, "KD.TEACHER.OVERLAP", True)
     order = []
     for name, detector in {"student": model, "teacher": model.teacher.model}.items():
         detector.backbone.register_forward_hook(lambda *_, name=name: order.append(name))
@@ -38,11 +25,9 @@ def test_on_cuda_the_losses_and_gradients_are_those_without_a_second_stream(
     tiny_model, batch, storage, monkeypatch, proposals
 ):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    model = tiny_model(*DKD, "KD.PROPOSALS", proposals).cuda()
+    model = tiny_model(*DKD, "KD.PROPOSALS", proposals, "KD.TEACHER.OVERLAP", True).cuda()
     found = []
-    for device in (None, CPU):  # a view for the CPU is made in the current stream
-        if device is not None:
-            monkeypatch.setattr(meta_arch, "ViewAhead", lambda _, make: ViewAhead(CPU, make))
+    for model.overlap in (True, False):
         for _ in range(5):  # memory of the second stream is handed out again
             torch.manual_seed(0)
             losses = model(copy.deepcopy(batch))
@@ -62,7 +47,7 @@ def test_on_cuda_features_of_the_second_stream_are_those_of_the_current_one(tiny
     boxes = [[item["instances"].gt_boxes.to("cuda") for item in batch]]
     (expected,) = model.teacher.view(batch, model.input_format).box_logits(boxes)
     for _ in range(20):
-        ahead = ViewAhead(model.device, lambda: model.teacher.view(batch, model.input_format))
+        prefetched = PrefetchedView(model.device, lambda: model.teacher.view(batch, model.input_format))
         torch.randn(4096, 4096, device="cuda") @ torch.randn(4096, 4096, device="cuda")  # the current stream is busy
-        (logits,) = ahead.take().box_logits(boxes)
+        (logits,) = prefetched.wait().box_logits(boxes)
         torch.testing.assert_close(logits, expected)

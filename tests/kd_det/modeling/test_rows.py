@@ -6,7 +6,7 @@ from detectron2.structures import Boxes
 from torch.testing import assert_close
 
 from kd_core.losses import DKDLoss
-from kd_det.modeling.rows import BoxStage, join_stages, select_rows
+from kd_det.modeling.box_stages import BoxStage, join_stages, select_rows
 
 
 def make_stage(gt_classes=((0, 3, 2), (3, 1)), seed=0):

@@ -6,7 +6,7 @@ import yaml
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
-from kd_det.engine.hooks.checkpointing import copy_shared
+from kd_det.config.student import copy_shared
 from kd_det.modeling.teacher.build import build_teacher, config_path
 from kd_det.modeling.teacher.teacher import Teacher
 from kd_det.modeling.teacher.view import convert_channels
@@ -35,7 +35,7 @@ def other_teacher(tiny_cfg, tmp_path):
 def test_features_of_an_rgb_teacher_beside_a_bgr_student_are_those_it_computes_on_its_own(tiny_cfg, tmp_path, batch):
     path, weights, alone = other_teacher(tiny_cfg, tmp_path)
     own = ("KD.TEACHER.CONFIG_FILE", path, "KD.TEACHER.WEIGHTS", weights, "KD.TEACHER.ALLOW_RANDOM", False)
-    cfg = tiny_cfg(*own, "KD.TEACHER.FOLD_BN", False, "KD.TEACHER.CHANNELS_LAST", False)
+    cfg = tiny_cfg(*own, "KD.TEACHER.FOLD_BN", False)
     assert cfg.INPUT.FORMAT == "BGR"
     (teacher,) = Teacher.from_config(cfg)
     got = teacher.view(batch, cfg.INPUT.FORMAT).features
