@@ -79,9 +79,9 @@ def test_a_checkpoint_of_another_name_and_the_moving_average_are_taken(run, tmp_
     [
         (lambda run: (run / "model_final.pth").unlink(), r"run holds none of model_final.pth"),
         (lambda run: [(run / f"{n}.yaml").unlink() for n in ("student", "config")], r"no student.yaml or config.yaml"),
-        (lambda run: spoil(run, lambda model: model.popitem()), r"model_final.pth lacks 1 weights of the model, the first is \S+$"),
-        (lambda run: spoil(run, lambda model: model.update(foreign=torch.ones(1))), r"has 1 weights that the model has no place for, the first is foreign"),
-        (lambda run: spoil(run, lambda model: model.update({FIRST: torch.ones(1)})), rf"1 weights have another shape, the first is {FIRST}"),
+        (lambda run: spoil(run, lambda model: model.popitem()), r"pth lacks 1 weights .* \S+$"),
+        (lambda run: spoil(run, lambda model: model.update(foreign=torch.ones(1))), r"has 1 weights that .* foreign$"),
+        (lambda run: spoil(run, lambda model: model.update({FIRST: torch.ones(1)})), rf"another shape, .* {FIRST}"),
         (lambda run: (run / "model_final.pth").write_bytes(b"half"), r"no checkpoint that can be read"),
     ],
     ids=["no weights", "no config", "missing", "foreign", "shape", "damaged"],
