@@ -117,13 +117,13 @@ def check_synchronised_norms(cfg: CfgNode, world_size: int) -> None:
     """Refuse SyncBN on CPU processes, which torch's cannot serve.
 
     Raises:
-        ValueError: names the key and what to use instead.
+        UserError: names the key and what to use instead.
     """
     if world_size == 1 or cfg.MODEL.DEVICE != "cpu":
         return
     for key, norm in norms(cfg.MODEL, "MODEL"):
         if norm in ("SyncBN", "nnSyncBN"):
-            raise ValueError(
+            raise UserError(
                 f"{key} {norm} synchronises GPUs only, and this training runs in {world_size} processes on the CPU: "
                 f"set {key} naiveSyncBN, or BN"
             )

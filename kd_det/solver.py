@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from kd_core.optim import StreamOptimizer
 from kd_core.optim.config import STREAM_OPTIMIZERS, build_stream_optimizer
 from kd_core.train_step import clip_gradients
+from kd_core.utils.errors import UserError
 
 OPTIMIZERS = ("sgd", *STREAM_OPTIMIZERS)
 # detectron2's: every element, every parameter's norm; and the norm of the whole model's gradient.
@@ -24,7 +25,7 @@ def check_solver(cfg: CfgNode, world_size: int = 1) -> None:
     """Refuse solver settings that no run could mean.
 
     Raises:
-        ValueError: names the key, its value and what is expected.
+        UserError: names the key, its value and what is expected.
     """
     solver = cfg.SOLVER
     expected = {
@@ -36,9 +37,9 @@ def check_solver(cfg: CfgNode, world_size: int = 1) -> None:
     }
     for key, (good, what) in expected.items():
         if not good:
-            raise ValueError(f"SOLVER.{key} is {solver[key]!r}, expected {what}")
+            raise UserError(f"SOLVER.{key} is {solver[key]!r}, expected {what}")
     if solver.AMP.DTYPE not in ("float16", "bfloat16"):
-        raise ValueError(f"SOLVER.AMP.DTYPE is {solver.AMP.DTYPE!r}, expected float16 or bfloat16")
+        raise UserError(f"SOLVER.AMP.DTYPE is {solver.AMP.DTYPE!r}, expected float16 or bfloat16")
     check_images(solver.IMS_PER_BATCH, world_size, solver.ACCUMULATE_STEPS)
     check_streams(cfg)
 
@@ -51,13 +52,13 @@ def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
     that it looks back over the same images (arXiv 2307.13813).
 
     Raises:
-        ValueError: a batch that the reference cannot share out.
+        UserError: a batch that the reference cannot share out.
     """
     solver, reference = cfg.SOLVER, cfg.SOLVER.REFERENCE_WORLD_SIZE
     if reference in (0, world_size):
         return cfg
     if reference < 0 or solver.IMS_PER_BATCH % reference:
-        raise ValueError(
+        raise UserError(
             f"SOLVER.REFERENCE_WORLD_SIZE is {reference}: it must divide SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH}, "
             "or be 0 to scale nothing"
         )
@@ -78,7 +79,7 @@ def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
 def check_images(images: int, world_size: int, accumulate_steps: int) -> None:
     """Every micro-batch of every process has the same number of images."""
     if images < 1 or images % (world_size * accumulate_steps):
-        raise ValueError(
+        raise UserError(
             f"SOLVER.IMS_PER_BATCH {images} must be a positive multiple of the {world_size} processes × "
             f"SOLVER.ACCUMULATE_STEPS {accumulate_steps}"
         )
@@ -88,22 +89,22 @@ def check_streams(cfg: CfgNode) -> None:
     """Refuse streams that nothing fills, and clipping that would act on their sum alone."""
     solver, loss = cfg.SOLVER, cfg.KD.LOSS.NAME
     if loss == "none" and solver.OPTIMIZER in ("dot_sgd", "deepkd_sgd"):
-        raise ValueError(
+        raise UserError(
             f"SOLVER.OPTIMIZER {solver.OPTIMIZER} gives distillation a momentum of its own, but KD.LOSS.NAME is none: "
             "set SOLVER.OPTIMIZER sgd, or a distillation loss"
         )
     if solver.MOMENTA == "auto" and (loss == "none" or solver.OPTIMIZER == "sgd"):
-        raise ValueError(
+        raise UserError(
             f"SOLVER.MOMENTA auto compares the gradient streams of a distillation loss, but SOLVER.OPTIMIZER is "
             f"{solver.OPTIMIZER} and KD.LOSS.NAME {loss}: leave it empty, or set e.g. SOLVER.OPTIMIZER deepkd_sgd"
         )
     clip = solver.CLIP_GRADIENTS
     if clip.CLIP_TYPE not in CLIP_TYPES:
-        raise ValueError(
+        raise UserError(
             f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {clip.CLIP_TYPE!r}, expected one of {', '.join(CLIP_TYPES)}"
         )
     if solver.OPTIMIZER != "sgd" and clip.ENABLED and clip.CLIP_TYPE == "value":
-        raise ValueError(
+        raise UserError(
             f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE {clip.CLIP_TYPE!r} acts on single elements, "
             f"which the streams of SOLVER.OPTIMIZER {solver.OPTIMIZER} cannot share out: set it to norm or full_model"
         )
@@ -117,7 +118,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     `model.no_decay` are not decayed.
 
     Raises:
-        ValueError: momenta outside [0, 1) and other values that the optimizer refuses, with their keys.
+        UserError: momenta outside [0, 1) and other values that the optimizer refuses, with their keys.
     """
     check_solver(cfg)
     if cfg.SOLVER.OPTIMIZER == "sgd":

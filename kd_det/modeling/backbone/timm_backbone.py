@@ -8,6 +8,8 @@ from detectron2.modeling import Backbone
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from kd_core.utils.errors import UserError
+
 NORMS = ("BN", "FrozenBN", "SyncBN")
 # Not square, and not a power of two: detectors pad to a multiple of 32 and to nothing else.
 PROBE_SIZE = (64, 96)
@@ -57,7 +59,7 @@ class TimmBackbone(Backbone):
         """See that the maps of an image whose sides are multiples of 32 are what `output_shape()` says.
 
         Raises:
-            ValueError: the first map that is not, or what the network said of such an image.
+            UserError: the first map that is not, or what the network said of such an image.
         """
         maps = run_probe(self)
         height, width = PROBE_SIZE
@@ -65,7 +67,7 @@ class TimmBackbone(Backbone):
             spec: ShapeSpec = self.output_shape()[name]
             expected = (1, spec.channels, height // spec.stride, width // spec.stride)
             if tuple(maps[name].shape) != expected:
-                raise ValueError(
+                raise UserError(
                     f"its map {name} of an image of {height}×{width} px is {tuple(maps[name].shape)}, and an FPN needs "
                     f"{expected}: a network whose convolutions pad is needed"
                 )
@@ -80,7 +82,7 @@ def run_probe(bottom_up: TimmBackbone) -> dict[str, Tensor]:
     """The maps of one black image in eval mode; nothing in the network changes.
 
     Raises:
-        ValueError: the network takes no image of such a size.
+        UserError: the network takes no image of such a size.
     """
     weight = next(bottom_up.parameters())
     was_training = bottom_up.training
@@ -88,7 +90,7 @@ def run_probe(bottom_up: TimmBackbone) -> dict[str, Tensor]:
     try:
         return bottom_up(weight.new_zeros(1, bottom_up.in_channels, *PROBE_SIZE))
     except (AssertionError, RuntimeError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"it takes no image of {PROBE_SIZE[0]}×{PROBE_SIZE[1]} px ({error}); detectors feed images of every size, "
             "rounded up to multiples of 32. Some networks allow that by an argument in MODEL.TIMM.KWARGS, as Swin does "
             "by [[strict_img_size, False]]"
@@ -101,16 +103,16 @@ def set_norm(bottom_up: TimmBackbone, norm: str) -> None:
     """Turn every BatchNorm of the network into what MODEL.TIMM.NORM says; "BN" leaves the network as timm builds it.
 
     Raises:
-        ValueError: another word; or a network without a single BatchNorm, whose norms have no running statistics.
+        UserError: another word; or a network without a single BatchNorm, whose norms have no running statistics.
     """
     from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d  # timm takes a second to import
 
     if norm not in NORMS:
-        raise ValueError(f"MODEL.TIMM.NORM is {norm!r}, expected one of {', '.join(NORMS)}")
+        raise UserError(f"MODEL.TIMM.NORM is {norm!r}, expected one of {', '.join(NORMS)}")
     if norm == "BN":
         return
     if not any(isinstance(module, _BatchNorm) for module in bottom_up.modules()):
-        raise ValueError(f"MODEL.TIMM.NORM is {norm}, but the network has no BatchNorm: set it to BN, its own norms")
+        raise UserError(f"MODEL.TIMM.NORM is {norm}, but the network has no BatchNorm: set it to BN, its own norms")
     convert = freeze_batch_norm_2d if norm == "FrozenBN" else convert_sync_batchnorm
     for name, child in list(bottom_up.named_children()):
         bottom_up._modules[name] = convert(child)
@@ -122,7 +124,7 @@ def freeze_until(bottom_up: TimmBackbone, stage: int) -> None:
     Which those are is asked of autograd, so that it holds for every architecture.
 
     Raises:
-        ValueError: the network has no such map.
+        UserError: the network has no such map.
     """
     if stage <= 0:
         return
@@ -131,7 +133,7 @@ def freeze_until(bottom_up: TimmBackbone, stage: int) -> None:
     name = f"res{stage}"
     if name not in bottom_up.output_shape():
         allowed = ", ".join(feature.removeprefix("res") for feature in bottom_up.output_shape())
-        raise ValueError(
+        raise UserError(
             f"MODEL.BACKBONE.FREEZE_AT is {stage}, which freezes all layers up to stride {2**stage}, but the network "
             f"has no map of that stride: set it to 0 (none) or one of {allowed}"
         )

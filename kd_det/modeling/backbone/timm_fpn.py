@@ -6,6 +6,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool
 
+from kd_core.utils.errors import UserError
 from kd_det.modeling.backbone.timm_backbone import TimmBackbone, freeze_until, set_norm
 
 IN_FEATURES = ["res2", "res3", "res4", "res5"]  # strides 4, 8, 16, 32: what p2 to p6 are made of
@@ -20,7 +21,7 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     MODEL.BACKBONE.FREEZE_AT k freezes every layer that `res<k>` is computed from; 0 none.
 
     Raises:
-        ValueError: names the key under MODEL and what is wrong with its value.
+        UserError: names the key under MODEL and what is wrong with its value.
     """
     # timm takes a second to import
     from kd_det.modeling.backbone.timm_extractor import create_extractor, warn_of_other_pixels
@@ -37,8 +38,8 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
         freeze_until(bottom_up, cfg.MODEL.BACKBONE.FREEZE_AT)
         with torch.no_grad():
             bottom_up.check_maps(in_features)
-    except ValueError as error:
-        raise ValueError(f"MODEL.TIMM.NAME {timm.NAME}: {error}") from error
+    except UserError as error:
+        raise UserError(f"MODEL.TIMM.NAME {timm.NAME}: {error}") from error
     return FPN(
         bottom_up,
         in_features=in_features,
@@ -50,12 +51,12 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 
 
 def check_stages(name: str, bottom_up: TimmBackbone, in_features: list[str]) -> None:
-    """Raise ValueError where a map that the FPN asks for is not among those of the extractor."""
+    """Raise a UserError where a map that the FPN asks for is not among those of the extractor."""
     there = bottom_up.output_shape()
     missing = [feature for feature in in_features if feature not in there]
     if missing:
         has = ", ".join(f"{feature} (stride {spec.stride})" for feature, spec in there.items())
-        raise ValueError(
+        raise UserError(
             f"MODEL.FPN.IN_FEATURES asks for {', '.join(missing)}, which MODEL.TIMM.NAME {name} does not have: its "
             f"maps are {has}. Name others there (and RPN.IN_FEATURES, ROI_HEADS.IN_FEATURES to match), list "
             "more stages in MODEL.TIMM.OUT_INDICES, or choose another network"

@@ -10,6 +10,7 @@ from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.roi_heads import Res5ROIHeads, StandardROIHeads
 from torch import Tensor
 
+from kd_core.utils.errors import UserError
 from kd_det.modeling.sigmoid_loss import as_wide
 from kd_det.modeling.teacher.acceleration import TeacherSpeed, accelerate_teacher
 from kd_det.modeling.teacher.build import teacher_builders
@@ -67,7 +68,7 @@ class Teacher:
     def view(self, batched_inputs: Sequence[dict[str, Any]], input_format: str | None) -> TeacherView:
         """The batch as the teacher sees it; images in channel order `input_format`, None meaning the teacher's own."""
         if self.own_images and not all(TEACHER_IMAGE in item for item in batched_inputs):
-            raise ValueError(
+            raise UserError(
                 f"KD.TEACHER.IMAGE_SCALE asks for the teacher's own size, but the inputs have no {TEACHER_IMAGE!r}: "
                 "train with tools/train_net.py, or map the data with kd_det.data.TwoSizeMapper"
             )
@@ -89,11 +90,11 @@ class Teacher:
 def freeze(model: GeneralizedRCNN) -> GeneralizedRCNN:
     """Eval mode, no gradients; refuses ROI heads that cannot classify given boxes."""
     if not isinstance(model, GeneralizedRCNN):
-        raise ValueError(
+        raise UserError(
             f"A teacher must be a GeneralizedRCNN (a detector with an ROI head), got {type(model).__name__}"
         )
     if not isinstance(model.roi_heads, StandardROIHeads | Res5ROIHeads):  # cascade heads are standard heads
-        raise ValueError(
+        raise UserError(
             f"A teacher's ROI head must be Standard, Cascade or Res5, got {type(model.roi_heads).__name__}"
         )
     for parameter in model.parameters():

@@ -17,6 +17,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor, nn
 
+from kd_core.utils.errors import UserError
 from kd_det.modeling.box_stages import BoxStage, capture_box_stages
 
 # Of one image, the teacher's rendition of it: (C, H', W'), the same view in another size.
@@ -66,7 +67,7 @@ class TeacherView:
     def proposals(self) -> list[Instances]:
         """The proposals of the teacher's RPN at inference, best first, in pixels of the student's images."""
         if self.model.proposal_generator is None:
-            raise ValueError("KD.PROPOSALS student+teacher: the teacher has no RPN; set KD.PROPOSALS student")
+            raise UserError("KD.PROPOSALS student+teacher: the teacher has no RPN; set KD.PROPOSALS student")
         # Of the images the RPN reads their sizes alone; any tensor will do, so that none of them is kept for it.
         images = ImageList(next(iter(self.features.values())), self.sizes)
         found, _ = self.model.proposal_generator(images, self.features, None)
@@ -96,13 +97,13 @@ def convert_channels(image: Tensor, source: str | None, target: str | None) -> T
     """An image (C, H, W) in another channel order: BGR ↔ RGB, before any normalisation.
 
     Raises:
-        ValueError: the two orders differ and are not BGR and RGB.
+        UserError: the two orders differ and are not BGR and RGB.
     """
     if source is None or target is None or source == target:
         return image
     if {source, target} == {"BGR", "RGB"}:
         return image.flip(0)
-    raise ValueError(f"The teacher's INPUT.FORMAT is {target!r} and the student's {source!r}: only BGR and RGB convert")
+    raise UserError(f"The teacher's INPUT.FORMAT is {target!r} and the student's {source!r}: only BGR and RGB convert")
 
 
 def stage_logits(heads: ROIHeads, features: dict[str, Tensor], boxes: list[Boxes], stage: int) -> Tensor:
@@ -144,10 +145,10 @@ def stages_on_teacher_proposals(
         views: what each teacher sees of the batch.
 
     Raises:
-        ValueError: other heads than Standard, Cascade and Res5, or a teacher without an RPN.
+        UserError: other heads than Standard, Cascade and Res5, or a teacher without an RPN.
     """
     if not isinstance(heads, StandardROIHeads | Res5ROIHeads):  # cascade heads are standard heads
-        raise ValueError(
+        raise UserError(
             f"KD.PROPOSALS student+teacher runs the student's box head again, which is known of Standard, Cascade and "
             f"Res5 heads, but not of {type(heads).__name__}: set KD.PROPOSALS student"
         )
