@@ -18,6 +18,7 @@ from kd_core.utils.errors import UserError
 from kd_core.utils.files import write_whole
 from kd_core.utils.state_dict import check_fit
 from kd_det.checkpoint.checkpointer import WholeCheckpointer
+from kd_det.compat import tracing_adapter
 from kd_det.config import kd_defaults, merge_file
 from kd_det.config.student import student_config, write_student
 
@@ -108,14 +109,7 @@ def adapter(student: Student) -> nn.Module:
     Raises:
         UserError: this detectron2 has no `TracingAdapter`, and why.
     """
-    try:
-        from detectron2.export import TracingAdapter
-    except ImportError as error:  # v0.5 imports caffe2, which torch no longer has
-        raise UserError(
-            f"TorchScript and ONNX need detectron2.export.TracingAdapter, and detectron2 {detectron2.__version__} "
-            f"cannot import it ({error}); tools/install_detectron2.py installs one that can"
-        ) from error
-    return TracingAdapter(student.model, [{"image": example(TRACED_AT)}], detect).eval()
+    return tracing_adapter()(student.model, [{"image": example(TRACED_AT)}], detect).eval()
 
 
 def detect(model: GeneralizedRCNN, inputs: list[dict[str, Tensor]]) -> list[dict[str, Any]]:

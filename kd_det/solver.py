@@ -7,14 +7,15 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 from detectron2.solver import build_optimizer as build_detectron2_optimizer
-from detectron2.solver.build import get_default_optimizer_params
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kd_core.optim import StreamOptimizer
 from kd_core.optim.config import STREAM_OPTIMIZERS, build_stream_optimizer
 from kd_core.train_step import clip_gradients
+from kd_core.utils.config import lookup
 from kd_core.utils.errors import UserError
+from kd_det.compat import merged_parameter_groups
 
 OPTIMIZERS = ("sgd", *STREAM_OPTIMIZERS)
 # detectron2's: every element, every parameter's norm; and the norm of the whole model's gradient.
@@ -34,12 +35,12 @@ def check_solver(cfg: CfgNode, world_size: int = 1) -> None:
         "MOMENTA": (solver.MOMENTA in ("", "auto"), "empty or auto"),
         "ACCUMULATE_STEPS": (solver.ACCUMULATE_STEPS >= 1, "a whole number ≥ 1"),
         "CHECKPOINT_PERIOD": (solver.CHECKPOINT_PERIOD >= 1, "a whole number ≥ 1"),
+        "EMA.DECAY": (0 <= solver.EMA.DECAY < 1, "a number in [0, 1)"),
+        "AMP.DTYPE": (solver.AMP.DTYPE in ("float16", "bfloat16"), "float16 or bfloat16"),
     }
     for key, (good, what) in expected.items():
         if not good:
-            raise UserError(f"SOLVER.{key} is {solver[key]!r}, expected {what}")
-    if solver.AMP.DTYPE not in ("float16", "bfloat16"):
-        raise UserError(f"SOLVER.AMP.DTYPE is {solver.AMP.DTYPE!r}, expected float16 or bfloat16")
+            raise UserError(f"SOLVER.{key} is {lookup(solver, key)!r}, expected {what}")
     check_images(solver.IMS_PER_BATCH, world_size, solver.ACCUMULATE_STEPS)
     check_streams(cfg)
 
@@ -156,19 +157,14 @@ def build_clip(cfg: CfgNode, optimizer: Optimizer) -> Callable[[], object] | Non
 
 
 def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
-    """detectron2's parameter groups, equal ones merged (v0.5 makes one a parameter)."""
-    groups = get_default_optimizer_params(
+    """detectron2's parameter groups, equal ones merged."""
+    return merged_parameter_groups(
         model,
         base_lr=cfg.SOLVER.BASE_LR,
         weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
         bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
         weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
     )
-    merged: dict[tuple[tuple[str, Any], ...], list[Tensor]] = {}
-    for group in groups:
-        options = tuple(sorted((key, value) for key, value in group.items() if key != "params"))
-        merged.setdefault(options, []).extend(group["params"])
-    return [{"params": params, **dict(options)} for options, params in merged.items()]
 
 
 def exempt_from_decay(optimizer: Optimizer, params: Iterable[Tensor]) -> None:

@@ -1,7 +1,6 @@
 """Checkpoints that are written whole or not at all, and read without running code that they may hold."""
 
 import os
-import pickle
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,31 +12,11 @@ from torch import nn
 from kd_core.utils.errors import DivergedError, UserError
 from kd_core.utils.files import unreadable_because, write_text, write_whole
 from kd_core.utils.state_dict import Misfit
-
-# What a model-zoo pickle is made of: dicts, strings and numpy arrays.
-SAFE_GLOBALS = {
-    ("collections", "OrderedDict"),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy.core.multiarray", "scalar"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "scalar"),
-    ("_codecs", "encode"),
-}
+from kd_det.compat import RestrictedUnpickler
 
 
 class UnreadableFile(UserError):
     """A file that is no checkpoint, or only a part of one."""
-
-
-class RestrictedUnpickler(pickle.Unpickler):
-    """Unpickles numpy arrays in plain containers and refuses every other class or function."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in SAFE_GLOBALS:
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which weights do not need")
-        return super().find_class(module, name)
 
 
 def check_pickle(file: BinaryIO) -> None:
@@ -119,7 +98,7 @@ def load_all_weights(model: nn.Module, path: str, key: str) -> None:
     checkpointer = WholeCheckpointer(model, save_to_disk=False)
     try:
         checkpointer.load(path)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{key}: {error}") from error
     misfit = misfit_of(checkpointer.incompatible)
     if misfit.shapes or misfit.missing:

@@ -8,10 +8,8 @@ checkpoints hold both detectors whole.
 
 import os
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +31,7 @@ from kd_det.checkpoint.convert_classifier import (
     mobilenet_names,
     some_of,
 )
+from kd_det.compat import numpy_allowed
 from kd_det.config import add_timm_config
 from kd_det.config.student import write_student
 
@@ -83,16 +82,6 @@ def read_merged(path: str) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(isinstance(v, Tensor | np.ndarray) for v in content.values()):
         raise UserError(f"{path} holds no state dict: expected named tensors, bare or under {' or '.join(WRAPPERS)}")
     return {name.removeprefix("module."): torch.as_tensor(value) for name, value in content.items()}
-
-
-def numpy_allowed() -> Any:
-    """Let `torch.load(…, weights_only=True)` build plain numpy arrays, as detectron2's own files hold them."""
-    if not hasattr(torch.serialization, "safe_globals"):
-        return nullcontext()
-    rebuild = np.zeros(0).__reduce__()[0]
-    names = [(rebuild, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
-    kinds = {type(np.dtype(kind)) for kind in (np.float16, np.float32, np.float64, np.int64)}
-    return torch.serialization.safe_globals([*names, np.ndarray, np.dtype, *kinds])
 
 
 def split(weights: dict[str, Tensor]) -> tuple[Detector, Detector]:

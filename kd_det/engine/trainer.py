@@ -1,21 +1,26 @@
-"""The trainer: detectron2's DefaultTrainer, made exact on resume and clear about what goes wrong."""
+"""The trainer: what `DefaultTrainer` is for detectron2, exact on resume and clear about what goes wrong."""
 
 import logging
 import weakref
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
-from detectron2.evaluation import DatasetEvaluator, verify_results
+from detectron2.data import build_detection_test_loader
+from detectron2.engine import HookBase, TrainerBase, hooks
+from detectron2.engine.defaults import default_writers
+from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format, verify_results
+from detectron2.modeling import build_model
+from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
+from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import convert_conv2d_weight_memory_format
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
 
 from kd_core.utils.errors import DivergedError, UserError
 from kd_core.utils.files import cut_metrics
@@ -31,6 +36,7 @@ from kd_det.checkpoint.resume import (
     other_checkpoints,
 )
 from kd_det.checks import check_frozen_weights, check_synchronised_norms
+from kd_det.compat import distribute
 from kd_det.data.loader import TrainLoader, build_train_loader
 from kd_det.engine.hooks.checkpointing import KeepBest, SaveStudentConfig, SeedEachStep
 from kd_det.engine.hooks.monitoring import StageTimes, StreamScalars
@@ -46,74 +52,101 @@ from kd_det.solver import build_optimizer, check_solver, scale_to_world_size
 
 logger = logging.getLogger(__name__)
 
-# Every rank keeps BatchNorm statistics of its own, until `ShareBatchNorm`; newer versions of torch have another word.
-WORDS = signature(DistributedDataParallel).parameters
-KEEP_BUFFERS = {"forward_sync_buffers" if "forward_sync_buffers" in WORDS else "broadcast_buffers": False}
-
-
-class DistillationTrainer(DefaultTrainer):
-    """`DefaultTrainer` for a `DistilledRCNN`, or any detector.
+class DistillationTrainer(TrainerBase):
+    """Trains a `DistilledRCNN`, or any detector, from a config, as `DefaultTrainer` does and with its methods.
 
     It adds: the teacher is built, and its errors shown, before training; `--resume` continues to the bit (weights,
     optimizer, schedules, random draws, position in the data) when SEED ≥ 0; checkpoints are whole or absent;
     `student.yaml` is written beside them; a loss that is not finite names the iteration and the terms; SOLVER.EMA's
-    average is evaluated and saved beside the student; several processes are seen to train the same network.
-    SOLVER.OPTIMIZER, AMP and ACCUMULATE_STEPS choose the step (`stream_trainer`).
+    average is evaluated and saved beside the student; several processes are checked to train the same network.
+    SOLVER.OPTIMIZER, AMP and ACCUMULATE_STEPS choose the step (`train_step.build_step`).
+
+    A subclass changes a part by overriding the `build_…` method that makes it.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
-        # DefaultTrainer's own would wrap the model for CUDA, and start the loader at iteration 0.
-        TrainerBase.__init__(self)
-        cfg = scale_to_world_size(cfg, comm.get_world_size())
-        check_solver(cfg, comm.get_world_size())
-        check_synchronised_norms(cfg, comm.get_world_size())
-        model = self.build_model(cfg)
-        if isinstance(model, DistilledRCNN):
-            model.load_teacher()
-        optimizer = self.build_optimizer(cfg, model)
+        super().__init__()
+        world_size = comm.get_world_size()
+        self.cfg = cfg = scale_to_world_size(cfg, world_size)
+        check_solver(cfg, world_size)
+        check_synchronised_norms(cfg, world_size)
+        student = self.build_model(cfg)
+        if isinstance(student, DistilledRCNN):
+            student.load_teacher()
+        optimizer = self.build_optimizer(cfg, student)
         self.loader = self.build_train_loader(cfg)
-        self._trainer = build_step(cfg, distribute(model), self.loader, optimizer)
+        self._trainer = build_step(cfg, distribute(student, world_size), self.loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.average = MovingAverage(cfg, model) if cfg.SOLVER.EMA.ENABLED else None
-        saved = {"ema": self.average} if self.average else {}
-        self.checkpointer = WholeCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self), **saved)
-        self.start_iter, self.resumed = 0, False
-        self.max_iter = cfg.SOLVER.MAX_ITER
-        self.cfg = cfg
+        self.average = MovingAverage(cfg, student) if cfg.SOLVER.EMA.ENABLED else None
+        self.checkpointer = self.build_checkpointer(student)
+        self.max_iter, self.resumed = cfg.SOLVER.MAX_ITER, False
         self.register_hooks(self.build_hooks())
 
-    def build_hooks(self) -> list[HookBase]:
-        """DefaultTrainer's hooks and ours.
+    @property
+    def model(self) -> nn.Module:
+        """The model of the step: the student, wrapped where there are several processes."""
+        return self._trainer.model
 
-        Before any checkpoint and evaluation the average follows the student, and BatchNorm's statistics are shared;
-        the average is evaluated beside the student, before the writers; the best checkpoint follows the evaluation.
+    @property
+    def optimizer(self) -> Optimizer:
+        return self._trainer.optimizer
+
+    @property
+    def data_loader(self) -> TrainLoader:
+        return self.loader
+
+    def build_checkpointer(self, student: nn.Module) -> WholeCheckpointer:
+        """Saves the student, the trainer's state, and the moving average where there is one."""
+        averages = {"ema": self.average} if self.average else {}
+        return WholeCheckpointer(student, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self), **averages)
+
+    def build_hooks(self) -> list[HookBase | None]:
+        """detectron2's hooks and ours, in the order in which they run after a step.
+
+        Before a checkpoint and an evaluation, the average follows the student and BatchNorm's statistics are shared.
+        The writers come after both evaluations, and the best weights are kept last.
         """
-        solver, period = self.cfg.SOLVER, self.cfg.TEST.EVAL_PERIOD
-        seeding = [SeedEachStep(self.cfg.SEED)] if self.cfg.SEED >= 0 else []
-        inherited = super().build_hooks()
-        saving = next(i for i, h in enumerate(inherited) if isinstance(h, hooks.PeriodicCheckpointer | hooks.EvalHook))
-        evaluated = next(i for i, hook in enumerate(inherited) if isinstance(hook, hooks.EvalHook)) + 1
-        student, output = self.checkpointer.model, Path(self.cfg.OUTPUT_DIR)
-        averages = [self.average] if self.average else []
+        cfg, student, output = self.cfg, self.checkpointer.model, Path(self.cfg.OUTPUT_DIR)
+        save_period, eval_period = cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD
+        main, average = comm.is_main_process(), self.average
+        evaluated = [student, average.model] if average else [student]
         return [
-            *seeding,
-            SaveStudentConfig(self.cfg),
+            SeedEachStep(cfg.SEED) if cfg.SEED >= 0 else None,
+            SaveStudentConfig(cfg),
             StreamScalars(),
             StageTimes(),
-            *inherited[:saving],
-            *(UpdateAverage(average) for average in averages),
-            ShareBatchNorm([student, *(average.model for average in averages)], (solver.CHECKPOINT_PERIOD, period)),
-            CheckRanksAgree(solver.CHECKPOINT_PERIOD),
-            *inherited[saving:evaluated],
-            *(hooks.EvalHook(period, self.evaluate_average) for _ in averages),
-            *inherited[evaluated:],
+            hooks.IterationTimer(),
+            hooks.LRScheduler(self.optimizer, self.scheduler),
+            self.build_precise_bn(),
+            UpdateAverage(average) if average else None,
+            ShareBatchNorm(evaluated, (save_period, eval_period)),
+            CheckRanksAgree(save_period),
+            hooks.PeriodicCheckpointer(self.checkpointer, save_period) if main else None,
+            hooks.EvalHook(eval_period, self.evaluate_student),
+            hooks.EvalHook(eval_period, self.evaluate_average) if average else None,
+            hooks.PeriodicWriter(self.build_writers(), period=20) if main else None,
             KeepBest(output / "model_best.pth", student),
-            *(KeepBest(output / "model_best_ema.pth", average.model, "ema") for average in averages),
+            KeepBest(output / "model_best_ema.pth", average.model, "ema") if average else None,
         ]
+
+    def build_precise_bn(self) -> HookBase | None:
+        """TEST.PRECISE_BN: recomputes BatchNorm's statistics before an evaluation, from a loader of its own."""
+        if not self.cfg.TEST.PRECISE_BN.ENABLED or not get_bn_modules(self.model):
+            return None
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.DATALOADER.NUM_WORKERS = 0
+        iterations = cfg.TEST.PRECISE_BN.NUM_ITER
+        return hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, self.build_train_loader(cfg), iterations)
 
     def build_writers(self) -> list[EventWriter]:
         """detectron2's: console, metrics.json and TensorBoard; and Weights & Biases where WANDB.ENABLED asks for it."""
-        return [*super().build_writers(), *build_wandb_writers(self.cfg)]
+        return [*default_writers(self.cfg.OUTPUT_DIR, self.max_iter), *build_wandb_writers(self.cfg)]
+
+    def evaluate_student(self) -> dict[str, Any]:
+        """The student's results on DATASETS.TEST."""
+        self._last_eval_results = self.test(self.cfg, self.model)
+        return self._last_eval_results
 
     def evaluate_average(self) -> dict[str, Any]:
         """AP of the moving average, under `ema`, which joins the student's results."""
@@ -126,7 +159,9 @@ class DistillationTrainer(DefaultTrainer):
         return results
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """As DefaultTrainer's; data and log, too, are taken up where the checkpoint was written.
+        """Load the last checkpoint in OUTPUT_DIR, where `resume` asks for it and there is one, else MODEL.WEIGHTS.
+
+        On resuming, the data and the log continue from that iteration, too.
 
         Raises:
             UserError: the checkpoint, or MODEL.WEIGHTS, is of something else (`resume.py`).
@@ -136,11 +171,12 @@ class DistillationTrainer(DefaultTrainer):
         if resume:
             check_file(path)
         try:
-            super().resume_or_load(resume=resume)
+            self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         except UnreadableFile as error:
             raise UserError(f"{error}; {other_checkpoints(path)}" if resume else f"MODEL.WEIGHTS: {error}") from error
         if resume:
             check_begun(path, self.resumed)
+            self.start_iter = self.iter + 1  # a checkpoint holds the iteration that it was written after
         elif path:
             note_teachers_file(self.cfg)
             check_initial_weights(path, self.checkpointer.incompatible, self.checkpointer.model)
@@ -155,8 +191,11 @@ class DistillationTrainer(DefaultTrainer):
         if self.cfg.KD.TEACHER.EVALUATE and self.start_iter == 0 and isinstance(model, DistilledRCNN):
             self.evaluate_teachers(model)
         self.write_final()
-        super().train()
-        return getattr(self, "_last_eval_results", None)
+        super().train(self.start_iter, self.max_iter)
+        results = getattr(self, "_last_eval_results", None)
+        if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
+            verify_results(self.cfg, results)
+        return results
 
     def write_final(self) -> None:
         """Write `model_final.pth` where a training was killed between its last periodic checkpoint and that one."""
@@ -166,7 +205,8 @@ class DistillationTrainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """detectron2's model, in the layout that KD.CHANNELS_LAST asks for before DistributedDataParallel sees it."""
-        model = super().build_model(cfg)
+        model = build_model(cfg)
+        logger.info("Model:\n%s", model)
         if cfg.KD.CHANNELS_LAST:
             convert_conv2d_weight_memory_format(model, torch.channels_last)
         return model
@@ -201,8 +241,9 @@ class DistillationTrainer(DefaultTrainer):
 
     def run_step(self) -> None:
         """One iteration; errors of the numbers say where training stood."""
+        self._trainer.iter = self.iter
         try:
-            super().run_step()
+            self._trainer.run_step()
         except FloatingPointError as error:
             raise DivergedError(self.describe_failure(error)) from error
 
@@ -223,7 +264,7 @@ class DistillationTrainer(DefaultTrainer):
 
     def state_dict(self) -> dict[str, Any]:
         """Iteration, hooks (schedules) and optimizer, under the names that detectron2's main branch uses."""
-        state = {**TrainerBase.state_dict(self), "_trainer": self._trainer.state_dict()}
+        state = {**super().state_dict(), "_trainer": self._trainer.state_dict()}
         model = self.checkpointer.model
         if getattr(model, "serialization", None) is not None:  # `model` in the checkpoint has them merged
             state["aekt_factors"] = factors(model)
@@ -234,7 +275,7 @@ class DistillationTrainer(DefaultTrainer):
         path = self.checkpointer.get_checkpoint_file()
         check_state(state_dict, self.cfg.SOLVER.OPTIMIZER, self.max_iter)
         check_model(self.checkpointer.incompatible, path)
-        TrainerBase.load_state_dict(self, state_dict)
+        super().load_state_dict(state_dict)
         load_step(self._trainer, state_dict["_trainer"], path)
         if "aekt_factors" in state_dict:
             load_factors(self.checkpointer.model, state_dict["aekt_factors"])
@@ -253,13 +294,26 @@ class DistillationTrainer(DefaultTrainer):
         return build_train_loader(cfg)
 
     @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:
+        return build_lr_scheduler(cfg, optimizer)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
+        return build_detection_test_loader(cfg, dataset_name)
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
+        """The results of `model` on DATASETS.TEST, by data set where there are several; {} but on rank 0."""
+        results = {}
+        for name in cfg.DATASETS.TEST:
+            loader, evaluator = cls.build_test_loader(cfg, name), cls.build_evaluator(cfg, name)
+            results[name] = inference_on_dataset(model, loader, evaluator)
+            if comm.is_main_process():
+                logger.info("Results on %s:", name)
+                print_csv_format(results[name])
+        return next(iter(results.values())) if len(results) == 1 else results
+
+    @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         return build_evaluator(cfg, dataset_name)
 
-
-def distribute(model: nn.Module) -> nn.Module:
-    """DistributedDataParallel where there is more than one process, on CPU as on CUDA."""
-    if comm.get_world_size() == 1:
-        return model
-    devices = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
-    return DistributedDataParallel(model, device_ids=devices, **KEEP_BUFFERS)

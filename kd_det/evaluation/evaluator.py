@@ -2,8 +2,6 @@
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -11,6 +9,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, coco_evaluation
 
 from kd_core.utils.errors import UserError
+from kd_det.compat import evaluating_with
 
 logger = logging.getLogger(__name__)
 
@@ -33,16 +32,6 @@ class BoxEvaluator(COCOEvaluator):
             )
         with evaluating_with(coco_eval_class()):
             super()._eval_predictions(predictions, *args, **kwargs)
-
-
-@contextmanager
-def evaluating_with(cls: type) -> Iterator[None]:
-    """Let detectron2's evaluator use `cls`; it names pycocotools' class itself and takes no other as an argument."""
-    own, coco_evaluation.COCOeval = coco_evaluation.COCOeval, cls
-    try:
-        yield
-    finally:
-        coco_evaluation.COCOeval = own
 
 
 def coco_eval_class() -> type:

@@ -9,12 +9,13 @@ from torch.nn import functional as F
 
 from kd_core.losses import DistillationLoss, DKDLoss, KDLoss
 from kd_core.utils.errors import UserError
+from kd_det.compat import uses_sigmoid_loss
 from kd_det.modeling.aekt import box_predictors
 
 
 def uses_sigmoid(heads: ROIHeads) -> bool:
     """Whether the box predictors of `heads` are trained by a binary cross-entropy of every foreground class."""
-    return any(getattr(predictor, "use_sigmoid_ce", False) for predictor in box_predictors(heads))
+    return any(uses_sigmoid_loss(predictor) for predictor in box_predictors(heads))
 
 
 class BinaryDKDLoss(DistillationLoss):

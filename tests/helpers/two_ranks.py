@@ -16,11 +16,12 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from kd_det.compat import distribute
 from kd_det.config import kd_defaults, merge_file
 from kd_det.engine.hooks.ranks import check_ranks_agree, share_batch_norm
 from kd_det.engine.launch import join_process_group
 from kd_det.engine.train_step import build_step
-from kd_det.engine.trainer import DistillationTrainer, distribute
+from kd_det.engine.trainer import DistillationTrainer
 from kd_det.solver import build_optimizer
 
 

@@ -13,9 +13,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from helpers.few_digits import few_digits
+from kd_det.compat import KEEP_BUFFERS
 from kd_det.config.student import student_config
 from kd_det.data import register_datasets
-from kd_det.engine.trainer import KEEP_BUFFERS, DistillationTrainer
+from kd_det.engine.trainer import DistillationTrainer
 from kd_det.modeling.teacher.build import teacher_config
 
 from .test_stream_trainer import assert_equal_trees

@@ -96,5 +96,5 @@ def test_building_it_costs_the_student_no_random_number(cfg):
     assert torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in average.state_dict().items())
     cfg.SOLVER.EMA.DECAY = 1.0
-    with pytest.raises(ValueError, match=r"SOLVER.EMA.DECAY is 1.0: it must be in \[0, 1\)"):
+    with pytest.raises(ValueError, match=r"SOLVER.EMA.DECAY is 1.0, expected a number in \[0, 1\)"):
         MovingAverage(cfg, model)

@@ -10,8 +10,9 @@ from detectron2.evaluation import coco_evaluation
 from pycocotools.cocoeval import COCOeval
 
 from helpers.few_digits import few_digits
+from kd_det.compat import evaluating_with
 from kd_det.data import register_datasets
-from kd_det.evaluation.evaluator import build_evaluator, coco_eval_class, evaluating_with
+from kd_det.evaluation.evaluator import build_evaluator, coco_eval_class
 
 
 class Faster(COCOeval):
