@@ -1,63 +1,145 @@
-"""What can be known to be wrong before hours are spent."""
+"""Every check of a config in one list: `train_net.py` stops at the first that fails, `dry_run.py` shows them all."""
 
 import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from detectron2.config import CfgNode
+from detectron2.utils import comm
 from torch import nn
 
 from kd_core.utils.errors import UserError
-from kd_det.checkpoint.checkpointer import misfit_of
-from kd_det.data import check_datasets, register_datasets
+from kd_core.utils.wandb import import_wandb
+from kd_det.checkpoint.checkpointer import check_local_file, misfit_of
+from kd_det.config import build_box_loss
+from kd_det.data import check_dataset, check_same_classes, register_datasets
+from kd_det.data.loader import check_sampler
+from kd_det.data.two_sizes import check_scale
+from kd_det.modeling.meta_arch.rcnn import check_options
 from kd_det.modeling.teacher.acceleration import TeacherSpeed
+from kd_det.modeling.teacher.build import check_teacher_weights, each_teacher, named_in_list, teacher_config
+from kd_det.solver import check_images, check_solver, scale_to_world_size
+
+CONVERT_HINT = "tools/convert_weights.py makes ImageNet weights of ResNets"
 
 
-def check_data(cfg: CfgNode, training: bool) -> None:
-    """Register the data sets of one's own and see that every named data set is there; evaluation needs no training
-    set.
+@dataclass(frozen=True)
+class Check:
+    """A check of a config.
+
+    Attributes:
+        key: the config key that it is about.
+        run: raises a UserError where it fails.
     """
-    register_datasets(cfg)
-    needed = "TRAIN" if training else "TEST"
-    if not cfg.DATASETS[needed]:
-        raise UserError(f"DATASETS.{needed} is empty: name a data set, or add one's own with DATASETS.REGISTER")
-    check_datasets(cfg, ("TRAIN", "TEST") if training else ("TEST",))
+
+    key: str
+    run: Callable[[], object]
 
 
 def check_before_training(cfg: CfgNode, resume: bool) -> None:
-    """Refuse a training that cannot come to anything.
+    """Raise the UserError of the first of `training_checks` that fails, for the processes that run."""
+    resume = resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
+    for check in training_checks(cfg, comm.get_world_size(), resume):
+        check.run()
 
-    Raises:
-        UserError: names the key and the fix.
+
+def check_before_evaluation(cfg: CfgNode) -> None:
+    """The same for an evaluation, which needs no training set and no teacher."""
+    for check in data_checks(cfg, ("TEST",)):
+        check.run()
+
+
+def failures(checks: Iterable[Check]) -> dict[str, str]:
+    """message → key of every check that fails."""
+    found: dict[str, str] = {}
+    for check in checks:
+        try:
+            check.run()
+        except (UserError, OSError) as error:
+            found.setdefault(str(error), check.key)
+    return found
+
+
+def training_checks(cfg: CfgNode, world_size: int = 1, resume: bool = False) -> Iterator[Check]:
+    """Every check of a training, in the order in which they are made. Nothing is built and nothing downloaded.
+
+    Args:
+        cfg: the training's config.
+        world_size: number of processes.
+        resume: the student's weights come from a checkpoint, so what it would start from is not checked.
     """
-    check_meta_architecture(cfg)
-    check_backbone(cfg)
-    check_max_iter(cfg)
-    TeacherSpeed.from_config(cfg)
-    if not (resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))):
-        check_frozen_stem(cfg)
-        check_weights(cfg)
+    kd, weights = cfg.KD, cfg.MODEL.WEIGHTS
+    yield Check("SOLVER", partial(check_solver, cfg))
+    yield Check("SOLVER.IMS_PER_BATCH", partial(check_batch, cfg, world_size))
+    yield Check("MODEL", partial(check_synchronised_norms, cfg, world_size))
+    yield Check("MODEL.META_ARCHITECTURE", partial(check_meta_architecture, cfg))
+    yield Check("MODEL.TIMM", partial(check_backbone, cfg))
+    yield Check("KD.LOSS.WARMUP_ITERS", partial(check_max_iter, cfg))
+    yield Check("KD.LOSS", partial(build_box_loss, cfg))
+    yield Check("KD", partial(check_options, kd.PROPOSALS, kd.ROWS, kd.TEACHERS_MEAN, kd.BACKGROUND_WEIGHT))
+    yield Check("KD.TEACHER.DTYPE", partial(TeacherSpeed.from_config, cfg))
+    yield Check("KD.TEACHER.IMAGE_SCALE", partial(check_scale, kd.TEACHER.IMAGE_SCALE))
+    yield Check("DATALOADER.SAMPLER_TRAIN", partial(check_sampler, cfg.DATALOADER.SAMPLER_TRAIN))
+    if cfg.WANDB.ENABLED:
+        yield Check("WANDB.ENABLED", import_wandb)
+    if not resume:
+        yield Check("MODEL.BACKBONE.FREEZE_AT", partial(check_frozen_stem, cfg))
+    yield from data_checks(cfg, ("TRAIN", "TEST"))
+    if not resume:
+        for key, path in (("MODEL.WEIGHTS", weights), ("MODEL.TIMM.WEIGHTS", cfg.MODEL.TIMM.WEIGHTS)):
+            yield Check(key, partial(check_local_file, key, path, CONVERT_HINT))
+    yield from teacher_checks(cfg)
 
 
-def check_weights(cfg: CfgNode) -> None:
-    """A local file that MODEL.WEIGHTS names must be there; names with a scheme (detectron2://) are fetched later."""
-    weights = cfg.MODEL.WEIGHTS
-    if weights and "://" not in weights and not os.path.isfile(weights):
-        raise UserError(
-            f"MODEL.WEIGHTS: there is no file {weights} (tools/convert_weights.py makes ImageNet weights of ResNets)"
-        )
+def data_checks(cfg: CfgNode, needed: tuple[str, ...]) -> Iterator[Check]:
+    """The data sets of DATASETS.<key>, each by itself; the first of `needed` must name one."""
+    yield Check("DATASETS.REGISTER", partial(register_datasets, cfg))
+    yield Check(f"DATASETS.{needed[0]}", partial(check_named, cfg, needed[0]))
+    for key in needed:
+        for name in cfg.DATASETS[key]:
+            yield Check(f"DATASETS.{key}", partial(check_dataset, cfg, key, name))
+    yield Check("DATASETS", partial(check_same_classes, cfg, needed))
+
+
+def teacher_checks(cfg: CfgNode) -> Iterator[Check]:
+    """Config and weights of every teacher, where there is a loss."""
+    if cfg.KD.LOSS.NAME == "none":
+        return
+    try:
+        teachers = each_teacher(cfg)
+    except UserError:
+        yield Check("KD.TEACHERS", partial(each_teacher, cfg))
+        return
+    for index, one in enumerate(teachers):
+        group = f"KD.TEACHERS[{index}]" if cfg.KD.TEACHERS else "KD.TEACHER"
+        for key, check in (("CONFIG_FILE", teacher_config), ("WEIGHTS", check_teacher_weights)):
+            run = partial(named_in_list, index, check) if cfg.KD.TEACHERS else check
+            yield Check(f"{group}.{key}", partial(run, one))
+
+
+def check_named(cfg: CfgNode, key: str) -> None:
+    """Refuse an empty DATASETS.TRAIN or DATASETS.TEST."""
+    if not cfg.DATASETS[key]:
+        raise UserError(f"DATASETS.{key} is empty: name a data set, or add your own with DATASETS.REGISTER")
+
+
+def check_batch(cfg: CfgNode, world_size: int) -> None:
+    """Refuse a batch that `world_size` processes cannot share."""
+    solver = scale_to_world_size(cfg, world_size).SOLVER
+    check_images(solver.IMS_PER_BATCH, world_size, solver.ACCUMULATE_STEPS)
 
 
 def check_max_iter(cfg: CfgNode) -> None:
     """The warm-up of the loss must fit into the training."""
     warmup = cfg.KD.LOSS.WARMUP_ITERS
     if not 0 <= warmup <= cfg.SOLVER.MAX_ITER:
-        raise UserError(
-            f"KD.LOSS.WARMUP_ITERS is {warmup}: it must lie in [0, {cfg.SOLVER.MAX_ITER}], SOLVER.MAX_ITER"
-        )
+        raise UserError(f"KD.LOSS.WARMUP_ITERS is {warmup}: it must lie in [0, {cfg.SOLVER.MAX_ITER}], SOLVER.MAX_ITER")
 
 
 def check_meta_architecture(cfg: CfgNode) -> None:
-    """A loss that no model reads would be a plain training under another name."""
+    """Refuse a distillation loss with a model that does not read it: the training would be a plain one."""
     if cfg.KD.LOSS.NAME != "none" and cfg.MODEL.META_ARCHITECTURE != "DistilledRCNN":
         raise UserError(
             f"KD.LOSS.NAME is {cfg.KD.LOSS.NAME!r} but MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}, "
@@ -66,12 +148,12 @@ def check_meta_architecture(cfg: CfgNode) -> None:
 
 
 def check_backbone(cfg: CfgNode) -> None:
-    """Keys that the backbone does not read would be another network than the one that was meant."""
+    """Refuse MODEL.TIMM with a backbone that does not read it, and frozen statistics of random layers."""
     timm, name = cfg.MODEL.TIMM, cfg.MODEL.BACKBONE.NAME
     if (timm.NAME or timm.PRETRAINED or timm.WEIGHTS) and "timm" not in name:
         raise UserError(
             f"MODEL.TIMM (NAME {timm.NAME!r}) is set, but MODEL.BACKBONE.NAME {name} does not read it: set "
-            "MODEL.BACKBONE.NAME build_timm_fpn_backbone, or leave MODEL.TIMM as it is by default"
+            "MODEL.BACKBONE.NAME build_timm_fpn_backbone, or leave MODEL.TIMM at its defaults"
         )
     if timm.NORM == "FrozenBN" and not (cfg.MODEL.WEIGHTS or timm.PRETRAINED or timm.WEIGHTS):
         raise UserError(
@@ -81,9 +163,9 @@ def check_backbone(cfg: CfgNode) -> None:
 
 
 def check_frozen_stem(cfg: CfgNode) -> None:
-    """Frozen layers must have been trained by someone."""
-    by_timm = cfg.MODEL.TIMM.PRETRAINED or cfg.MODEL.TIMM.WEIGHTS
-    if not cfg.MODEL.WEIGHTS and not by_timm and cfg.MODEL.BACKBONE.FREEZE_AT > 0:
+    """Refuse frozen layers without pretrained weights."""
+    from_timm = cfg.MODEL.TIMM.PRETRAINED or cfg.MODEL.TIMM.WEIGHTS
+    if not cfg.MODEL.WEIGHTS and not from_timm and cfg.MODEL.BACKBONE.FREEZE_AT > 0:
         raise UserError(
             f"MODEL.WEIGHTS is empty and MODEL.BACKBONE.FREEZE_AT is {cfg.MODEL.BACKBONE.FREEZE_AT}: "
             "random layers would stay frozen. Give MODEL.WEIGHTS (tools/convert_weights.py makes them), "
@@ -92,7 +174,7 @@ def check_frozen_stem(cfg: CfgNode) -> None:
 
 
 def check_frozen_weights(model: nn.Module, incompatible: Any, path: str) -> None:
-    """Every frozen weight of the student must have come out of its weights file.
+    """Refuse a weights file that lacks weights which stay frozen; made once the file is loaded.
 
     Args:
         model: the student.
@@ -100,7 +182,7 @@ def check_frozen_weights(model: nn.Module, incompatible: Any, path: str) -> None
         path: MODEL.WEIGHTS.
 
     Raises:
-        UserError: a frozen parameter is as random as it was drawn.
+        UserError: a frozen parameter still has its random initial value.
     """
     misfit = misfit_of(incompatible)
     unmatched = {*misfit.missing, *(name for name, *_ in misfit.shapes)}
@@ -108,17 +190,13 @@ def check_frozen_weights(model: nn.Module, incompatible: Any, path: str) -> None
     if frozen:
         raise UserError(
             f"MODEL.WEIGHTS: {path} lacks {len(frozen)} weights that stay frozen, the first is {frozen[0]}: they would "
-            "be random to the end. Give a file that has them (tools/convert_weights.py makes ImageNet weights of "
-            "ResNets), or train them with MODEL.BACKBONE.FREEZE_AT 0"
+            "stay random. Give a file that has them (tools/convert_weights.py makes ImageNet weights of ResNets), or "
+            "train them with MODEL.BACKBONE.FREEZE_AT 0"
         )
 
 
 def check_synchronised_norms(cfg: CfgNode, world_size: int) -> None:
-    """Refuse SyncBN on CPU processes, which torch's cannot serve.
-
-    Raises:
-        UserError: names the key and what to use instead.
-    """
+    """Refuse torch's SyncBN in several processes on the CPU, which it does not support."""
     if world_size == 1 or cfg.MODEL.DEVICE != "cpu":
         return
     for key, norm in norms(cfg.MODEL, "MODEL"):

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kd_core.utils.errors import UserError
 
-# Every process keeps BatchNorm statistics of its own until `ShareBatchNorm`. Newer versions of torch renamed the option.
+# Every process keeps BatchNorm statistics of its own until `ShareBatchNorm`. Newer torch has renamed the option.
 _DDP_OPTIONS = signature(DistributedDataParallel).parameters
 KEEP_BUFFERS = {"forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTIONS else "broadcast_buffers": False}
 

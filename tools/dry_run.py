@@ -25,7 +25,7 @@ import torch
 
 from kd_core.utils.errors import exit_on_user_error
 from kd_det.analysis.cost import Estimate, measure
-from kd_det.analysis.findings import STAND_IN, Findings, look
+from kd_det.analysis.findings import STAND_IN, Findings, collect_problems
 from kd_det.engine.launch import choose_device, read_config
 
 UNITS = ((86400, "days"), (3600, "hours"), (60, "minutes"), (0, "seconds"))
@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.cuda.get_device_name() if on_gpu else f"the CPU ({torch.get_num_threads()} threads)"
     machine = Machine(max(gpus, 1), device)
     print(f"{options.config_file} for {machine.world_size} process{'es' if gpus > 1 else ''}")
-    found = look(cfg, machine.world_size)
+    found = collect_problems(cfg, machine.world_size)
     cost = None
     warnings.filterwarnings("ignore", category=UserWarning)  # detectron2's, of torch's future
     try:

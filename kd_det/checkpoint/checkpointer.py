@@ -91,10 +91,7 @@ def load_all_weights(model: nn.Module, path: str, key: str) -> None:
         local = PathManager.get_local_path(path)
     except Exception as error:  # every file handler raises its own kinds
         raise UserError(f"{key}: {path} cannot be fetched ({error})") from error
-    if not os.path.isfile(local):
-        start = "" if os.path.isabs(path) else f" (relative paths start at the working folder, {os.getcwd()})"
-        train = "; if KD.TEACHER.CONFIG_FILE is still to be trained, run tools/train_net.py with it first"
-        raise UserError(f"{key}: there is no file {path}{start}{train if key == 'KD.TEACHER.WEIGHTS' else ''}")
+    check_local_file(key, local)
     checkpointer = WholeCheckpointer(model, save_to_disk=False)
     try:
         checkpointer.load(path)
@@ -103,6 +100,18 @@ def load_all_weights(model: nn.Module, path: str, key: str) -> None:
     misfit = misfit_of(checkpointer.incompatible)
     if misfit.shapes or misfit.missing:
         raise UserError(f"{key}: {path} {misfit}")
+
+
+def check_local_file(key: str, path: str, hint: str = "") -> None:
+    """Raise a UserError where `key` names a file that is not there; URLs and names with a scheme are not looked at.
+
+    Args:
+        hint: where such a file comes from.
+    """
+    if path and "://" not in path and not os.path.isfile(path):
+        start = "" if os.path.isabs(path) else f"relative paths start at the working folder, {os.getcwd()}"
+        more = "; ".join(part for part in (hint, start) if part)
+        raise UserError(f"{key}: there is no file {path}{f' ({more})' if more else ''}")
 
 
 def misfit_of(incompatible: Any) -> Misfit:

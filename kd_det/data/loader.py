@@ -23,6 +23,8 @@ from kd_core.utils.rng import mix_seed_32, preserved_rng, seed_rng
 from kd_det.data.bad_images import BadImage, NamedBadImages
 from kd_det.data.two_sizes import build_train_mapper
 
+SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler")
+
 
 @contextmanager
 def seeded(*entropy: int) -> Iterator[None]:
@@ -146,12 +148,14 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict] | None = Non
 
 def build_sampler(cfg: CfgNode, dicts: Iterable[dict], seed: int | None) -> Sampler:
     """The sampler that DATALOADER.SAMPLER_TRAIN names."""
-    name = cfg.DATALOADER.SAMPLER_TRAIN
-    if name == "TrainingSampler":
+    check_sampler(cfg.DATALOADER.SAMPLER_TRAIN)
+    if cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler":
         return TrainingSampler(len(dicts), seed=seed)
-    if name == "RepeatFactorTrainingSampler":
-        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            dicts, cfg.DATALOADER.REPEAT_THRESHOLD
-        )
-        return RepeatFactorTrainingSampler(factors, seed=seed)
-    raise UserError(f"DATALOADER.SAMPLER_TRAIN is {name!r}: expected TrainingSampler or RepeatFactorTrainingSampler")
+    factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(dicts, cfg.DATALOADER.REPEAT_THRESHOLD)
+    return RepeatFactorTrainingSampler(factors, seed=seed)
+
+
+def check_sampler(name: str) -> None:
+    """Raise a UserError for a sampler that is none of `SAMPLERS`."""
+    if name not in SAMPLERS:
+        raise UserError(f"DATALOADER.SAMPLER_TRAIN is {name!r}: expected {' or '.join(SAMPLERS)}")

@@ -4,6 +4,7 @@ import difflib
 import json
 import os
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -44,19 +45,35 @@ def check_datasets(cfg: CfgNode, keys: Iterable[str] = ("TRAIN", "TEST")) -> Non
     Raises:
         UserError: names the key, the data set, and the path or number that is wrong.
     """
-    names = [(f"DATASETS.{key}", name) for key in keys for name in cfg.DATASETS[key]]
+    for key in keys:
+        for name in cfg.DATASETS[key]:
+            check_dataset(cfg, key, name)
+    check_same_classes(cfg, keys)
+
+
+def check_dataset(cfg: CfgNode, key: str, name: str) -> None:
+    """`check_datasets` for one data set of `DATASETS.<key>`."""
+    key = f"DATASETS.{key}"
+    _check_known(key, name)
+    _check_on_disk(key, name)
+    _check_content(key, name)
+    classes = _class_names(key, name)
+    if classes is not None:
+        _check_number(cfg, key, name, len(classes))
+
+
+def check_same_classes(cfg: CfgNode, keys: Iterable[str] = ("TRAIN", "TEST")) -> None:
+    """Refuse data sets with other classes than the first, or in another order; unknown data sets are passed over."""
     first: tuple[str, list[str]] | None = None
-    for key, name in names:
-        _check_known(key, name)
-        _check_on_disk(key, name)
-        _check_content(key, name)
-        classes = _class_names(key, name)
+    for key, name in [(key, name) for key in keys for name in cfg.DATASETS[key] if name in DatasetCatalog]:
+        classes = _class_names(f"DATASETS.{key}", name)
         if classes is None:
             continue
-        _check_number(cfg, key, name, len(classes))
         first = first or (name, classes)
         if classes != first[1]:
-            raise UserError(f"{key}: {name} has not the classes of {first[0]} in their order: {classes}, {first[1]}")
+            raise UserError(
+                f"DATASETS.{key}: {name} has not the classes of {first[0]} in their order: {classes}, {first[1]}"
+            )
 
 
 def _parsed(entry: Any) -> tuple[str, str, str]:
@@ -117,14 +134,20 @@ def _class_names(key: str, name: str) -> list[str] | None:
     """From detectron2's metadata or else from the json file; None where neither says."""
     metadata = MetadataCatalog.get(name)
     classes, json_file = metadata.get("thing_classes"), metadata.get("json_file")
-    if classes is not None or json_file is None:
+    if classes is not None or json_file is None or not PathManager.exists(json_file):
         return classes
     try:
-        with PathManager.open(json_file) as file:
-            categories = json.load(file)["categories"]
-        return [category["name"] for category in sorted(categories, key=lambda category: category["id"])]
+        local = PathManager.get_local_path(json_file)
+        return _names_in(local, os.stat(local).st_mtime_ns)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{key}: {json_file} of {name} is not a COCO annotation file: {error!r}") from error
+
+
+@lru_cache
+def _names_in(json_file: str, _modified: int) -> list[str]:
+    """The class names in a COCO json, in the order of their ids; a large file is read once for all checks."""
+    categories = json.loads(Path(json_file).read_bytes())["categories"]
+    return [category["name"] for category in sorted(categories, key=lambda category: category["id"])]
 
 
 def _check_number(cfg: CfgNode, key: str, name: str, found: int) -> None:

@@ -41,8 +41,7 @@ class TwoSizeMapper(DatasetMapper):
     @configurable
     def __init__(self, is_train: bool, *, scale: float, **kwargs: Any) -> None:
         super().__init__(is_train, **kwargs)
-        if scale <= 0:
-            raise UserError(f"KD.TEACHER.IMAGE_SCALE is {scale}: a size must be above 0")
+        check_scale(scale)
         self.augmentations = RememberTransforms(self.augmentations)
         self.scale = scale
 
@@ -56,6 +55,12 @@ class TwoSizeMapper(DatasetMapper):
         mapped[TEACHER_IMAGE] = torch.as_tensor(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
         self.augmentations.image = None  # of no more use, and mappers are long-lived
         return mapped
+
+
+def check_scale(scale: float) -> None:
+    """Raise a UserError for a KD.TEACHER.IMAGE_SCALE that is not above 0."""
+    if scale <= 0:
+        raise UserError(f"KD.TEACHER.IMAGE_SCALE is {scale}: a size must be above 0")
 
 
 class RememberTransforms:

@@ -19,9 +19,8 @@ from torch.multiprocessing import ProcessExitedException
 from kd_core.utils.config import list_values
 from kd_core.utils.errors import UserError, exit_on_user_error
 from kd_core.utils.files import sweep_unfinished, write_whole
-from kd_core.utils.wandb import import_wandb
 from kd_det.checkpoint.resume import check_resumable, config_file
-from kd_det.checks import check_before_training, check_data
+from kd_det.checks import check_before_evaluation, check_before_training
 from kd_det.config import kd_defaults, read_config
 
 INTERRUPTED = "interrupted; --resume continues from the last checkpoint in OUTPUT_DIR"
@@ -52,13 +51,12 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg = read_config(args.config_file, args.opts)
     choose_device(cfg, args.num_gpus)
     cfg.freeze()
-    check_data(cfg, training=not args.eval_only)
-    if not args.eval_only:
+    if args.eval_only:
+        check_before_evaluation(cfg)
+    else:
         check_before_training(cfg, resume=args.resume)
         if args.resume:
             check_resumable(cfg)
-    if cfg.WANDB.ENABLED:
-        import_wandb()
     written = config_file(cfg.OUTPUT_DIR)
     trainings = written.read_bytes() if args.eval_only and written.is_file() else None
     comm.synchronize()

@@ -19,7 +19,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.utils.env import seed_all_rng
 
-from kd_det.checks import check_data
+from kd_det.checks import data_checks
 from kd_det.config import all_keys, kd_defaults, merge_file, merge_list
 from kd_det.data import prepare_digits
 from kd_det.engine.trainer import DistillationTrainer
@@ -146,7 +146,8 @@ def walk(path: Path, folder: Path, entries: list[list[str]]) -> set[str]:
     with recorded_reads() as reads:
         cfg = prepare(path, folder, entries)
         name_nodes(cfg)
-        check_data(cfg, training=True)
+        for check in data_checks(cfg, ("TRAIN", "TEST")):
+            check.run()
         first, steps = train(cfg, resume=False)
         cfg.SOLVER.CHECKPOINT_PERIOD = cfg.SOLVER.MAX_ITER + 1  # the last checkpoint is written anyway
         second, resumed = train(cfg, resume=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from kd_core.utils.files import write_text
-from kd_det.analysis.findings import STAND_IN, look
+from kd_det.analysis.findings import STAND_IN, collect_problems
 from kd_det.engine.launch import read_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,13 +76,13 @@ def test_all_that_is_missing_stands_in_one_list_and_the_step_is_taken_without_it
 
 def test_weights_that_training_fetches_are_named_and_not_fetched():
     cfg = read_config(str(ROOT / "configs" / "COCO" / "dkd_r50_r101.yaml"), [])
-    found = look(cfg, 8)
+    found = collect_problems(cfg, 8)
     assert any(line.startswith("KD.TEACHER.WEIGHTS: detectron2://") for line in found.to_fetch)
     assert found.runnable.DATASETS.TRAIN == (STAND_IN,) and found.runnable.KD.TEACHER.WEIGHTS == ""
 
 
 def test_wrong_keys_are_listed_together(tiny_cfg):
-    found = look(
+    found = collect_problems(
         tiny_cfg(
             "SOLVER.OPTIMIZER", "adam", "KD.LOSS.NAME", "dkd", "KD.TEACHER.CONFIG_FILE", "no.yaml",
             "KD.LOSS.TEMPERATURE", 0, "MODEL.BACKBONE.FREEZE_AT", 2, "SOLVER.IMS_PER_BATCH", 3,

@@ -19,7 +19,7 @@ from kd_det.modeling.teacher.teacher import PrefetchedView, Teacher, mean_of_tea
 from kd_det.modeling.teacher.view import TeacherView, stages_on_teacher_proposals
 
 PROPOSALS = ("student", "student+teacher")
-MEANS = ("log_probs", "losses")
+TEACHERS_MEANS = ("log_probs", "losses")
 
 
 @META_ARCH_REGISTRY.register()
@@ -73,11 +73,7 @@ class DistilledRCNN(GeneralizedRCNN):
         self.teachers = [teacher] if isinstance(teacher, Teacher) else list(teacher or [])
         if loss is not None and not self.teachers:
             raise UserError("A distillation loss needs a teacher: pass teacher=Teacher(model), or loss=None")
-        check_option("KD.PROPOSALS", proposals, PROPOSALS)
-        check_option("KD.ROWS", rows, ROWS)
-        check_option("KD.TEACHERS_MEAN", teachers_mean, MEANS)
-        if background_weight < 0:
-            raise UserError(f"KD.BACKGROUND_WEIGHT is {background_weight}: a weight is not below 0")
+        check_options(proposals, rows, teachers_mean, background_weight)
         self.sigmoid = uses_sigmoid(self.roi_heads)
         self.loss = binary_form(loss) if self.sigmoid and loss is not None else loss
         self.max_iter = max_iter
@@ -202,7 +198,15 @@ class DistilledRCNN(GeneralizedRCNN):
         return self
 
 
-def check_option(key: str, value: str, options: Sequence[str]) -> None:
-    """Raise a ValueError where `value` is none of `options`."""
-    if value not in options:
-        raise UserError(f"{key} is {value!r}, expected {' or '.join(options)}")
+def check_options(proposals: str, rows: str, teachers_mean: str, background_weight: float) -> None:
+    """Raise a UserError where an option of KD is none of those that there are."""
+    options = {
+        "PROPOSALS": (proposals, PROPOSALS),
+        "ROWS": (rows, ROWS),
+        "TEACHERS_MEAN": (teachers_mean, TEACHERS_MEANS),
+    }
+    for key, (value, known) in options.items():
+        if value not in known:
+            raise UserError(f"KD.{key} is {value!r}, expected {' or '.join(known)}")
+    if background_weight < 0:
+        raise UserError(f"KD.BACKGROUND_WEIGHT is {background_weight}: a weight is not below 0")

@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import torch
 from detectron2 import model_zoo
@@ -12,10 +13,11 @@ from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.utils.file_io import PathManager
 
 from kd_core.utils.errors import UserError
-from kd_det.checkpoint.checkpointer import load_all_weights
+from kd_det.checkpoint.checkpointer import check_local_file, load_all_weights
 from kd_det.config import kd_defaults, merge_file
 from kd_det.modeling.teacher.view import convert_channels
 
+Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
 
 
@@ -49,14 +51,14 @@ def teacher_builders(cfg: CfgNode) -> list[Callable[[], GeneralizedRCNN]]:
     """A function that builds it for each teacher that `cfg` names; with several, its errors say which."""
     if not cfg.KD.TEACHERS:
         return [partial(build_teacher, cfg.clone())]
-    return [partial(build_listed, one, index) for index, one in enumerate(each_teacher(cfg))]
+    return [partial(named_in_list, index, build_teacher, one) for index, one in enumerate(each_teacher(cfg))]
 
 
-def build_listed(cfg: CfgNode, index: int) -> GeneralizedRCNN:
-    """`build_teacher`, for one of KD.TEACHERS."""
+def named_in_list(index: int, function: Callable[[CfgNode], Result], cfg: CfgNode) -> Result:
+    """`function(cfg)` for one of KD.TEACHERS; its errors say which."""
     try:
-        return build_teacher(cfg)
-    except ValueError as error:
+        return function(cfg)
+    except UserError as error:
         raise UserError(f"KD.TEACHERS[{index}]: {error}") from error
 
 
@@ -64,7 +66,7 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     """The complete config of the teacher that `cfg.KD.TEACHER` names, on the student's device.
 
     Raises:
-        UserError: no such file or model-zoo entry, or another number of classes than the student's.
+        UserError: no such file or model-zoo entry; another number of classes or an INPUT.FORMAT that does not convert.
     """
     name = cfg.KD.TEACHER.CONFIG_FILE
     if not name:
@@ -84,6 +86,7 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
         raise UserError(
             f"The teacher ({name}) has MODEL.ROI_HEADS.NUM_CLASSES {theirs} and the student {ours}: they must agree"
         )
+    convert_channels(torch.empty(3, 1, 1), cfg.INPUT.FORMAT, teacher.INPUT.FORMAT)  # refuses what cannot be converted
     return teacher
 
 
@@ -107,14 +110,8 @@ def build_teacher(cfg: CfgNode) -> GeneralizedRCNN:
         UserError: names the key under KD.TEACHER and what is wrong with it.
     """
     config = teacher_config(cfg)
-    convert_channels(
-        torch.empty(3, 1, 1), cfg.INPUT.FORMAT, config.INPUT.FORMAT
-    )  # refuse formats that cannot be converted
+    check_teacher_weights(cfg)
     weights = cfg.KD.TEACHER.WEIGHTS
-    if not weights and not cfg.KD.TEACHER.ALLOW_RANDOM:
-        raise UserError(
-            "KD.TEACHER.WEIGHTS is empty: name the teacher's weights (KD.TEACHER.ALLOW_RANDOM True is for tests only)"
-        )
     model = build_model(config)
     if weights:
         load_all_weights(model, weights, "KD.TEACHER.WEIGHTS")
@@ -124,3 +121,13 @@ def build_teacher(cfg: CfgNode) -> GeneralizedRCNN:
             "KD.TEACHER.ALLOW_RANDOM: the teacher's weights are random; this is no distillation, only a test of one"
         )
     return model
+
+
+def check_teacher_weights(cfg: CfgNode) -> None:
+    """Refuse a teacher without weights, or with a file that is not there."""
+    node = cfg.KD.TEACHER
+    if not node.WEIGHTS and not node.ALLOW_RANDOM:
+        raise UserError(
+            "KD.TEACHER.WEIGHTS is empty: name the teacher's weights (KD.TEACHER.ALLOW_RANDOM True is for tests only)"
+        )
+    check_local_file("KD.TEACHER.WEIGHTS", node.WEIGHTS, "tools/train_net.py with KD.TEACHER.CONFIG_FILE trains it")
