@@ -65,8 +65,9 @@ def check_dataset(cfg: CfgNode, key: str, name: str) -> None:
 def check_same_classes(cfg: CfgNode, keys: Iterable[str] = ("TRAIN", "TEST")) -> None:
     """Refuse data sets with other classes than the first, or in another order; unknown data sets are passed over."""
     first: tuple[str, list[str]] | None = None
-    for key, name in [(key, name) for key in keys for name in cfg.DATASETS[key] if name in DatasetCatalog]:
-        classes = _class_names(f"DATASETS.{key}", name)
+    named = [(key, name) for key in keys for name in cfg.DATASETS[key]]
+    for key, name in named:
+        classes = _class_names(f"DATASETS.{key}", name) if name in DatasetCatalog else None
         if classes is None:
             continue
         first = first or (name, classes)

@@ -13,7 +13,6 @@ from torch import nn
 
 from kd_core.utils.files import write_whole
 from kd_core.utils.rng import mix_seed_32
-from kd_core.utils.rng import mix_seed_32
 from kd_det.config.student import student_config, write_student
 
 
