@@ -127,7 +127,9 @@ def main() -> None:
                 trainings.train(student, folder, "SEED", str(seed), *words, *args.options).result()
 
     warnings.simplefilter("ignore")
-    from kd_det import report  # detectron2 takes seconds to import: only when there is something to report
+    # detectron2 takes seconds to import: only when there is something to report
+    from kd_det.evaluation import report
+    from kd_det.evaluation.visualize import draw_comparison
 
     runs = {"teacher": [report.read_run(teacher)]}
     for student in args.students:
@@ -135,7 +137,7 @@ def main() -> None:
     (output / "table.md").write_text(report.table(runs) + "\n", encoding="utf-8")
     first = args.seeds[0]
     columns = {"teacher": teacher} | {TITLES.get(name, name): output / f"{name}_seed{first}" for name in args.students}
-    report.draw_detections(columns, "digits_val", output / "detections.png")
+    draw_comparison(columns, "digits_val", output / "detections.png")
     print(
         f"\n{report.table(runs)}\n\nSeeds {args.seeds}; {report.clock(time.time() - start)} in all this time. "
         f"Table: {output / 'table.md'}, picture: {output / 'detections.png'}"

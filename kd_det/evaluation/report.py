@@ -1,4 +1,4 @@
-"""What a finished training says of itself: its figures from metrics.json, and its detections as a picture."""
+"""The figures of finished trainings, from metrics.json and student.yaml, in a table."""
 
 import json
 import math
@@ -8,13 +8,8 @@ from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
-import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.detection_utils import read_image
-from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
-from detectron2.utils.visualizer import Visualizer
 from tabulate import tabulate
 
 from kd_core.utils.errors import UserError
@@ -59,7 +54,7 @@ def read_run(output_dir: Path) -> Run:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The entries of a metrics.json, one a logged iteration."""
+    """The entries of a metrics.json, one per logged iteration."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
@@ -79,7 +74,7 @@ def count_parameters(output_dir: Path) -> int:
 
 
 def table(runs: dict[str, list[Run]]) -> str:
-    """A Markdown table, a row a name; several runs of one name give mean ± standard deviation."""
+    """A Markdown table, one row per name; several runs of one name give mean ± standard deviation."""
     header = ["", "AP", "AP50", "AP75", "parameters", "s / iteration", "training time"]
     rows = [
         [
@@ -101,51 +96,3 @@ def spread(values: list[float]) -> str:
 
 def clock(seconds: float) -> str:
     return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
-
-
-def draw_detections(
-    output_dirs: dict[str, Path], dataset: str, path: Path, images: int = 4, threshold: float = 0.5
-) -> None:
-    """A picture: a row an image of `dataset`, ground truth in the first column, each model's boxes in the next ones.
-
-    Args:
-        output_dirs: a finished training under each column's title.
-        threshold: lowest score of a box that is drawn.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    metadata = MetadataCatalog.get(dataset)
-    records = DatasetCatalog.get(dataset)[:images]
-    figure, axes = plt.subplots(
-        len(records), len(output_dirs) + 1, figsize=(3 * (len(output_dirs) + 1), 3 * len(records)), squeeze=False
-    )
-    for row, record in enumerate(records):
-        rgb = read_image(record["file_name"], "RGB")
-        axes[row][0].imshow(Visualizer(rgb, metadata, scale=2).draw_dataset_dict(record).get_image())
-    for column, output_dir in enumerate(output_dirs.values(), start=1):
-        predictor = load_predictor(output_dir)
-        for row, record in enumerate(records):
-            instances = predictor(read_image(record["file_name"], "BGR"))["instances"].to("cpu")
-            drawn = Visualizer(read_image(record["file_name"], "RGB"), metadata, scale=2)
-            axes[row][column].imshow(
-                drawn.draw_instance_predictions(instances[instances.scores > threshold]).get_image()
-            )
-    for column, title in enumerate(["ground truth", *output_dirs]):
-        axes[0][column].set_title(title)
-    for axis in axes.flat:
-        axis.axis("off")
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
-
-
-def load_predictor(output_dir: Path) -> DefaultPredictor:
-    """Plain detectron2's predictor on the trained student, as any user would load it."""
-    cfg = read_student(output_dir)
-    cfg.MODEL.WEIGHTS = str(output_dir / "model_final.pth")
-    cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-    return DefaultPredictor(cfg)

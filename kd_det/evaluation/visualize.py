@@ -1,4 +1,4 @@
-"""Ground truth and the detections of several models on one image, side by side."""
+"""Pictures of detections: ground truth and several models on one image, side by side."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -95,11 +95,11 @@ def side_by_side(
         panels[f"{detector.title}: {len(found)} above {threshold:g}"] = panel(
             lambda canvas, found=found: canvas.draw_instance_predictions(found)
         )
-    return row(panels)
+    return in_a_row(panels)
 
 
-def row(panels: dict[str, np.ndarray]) -> Image.Image:
-    """Images of one size (H, W, 3) beside each other, each under its title."""
+def in_a_row(panels: dict[str, np.ndarray]) -> Image.Image:
+    """Images of one size (H, W, 3) side by side, each under its title."""
     height, width, _ = next(iter(panels.values())).shape
     image = Image.new("RGB", ((width + GAP) * len(panels) - GAP, height + TITLE_HEIGHT), "white")
     drawing, font = ImageDraw.Draw(image), ImageFont.load_default(TITLE_SIZE)
@@ -108,6 +108,28 @@ def row(panels: dict[str, np.ndarray]) -> Image.Image:
         drawing.text((left + GAP, 3), title, fill="black", font=font)
         image.paste(Image.fromarray(pixels), (left, TITLE_HEIGHT))
     return image
+
+
+def draw_comparison(
+    sources: dict[str, Path], dataset: str, path: Path, images: int = 4, threshold: float = 0.5
+) -> None:
+    """One picture: a row for each of the first images of `dataset`, ground truth and each student's detections in it.
+
+    Args:
+        sources: a training's OUTPUT_DIR for each title.
+        path: the PNG to write.
+        images: number of rows.
+        threshold: lowest score that is drawn.
+    """
+    students = [read_student(source) for source in sources.values()]
+    detectors = [Detector(title, s.model, s.config) for title, s in zip(sources, students, strict=True)]
+    metadata = MetadataCatalog.get(dataset)
+    rows = [side_by_side(record, metadata, detectors, threshold) for record in DatasetCatalog.get(dataset)[:images]]
+    picture = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
+    for index, image in enumerate(rows):
+        picture.paste(image, (0, sum(row.height for row in rows[:index])))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda file: picture.save(file, format="PNG"))
 
 
 def draw_dataset(

@@ -1,4 +1,4 @@
-"""Figures and pictures of finished trainings."""
+"""The figures of finished trainings."""
 
 import json
 
@@ -57,12 +57,3 @@ def test_the_table_gives_one_value_or_mean_and_standard_deviation():
         "teacher", "30.00", "50.00", "20.00", "1.67 M", "0.250", "1 min 30 s",
     ]  # fmt: skip
     assert "31.00 ± 1.41" in lines[3]
-
-
-def test_the_picture_has_a_column_a_model_and_a_row_an_image(finished, tmp_path):
-    folder, _ = finished
-    report.draw_detections({"one": folder, "two": folder}, "digits_val", tmp_path / "a" / "picture.png", images=1)
-    from PIL import Image
-
-    width, height = Image.open(tmp_path / "a" / "picture.png").size
-    assert width == 3 * height
