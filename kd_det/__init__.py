@@ -1,4 +1,4 @@
-"""The detectron2 extension: detectors distilled through their ROI classification logits.
+"""Distillation of detectron2 detectors through their ROI classification logits.
 
 Importing it registers the meta-architecture `DistilledRCNN`, the backbone `build_timm_fpn_backbone` and the data sets
 `digits_train` and `digits_val`.

@@ -1,4 +1,4 @@
-"""From a training's folder to a student that needs nothing of this project: plain weights, TorchScript, ONNX."""
+"""Exports a student from a training's folder: plain detectron2 weights, TorchScript, ONNX."""
 
 import io
 import os
@@ -22,16 +22,16 @@ from kd_det.compat import tracing_adapter
 from kd_det.config import kd_defaults, merge_file
 from kd_det.config.student import student_config, write_student
 
-CONFIGS = ("student.yaml", "config.yaml")  # what a training leaves beside its checkpoints
+CONFIGS = ("student.yaml", "config.yaml")  # written beside the checkpoints of a training
 TRACED_AT, CHECKED_AT = (3, 320, 256), (3, 224, 352)  # an image's (C, H, W): a trace must hold at other sizes too
-TOLERANCE = 1e-3  # pixels, and of scores: what another order of additions may cost
+TOLERANCE = 1e-3  # in pixels and scores: another order of additions rounds otherwise
 OPSET = 17
-ONNX_SHARE = 0.9  # of detections: its own kernels round otherwise, and two of nearly one score may change places
+ONNX_SHARE = 0.9  # of detections: other kernels round otherwise, and two of nearly equal scores may swap
 
 
 @dataclass(frozen=True)
 class Student:
-    """A detector in eval mode on the CPU, the plain detectron2 config that builds it, and where its weights stand."""
+    """A detector in eval mode on the CPU, the plain detectron2 config that builds it, and its weights file."""
 
     model: GeneralizedRCNN
     config: CfgNode
@@ -39,12 +39,12 @@ class Student:
 
 
 def read_student(source: str | os.PathLike, config_file: str | None = None, average: bool = False) -> Student:
-    """The student in `source`, every weight of it.
+    """Load the student in `source`, every weight of it.
 
     Args:
         source: an OUTPUT_DIR (its `model_final.pth`, or else its last checkpoint), or a checkpoint.
-        config_file: of the training, or plain detectron2's; by default what stands beside the checkpoint.
-        average: take the moving average of the weights (SOLVER.EMA), which a checkpoint holds beside them.
+        config_file: of the training, or plain detectron2's; by default the one beside the checkpoint.
+        average: load the moving average of the weights (SOLVER.EMA) from the checkpoint.
     Raises:
         UserError: no such file; a weight missing, left over or of another shape.
     """
@@ -61,7 +61,7 @@ def read_student(source: str | os.PathLike, config_file: str | None = None, aver
 
 
 def find_weights(source: Path) -> Path:
-    """The checkpoint that a file or an OUTPUT_DIR is."""
+    """The checkpoint that `source` is, or the one in it."""
     if source.is_file():
         return source
     last = source / "last_checkpoint"
@@ -150,7 +150,7 @@ def save_onnx(student: Student, path: Path) -> list[str]:
     """Write the student as ONNX; checked as in `save_torchscript` where onnxruntime is installed.
 
     Raises:
-        UserError: this torch and detectron2 cannot, and why.
+        UserError: this torch and detectron2 cannot export it, and why.
     """
     traceable = adapter(student)
     names = output_names(traceable)
@@ -160,7 +160,7 @@ def save_onnx(student: Student, path: Path) -> list[str]:
     options = {"input_names": ["image"], "output_names": names, "dynamic_axes": {"image": {1: "height", 2: "width"}}}
     try:
         torch.onnx.export(traceable, (example(TRACED_AT),), buffer, opset_version=OPSET, dynamo=False, **options)
-    except Exception as error:  # an operator without a counterpart, a missing package: of many kinds
+    except Exception as error:  # an operator without a counterpart, a missing package: many kinds of exception
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
             f"ONNX: torch {torch.__version__} and detectron2 {detectron2.__version__} cannot export this detector "
@@ -184,7 +184,7 @@ def check_equal(what: str, traceable: nn.Module, exported: Callable[[Tensor], An
     """Raise RuntimeError unless `exported` detects in an image of another size what the student does.
 
     Args:
-        share: of the detections that must be the same, in the same place of the list.
+        share: of the detections that must be equal, at the same place in the list.
     """
     *expected, expected_size = traceable(example(CHECKED_AT))
     *found, size = exported(example(CHECKED_AT))
@@ -193,7 +193,7 @@ def check_equal(what: str, traceable: nn.Module, exported: Callable[[Tensor], An
         differences = [(a.double() - b.double()).abs().flatten(1).amax(1) for a, b in columns(expected, found)]
         alike = torch.stack(differences).amax(0).le(TOLERANCE).double().mean() >= share
     if not alike:
-        raise RuntimeError(f"{what} detects other things than the student: it is not written")
+        raise RuntimeError(f"{what} gives other detections than the student: it is not written")
 
 
 def columns(expected: list[Tensor], found: list[Tensor]) -> list[tuple[Tensor, Tensor]]:

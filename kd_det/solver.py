@@ -23,7 +23,7 @@ CLIP_TYPES = ("value", "norm", "full_model")
 
 
 def check_solver(cfg: CfgNode, world_size: int = 1) -> None:
-    """Refuse solver settings that no run could mean.
+    """Refuse invalid solver settings.
 
     Raises:
         UserError: names the key, its value and what is expected.
@@ -53,7 +53,7 @@ def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
     that it looks back over the same images (arXiv 2307.13813).
 
     Raises:
-        UserError: a batch that the reference cannot share out.
+        UserError: a batch that the reference does not divide.
     """
     solver, reference = cfg.SOLVER, cfg.SOLVER.REFERENCE_WORLD_SIZE
     if reference in (0, world_size):
@@ -87,7 +87,7 @@ def check_images(images: int, world_size: int, accumulate_steps: int) -> None:
 
 
 def check_streams(cfg: CfgNode) -> None:
-    """Refuse streams that nothing fills, and clipping that would act on their sum alone."""
+    """Refuse streams without a loss, and clipping that would act only on their sum."""
     solver, loss = cfg.SOLVER, cfg.KD.LOSS.NAME
     if loss == "none" and solver.OPTIMIZER in ("dot_sgd", "deepkd_sgd"):
         raise UserError(
@@ -107,16 +107,15 @@ def check_streams(cfg: CfgNode) -> None:
     if solver.OPTIMIZER != "sgd" and clip.ENABLED and clip.CLIP_TYPE == "value":
         raise UserError(
             f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE {clip.CLIP_TYPE!r} acts on single elements, "
-            f"which the streams of SOLVER.OPTIMIZER {solver.OPTIMIZER} cannot share out: set it to norm or full_model"
+            f"which is not defined for the streams of SOLVER.OPTIMIZER {solver.OPTIMIZER}: set it to norm or full_model"
         )
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     """The optimizer over every parameter of `model` that is trained.
 
-    "sgd" is detectron2's own. The others have the same groups (no decay on norms unless SOLVER.WEIGHT_DECAY_NORM says
-    so, SOLVER.BIAS_LR_FACTOR, …), equal ones merged, so that torch's foreach kernels see long lists. Parameters in
-    `model.no_decay` are not decayed.
+    "sgd" is detectron2's own. The others have the same parameter groups (SOLVER.WEIGHT_DECAY_NORM, BIAS_LR_FACTOR, …),
+    equal ones merged. Parameters in `model.no_decay` have no weight decay.
 
     Raises:
         UserError: momenta outside [0, 1) and other values that the optimizer refuses, with their keys.
@@ -131,7 +130,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
 
 
 def without_whole_model_clipping(cfg: CfgNode) -> CfgNode:
-    """A config that detectron2's optimizer can be built from: it clips each parameter by itself, or does not clip."""
+    """A config whose optimizer clips each parameter by itself or not at all: the step clips the whole model."""
     if cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE != "full_model":
         return cfg
     cfg = cfg.clone()
@@ -141,7 +140,7 @@ def without_whole_model_clipping(cfg: CfgNode) -> CfgNode:
 
 
 def build_clip(cfg: CfgNode, optimizer: Optimizer) -> Callable[[], object] | None:
-    """What clips the gradients between backward and step (SOLVER.CLIP_GRADIENTS).
+    """The function that clips the gradients between backward and step (SOLVER.CLIP_GRADIENTS).
 
         norm        the gradient of each parameter by itself, all its streams by one factor: detectron2's meaning
         full_model  the gradient of the whole model, all streams by one factor

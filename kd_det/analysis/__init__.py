@@ -1,1 +1,1 @@
-"""What a config needs and costs, found out before a training is started."""
+"""What a config needs and what it will cost, before a training is started."""

@@ -1,4 +1,4 @@
-"""One step of a training, measured, and what it says of the whole schedule."""
+"""Measures one step of a training, and estimates the whole schedule from it."""
 
 import os
 import tempfile
@@ -21,17 +21,17 @@ SAMPLING = 0.005  # seconds
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a step of one image costs, and what the schedule would on the same device.
+    """The cost of a step of one image, and of the schedule on the same device.
 
     Attributes:
         losses: of the step.
         parameters: of the student; `trained`, those that are not frozen; `teacher`, of its teachers.
         step_seconds: forward, backward and update with one image.
         fixed_bytes: weights of student and teachers, gradients, and the optimizer's buffers.
-        image_bytes: what a step needs beside them for one image: activations, the teacher's features.
+        image_bytes: what a step needs besides for one image: activations, the teacher's features.
         checkpoint_bytes: size of a checkpoint.
-        total_seconds, process_bytes, disk_bytes: of the whole schedule; time and memory grow with the images.
-        epochs: how often every image is seen; None where the data stands in for other.
+        total_seconds, process_bytes, disk_bytes: of the whole schedule; time and memory are proportional to the images.
+        epochs: how often every image is seen; None where other data stands in.
     """
 
     losses: dict[str, float]
@@ -49,10 +49,10 @@ class Estimate:
 
 
 def measure(cfg: CfgNode, world_size: int, stands_in: bool) -> Estimate:
-    """Build everything that `cfg` describes, take a step of one image twice, and measure the second.
+    """Build everything that `cfg` describes, take two steps of one image, and measure the second.
 
-    One image, because a whole batch of a large detector does not fit into every machine. The schedule's time is that
-    of IMS_PER_BATCH / `world_size` such images an iteration, without evaluation; its memory, that of one micro-batch.
+    One image, because a whole batch of a large detector may not fit into this machine. The schedule is estimated as
+    IMS_PER_BATCH / `world_size` such images per iteration, without evaluation; its memory as one micro-batch.
     """
     with tempfile.TemporaryDirectory() as output:
         trainer = DistillationTrainer(one_image(cfg, output))
@@ -72,7 +72,7 @@ def measure(cfg: CfgNode, world_size: int, stands_in: bool) -> Estimate:
 
 
 def one_image(cfg: CfgNode, output: str) -> CfgNode:
-    """`cfg` with steps of one image, on one process, that leave nothing behind."""
+    """`cfg` with steps of one image in one process, which write only to `output`."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE_STEPS, cfg.SOLVER.REFERENCE_WORLD_SIZE = 1, 1, 0
@@ -89,7 +89,7 @@ def estimate(
     losses: dict[str, float],
     stands_in: bool,
 ) -> Estimate:
-    """From a step to the schedule."""
+    """The schedule's cost from a step's."""
     model, solver = trainer.checkpointer.model, cfg.SOLVER
     teachers = [teacher.model for teacher in getattr(model, "teachers", [])]
     weights, buffers = tensors_bytes(model.state_dict()), tensors_bytes(trainer._trainer.optimizer.state_dict())
@@ -133,7 +133,7 @@ def tensors_bytes(tree: object) -> int:
 
 @contextmanager
 def peak_memory(model: nn.Module) -> Iterator[list[int]]:
-    """Bytes that the block needed at most beside those in use when it began: of CUDA, or of the process on the CPU."""
+    """Peak bytes of the block beyond those in use when it began: of CUDA, or of the process on the CPU."""
     device, peak = next(model.parameters()).device, [0]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -157,7 +157,7 @@ def peak_memory(model: nn.Module) -> Iterator[list[int]]:
 
 
 def resident_bytes() -> int:
-    """Memory of this process; 0 where the system does not tell."""
+    """Resident memory of this process; 0 where the system has no /proc."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * PAGE

@@ -1,4 +1,4 @@
-"""One iteration of a config's training as a function: what is timed and profiled."""
+"""One iteration of a config's training as a function, to be timed and profiled."""
 
 import itertools
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from kd_det.engine.trainer import DistillationTrainer
 class Iteration:
     """The training step of a config on a few batches that stay in memory; calling it runs one iteration.
 
-    The learning rate is 0: every iteration does its whole work, and no weight runs away without its schedule.
+    The learning rate is 0: every iteration does all its work, and the weights cannot diverge without a schedule.
     """
 
     model: nn.Module
@@ -39,7 +39,7 @@ class Iteration:
 
 
 def build_iteration(cfg: CfgNode, batches: int = 4) -> Iteration:
-    """The iteration of `cfg`, with `batches` micro-batches of its training data read before."""
+    """The iteration of `cfg`, with `batches` micro-batches of its training data in memory."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.SOLVER.BASE_LR = 0.0

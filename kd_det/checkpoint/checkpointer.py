@@ -1,4 +1,4 @@
-"""Checkpoints that are written whole or not at all, and read without running code that they may hold."""
+"""Checkpoints that are written whole or not at all, and read without running code that they might hold."""
 
 import os
 from pathlib import Path
@@ -16,7 +16,7 @@ from kd_det.compat import RestrictedUnpickler
 
 
 class UnreadableFile(UserError):
-    """A file that is no checkpoint, or only a part of one."""
+    """A file that is not a checkpoint, or is truncated."""
 
 
 def check_pickle(file: BinaryIO) -> None:
@@ -27,8 +27,8 @@ def check_pickle(file: BinaryIO) -> None:
 class WholeCheckpointer(DetectionCheckpointer):
     """detectron2's checkpointer, safe against a kill while it writes and against code in the files it reads.
 
-    A checkpoint is written beside its name and moved there when it is complete; `last_checkpoint`, which `--resume`
-    follows, is moved after it. `incompatible` tells what the last `load` could not match.
+    A checkpoint is written to a temporary file and renamed when it is complete; `last_checkpoint`, which `--resume`
+    reads, is updated after it. `incompatible` is what the last `load` could not match.
     """
 
     incompatible: Any = None
@@ -60,14 +60,14 @@ class WholeCheckpointer(DetectionCheckpointer):
                 loaded = torch.load(file, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             raise
-        except Exception as error:  # every way to be broken raises another kind
+        except Exception as error:  # a broken file may raise anything
             raise UnreadableFile(
-                f"{filename} is no checkpoint that can be read: it is truncated, or not made of tensors alone "
+                f"{filename} is no checkpoint that can be read: it is truncated, or holds more than tensors "
                 f"({unreadable_because(error)})"
             ) from error
         if not isinstance(loaded, dict):
             raise UserError(f"{filename} holds a {type(loaded).__name__}, expected a dict of tensors")
-        if filename.endswith(".pyth") and "model_state" in loaded:  # pycls': other names, which detectron2 can match
+        if filename.endswith(".pyth") and "model_state" in loaded:  # of pycls: other names, which detectron2 can match
             state = {k: v for k, v in loaded["model_state"].items() if not k.endswith("num_batches_tracked")}
             return {"model": state, "__author__": "pycls", "matching_heuristics": True}
         return loaded if "model" in loaded else {"model": loaded}
@@ -89,8 +89,8 @@ def load_all_weights(model: nn.Module, path: str, key: str) -> None:
     """
     try:
         local = PathManager.get_local_path(path)
-    except Exception as error:  # every file handler raises its own kinds
-        raise UserError(f"{key}: {path} cannot be fetched ({error})") from error
+    except Exception as error:  # every file handler has exceptions of its own
+        raise UserError(f"{key}: {path} cannot be downloaded ({error})") from error
     check_local_file(key, local)
     checkpointer = WholeCheckpointer(model, save_to_disk=False)
     try:

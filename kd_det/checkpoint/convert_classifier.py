@@ -1,8 +1,7 @@
 """ImageNet weights of torchvision and timm under the names that detectors load.
 
 ResNets get detectron2's names (`stem.conv1.norm.weight`, `res2.0.shortcut.weight`), MobileNetV2 gets timm's, those of
-`timm.create_model("mobilenetv2_100", features_only=True)`. What comes out has been loaded, strictly, into the backbone
-that it is meant for.
+`timm.create_model("mobilenetv2_100", features_only=True)`. The result has been loaded, strictly, into that backbone.
 """
 
 import os
@@ -41,7 +40,7 @@ SHOWN = 5  # names in an error
 
 @dataclass(frozen=True)
 class Backbone:
-    """Weights by the backbone's own names, and the config keys that must go with them."""
+    """Weights with the backbone's own names, and the config keys that must go with them."""
 
     name: str
     state_dict: dict[str, Tensor]

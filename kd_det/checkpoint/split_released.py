@@ -1,4 +1,4 @@
-"""Taking apart files that hold a student and its teacher, as the papers' released detection code reads and writes them.
+"""Splits files that hold a student and its teacher, as the papers' released detection code reads and writes them.
 
 That code (mdistiller's and ReviewKD's `RCNNKD`) keeps the teacher as a submodule: its weights are called
 `teacher.backbone…`, `teacher.proposal_generator…` and `teacher.roi_heads…`, the student's have GeneralizedRCNN's names,
@@ -37,7 +37,7 @@ from kd_det.config.student import write_student
 
 TEACHER = "teacher."
 PARTS = ("backbone.", "proposal_generator.", "roi_heads.")  # of a GeneralizedRCNN
-# Not weights: ReviewKD's fusion of feature maps, and buffers that detectron2 makes anew.
+# Left out: ReviewKD's fusion of feature maps, and buffers that detectron2 creates itself.
 LEFT_OUT = ("kd_trans.", "pixel_mean", "pixel_std", "teacher_pixel_mean", "teacher_pixel_std")
 BASE = "COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml"
 # The released MobileNetV2 has its layers in one Sequential a block: torchvision's places → these.
@@ -52,10 +52,10 @@ MOBILENET_PLACES = {
 
 @dataclass(frozen=True)
 class Detector:
-    """Weights under GeneralizedRCNN's names, and the config that builds what they fit, to the last weight.
+    """Weights with GeneralizedRCNN's names, and the config of the model that they fit exactly.
 
     Attributes:
-        whole: False where there is a backbone only.
+        whole: False for a backbone only.
     """
 
     state_dict: dict[str, Tensor]
@@ -64,7 +64,7 @@ class Detector:
 
 
 def read_merged(path: str) -> dict[str, Tensor]:
-    """The named tensors in a checkpoint, which may be numpy arrays; nothing else in it is built.
+    """The named tensors in a checkpoint, which may be numpy arrays; no other object in it is unpickled.
 
     Raises:
         UserError: no such file, or one that cannot be read or holds other things.
@@ -74,8 +74,8 @@ def read_merged(path: str) -> dict[str, Tensor]:
     try:
         with numpy_allowed():
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # every way to be broken raises another kind
-        raise UserError(f"{path} is no whole file of weights and nothing else: {unreadable_because(error)}") from error
+    except Exception as error:  # a broken file may raise anything
+        raise UserError(f"{path} is not a complete file of weights only: {unreadable_because(error)}") from error
     for wrapper in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
@@ -99,7 +99,7 @@ def split(weights: dict[str, Tensor]) -> tuple[Detector, Detector]:
 
 
 def detector(weights: dict[str, Tensor], who: str) -> Detector:
-    """The detector, or the backbone, that `weights` are, checked against what their config builds."""
+    """The detector or backbone of `weights`, checked against the model that its inferred config builds."""
     weights = {name: value for name, value in weights.items() if not name.endswith("num_batches_tracked")}
     weights = {name: value for name, value in weights.items() if "cell_anchors" not in name and "pixel_" not in name}
     if not any(name.startswith(PARTS) for name in weights):  # a bare backbone
@@ -194,7 +194,7 @@ def infer_heads(node: CfgNode, weights: dict[str, Tensor]) -> None:
 
 
 def expected_weights(cfg: CfgNode, whole: bool, with_fpn: bool) -> dict[str, Tensor]:
-    """What a model of this config is made of; shapes only."""
+    """The state dict of this config's model, on the meta device: shapes only."""
     cfg = cfg.clone()
     cfg.MODEL.DEVICE = "meta"
     with torch.device("meta"):

@@ -31,7 +31,7 @@ def add_kd_config(cfg: CfgNode) -> None:
     add_speed_config(cfg.KD)
     add_distillation_config(cfg.KD)
 
-    # COCO-format data sets of one's own: a list of [name, json file, image folder].
+    # The user's COCO-format data sets: a list of [name, json file, image folder].
     cfg.DATASETS.REGISTER = []
     # A training image that cannot be decoded: "error" ends the training and names the file; "skip" logs it once and
     # takes the next image in its place, the same one after a resume.
@@ -40,7 +40,7 @@ def add_kd_config(cfg: CfgNode) -> None:
     cfg.WANDB = CfgNode()
     # Send the scalars to Weights & Biases (needs the wandb package).
     cfg.WANDB.ENABLED = False
-    # The project there; the run is called as the folder OUTPUT_DIR.
+    # The project there. The run is named after the folder OUTPUT_DIR.
     cfg.WANDB.PROJECT = "decoupled-kd"
 
     add_timm_config(cfg)
@@ -48,39 +48,39 @@ def add_kd_config(cfg: CfgNode) -> None:
 
 
 def add_timm_config(cfg: CfgNode) -> None:
-    """The keys of `build_timm_fpn_backbone`: all that a plain detectron2 needs for a student with such a backbone."""
+    """The keys of `build_timm_fpn_backbone`; plain detectron2 needs no others for a student with such a backbone."""
     cfg.MODEL.TIMM = CfgNode()
-    # A model of timm, with its weights' tag or without: mobilenetv2_100, convnext_tiny.fb_in22k, … Its maps are called
-    # res2 to res5 by their strides 4 to 32, as those of detectron2's ResNets; MODEL.FPN and FREEZE_AT mean the same.
+    # A timm model, with or without the tag of its weights: mobilenetv2_100, convnext_tiny.fb_in22k, … Its feature maps
+    # of stride 4 to 32 are named res2 to res5, as those of detectron2's ResNets; MODEL.FPN and FREEZE_AT mean the same.
     cfg.MODEL.TIMM.NAME = ""
-    # Start from timm's weights, which timm downloads and keeps. Not needed, and not done, where MODEL.WEIGHTS is given.
+    # Start from timm's pretrained weights, which timm downloads and caches. Ignored where MODEL.WEIGHTS is given.
     cfg.MODEL.TIMM.PRETRAINED = False
-    # Start from a classifier's weights in a local file (.safetensors, .pth), under timm's names. As PRETRAINED.
+    # Start from a classifier's weights in a local file (.safetensors, .pth), with timm's names. Ignored likewise.
     cfg.MODEL.TIMM.WEIGHTS = ""
-    # Stages of the network to take maps from, timm's out_indices. Empty: those that timm gives by itself.
+    # Stages to take feature maps from (timm's out_indices). Empty: timm's default.
     cfg.MODEL.TIMM.OUT_INDICES = []
-    # "BN": norms as the network has them. "FrozenBN": every BatchNorm with its statistics and weights fixed. "SyncBN".
+    # "BN": the network's own norms. "FrozenBN": every BatchNorm with fixed statistics and weights. "SyncBN".
     cfg.MODEL.TIMM.NORM = "BN"
     # More arguments of timm.create_model: a list of [argument, value], such as [[drop_path_rate, 0.1]].
     cfg.MODEL.TIMM.KWARGS = []
 
 
 def add_speed_config(node: CfgNode) -> None:
-    """The keys of KD that change what a step costs, and its numbers by rounding only (docs/detection.md)."""
-    # Channels last in the memory of the student's convolutions.
+    """The keys of KD that change the speed of a step, and its results by rounding only (docs/detection.md)."""
+    # Channels-last memory format of the student's convolutions.
     node.CHANNELS_LAST = False
-    # torch.compile the student's backbone and box head; eager, with a message, where that fails.
+    # torch.compile the student's backbone and box head; falls back to eager, with a warning, where that fails.
     node.COMPILE = False
     # The same of every teacher.
     node.TEACHER.COMPILE = False
-    # Make the frozen batch norms of every teacher part of its convolutions.
+    # Fold the frozen batch norms of every teacher into its convolutions.
     node.TEACHER.FOLD_BN = True
-    # Channels last in the memory of every teacher's backbone and box head.
+    # Channels-last memory format of every teacher's backbone and box head.
     node.TEACHER.CHANNELS_LAST = False
     # On CUDA, run the first teacher's backbone on a second stream beside the student's forward pass.
     node.TEACHER.OVERLAP = False
-    # Type in which every teacher's backbone and box head compute: "student", the student's under SOLVER.AMP;
-    # "float32"; "bfloat16"; "float16". ROI pooling and, but for "student", the classifier are in float32.
+    # Precision of every teacher's backbone and box head: "student", as the student's under SOLVER.AMP; "float32";
+    # "bfloat16"; "float16". ROI pooling is in float32, and so is the classifier unless this is "student".
     node.TEACHER.DTYPE = "student"
 
 
@@ -88,22 +88,22 @@ def add_distillation_config(node: CfgNode) -> None:
     """The keys of KD that say who teaches what (docs/detection.md)."""
     # Several teachers, in place of KD.TEACHER.CONFIG_FILE and WEIGHTS: a list of [config file, weights].
     node.TEACHERS = []
-    # What several teachers teach: "log_probs", the mean of their log-probabilities; "losses": the loss is the mean of
-    # the losses against each.
+    # How several teachers are combined: "log_probs", the mean of their log-probabilities is the target; "losses", the
+    # loss is the mean of the losses against each.
     node.TEACHERS_MEAN = "log_probs"
-    # Whose proposals are distilled: "student", as the papers do; "student+teacher": also those of the teacher's RPN.
+    # Whose proposals are distilled: "student", as in the papers; "student+teacher": also those of the teacher's RPN.
     node.PROPOSALS = "student"
-    # Which sampled proposals are distilled: "all", as the papers do; "foreground"; "weighted": background rows count
-    # BACKGROUND_WEIGHT times.
+    # Which sampled proposals are distilled: "all", as in the papers; "foreground"; "weighted": background rows have the
+    # weight BACKGROUND_WEIGHT.
     node.ROWS = "all"
-    # ROWS weighted: weight of a background row; the default evens out POSITIVE_FRACTION .25, three of them to one.
+    # ROWS weighted: weight of a background row. The default balances POSITIVE_FRACTION .25: three to one.
     node.BACKGROUND_WEIGHT = 1 / 3
 
 
 def add_solver_config(node: CfgNode) -> None:
-    """The keys of SOLVER that detectron2 does not have; the momentum of all of them is SOLVER.MOMENTUM."""
-    # "sgd": detectron2's own. "deepkd_sgd" and "dot_sgd": a momentum for each gradient stream. "stream_adamw": AdamW
-    # with a first-moment decay for each (ours).
+    """The keys of SOLVER that detectron2 does not have; SOLVER.MOMENTUM is the base momentum of every optimizer."""
+    # "sgd": detectron2's own. "deepkd_sgd" and "dot_sgd": one momentum per gradient stream. "stream_adamw": AdamW with
+    # one first-moment decay per stream (ours).
     node.OPTIMIZER = "sgd"
 
     node.DEEPKD = CfgNode()
@@ -119,9 +119,9 @@ def add_solver_config(node: CfgNode) -> None:
     node.DOT.DELTA = 0.075
 
     # Size of a stream's step, lr / (1 − its momentum): "paper" leaves it (.975 takes steps four times those of .9);
-    # "matched" (ours) scales it to lr / (1 − MOMENTUM), so that a learning rate found for plain SGD still holds.
+    # "matched" (ours) scales it to lr / (1 − MOMENTUM), so that a learning rate tuned for plain SGD still holds.
     node.STEP = "paper"
-    # "auto": momenta drawn from the streams' gradient signal-to-noise ratio. Empty: those above.
+    # "auto": set the momenta from the streams' gradient signal-to-noise ratio. Empty: those above.
     node.MOMENTA = ""
 
     node.GSNR = CfgNode()
@@ -131,10 +131,10 @@ def add_solver_config(node: CfgNode) -> None:
     node.GSNR.WINDOW = 4000
     # MOMENTA auto: share of each weight tensor that is measured, in (0, 1].
     node.GSNR.SAMPLE = 1.0
-    # MOMENTA auto: how far momenta may go from MOMENTUM.
+    # MOMENTA auto: largest difference from MOMENTUM.
     node.GSNR.SPAN = 0.075
 
-    # Micro-batches of an optimizer step. An iteration is an optimizer step, and IMS_PER_BATCH all its images.
+    # Micro-batches per optimizer step. An iteration is one optimizer step on IMS_PER_BATCH images in all.
     node.ACCUMULATE_STEPS = 1
     # Mixed precision (SOLVER.AMP.ENABLED) in "float16", with a loss scaler, or in "bfloat16".
     node.AMP.DTYPE = "float16"
@@ -142,9 +142,9 @@ def add_solver_config(node: CfgNode) -> None:
     node.EMA = CfgNode()
     # Moving average of the student's weights (timm's ModelEmaV3), evaluated beside it and saved under the key `ema`.
     node.EMA.ENABLED = False
-    # Share of the average that a step leaves; at .9998 it looks back 5000 iterations.
+    # Decay per step; .9998 averages over about 5000 iterations.
     node.EMA.DECAY = 0.9998
-    # Let the decay rise to that value from 0, so that a short training is not averaged with its random start.
+    # Let the decay rise from 0 to that value, so that a short training does not average its random start.
     node.EMA.WARMUP = False
 
 

@@ -1,4 +1,4 @@
-"""`digits_train` and `digits_val` in detectron2's catalogs, written to disk once, when they are first asked for."""
+"""`digits_train` and `digits_val` in detectron2's catalogs; they are written to disk when they are first loaded."""
 
 import argparse
 import hashlib
@@ -25,11 +25,11 @@ def datasets_root() -> Path:
 
 
 def prepare_digits(root: str | os.PathLike | None = None, seed: int | None = None) -> Path:
-    """Write the digits data set as JPEG + COCO json, unless it is there already, and return its folder, `root`/digits.
+    """Write the digits data set as JPEG + COCO json, unless it exists already, and return its folder, `root`/digits.
 
     The same seed gives the same images, to the byte with the same numpy and Pillow. A folder of another seed, or of
     another version of the generator, is replaced. Any number of processes may call this at once: one writes, the others
-    wait, and none sees half a data set.
+    wait, and none sees a part of a data set.
 
     Args:
         root: parent folder; `datasets_root()` by default
@@ -86,7 +86,7 @@ def _category_id(label: int) -> int:
 
 
 def _fingerprint(seed: int | None) -> dict:
-    """What the images depend on: change a constant or a line of the generator, and they are written again."""
+    """What the images depend on: when the generator's source changes, they are written again."""
     sources = [Path(digits.__file__), Path(__file__)]
     return {"seed": seed, "source_sha256": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()}
 
@@ -97,7 +97,7 @@ def _is_current(folder: Path, seed: int | None) -> bool:
 
 
 def _marker(folder: Path) -> dict | None:
-    """What the folder was made of; empty where that cannot be read, None where the folder has no such file."""
+    """The fingerprint in the folder; empty where it cannot be read, None where there is none."""
     try:
         return json.loads((folder / MARKER).read_text())
     except FileNotFoundError:

@@ -65,7 +65,7 @@ class GroupedBatches:
         groups: the group of every index: a batch holds indices of one group. None: any indices in their order.
         batch_size: images of this rank.
         rank, world_size: make positions unique over all ranks.
-        start: number of leading batches to leave out. They cost a few microseconds each: only indices are drawn.
+        start: number of leading batches to skip. Skipping is cheap: only indices are drawn.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         self.batches.start = self.start
-        # Starting the workers draws a number: from a generator of the loader's own, since the step's must not notice.
+        # Starting the workers draws a random number, which must not advance the training's generator.
         generator = None if self.dataset.seed is None else torch.Generator().manual_seed(self.dataset.seed)
         loader = DataLoader(
             self.dataset,
@@ -121,7 +121,7 @@ class TrainLoader:
 
 
 def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict] | None = None) -> TrainLoader:
-    """The loader of `cfg.DATASETS.TRAIN`, with detectron2's data sets, mapper and samplers.
+    """The training loader of `cfg.DATASETS.TRAIN`, with detectron2's data sets, mapper and samplers.
 
     With SEED ≥ 0 the batches are a function of (SEED, rank, iteration), whatever the number of workers.
     """

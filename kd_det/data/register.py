@@ -1,4 +1,4 @@
-"""Data sets named in a config: one's own are registered, and every one of them is looked at before hours are spent."""
+"""Data sets named in a config: the user's own are registered, and all of them are checked before a training."""
 
 import difflib
 import json
@@ -23,7 +23,7 @@ PATHS = ("json_file", "image_root", "image_dir", "gt_dir", "dirname")  # in the 
 
 
 def register_datasets(cfg: CfgNode) -> None:
-    """Register the COCO-format data sets of `DATASETS.REGISTER`; calling it again does no harm.
+    """Register the COCO-format data sets of `DATASETS.REGISTER`; it may be called again.
 
     `DATASETS.REGISTER` is a list of [name, json file, image folder]. Relative paths start at $DETECTRON2_DATASETS
     (./datasets where that is not set), as those of detectron2's own data sets do; `~` is the home folder.
@@ -40,7 +40,7 @@ def register_datasets(cfg: CfgNode) -> None:
 
 
 def check_datasets(cfg: CfgNode, keys: Iterable[str] = ("TRAIN", "TEST")) -> None:
-    """See that every data set in `DATASETS.<key>` is known, is on disk, and has the classes that the model predicts.
+    """Check that every data set in `DATASETS.<key>` is known, is on disk, and has the classes that the model predicts.
 
     Raises:
         UserError: names the key, the data set, and the path or number that is wrong.
@@ -106,19 +106,19 @@ def _check_known(key: str, name: str) -> None:
     if name in DatasetCatalog:
         return
     near = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else "no registered name is near."
-    raise UserError(f"{key}: no data set is called {name!r}; {hint} {REGISTER_FORM}, for one's own")
+    hint = f"did you mean {' or '.join(near)}?" if near else "no registered name is similar."
+    raise UserError(f"{key}: no data set is called {name!r}; {hint} {REGISTER_FORM}, for your own")
 
 
 def _check_on_disk(key: str, name: str) -> None:
     if name in {split.name for split in digits.SPLITS}:
-        return  # written when first asked for
+        return  # written when it is first loaded
     metadata = MetadataCatalog.get(name)
     for field in PATHS:
         path = metadata.get(field)
         if path and not PathManager.exists(path):
             raise UserError(
-                f"{key}: {name} is not there: its {field} {path} does not exist. "
+                f"{key}: {name} is not on disk: its {field} {path} does not exist. "
                 f"DETECTRON2_DATASETS, where relative paths start, is {datasets_root().absolute()}"
             )
 

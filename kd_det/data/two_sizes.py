@@ -1,4 +1,4 @@
-"""The same view of an image in two sizes: the student's, and the teacher's beside it."""
+"""The same view of an image in two sizes, for the student and for the teacher."""
 
 from typing import Any, NoReturn
 
@@ -12,12 +12,12 @@ from fvcore.transforms.transform import BlendTransform, CropTransform, HFlipTran
 from kd_core.utils.errors import UserError
 from kd_det.modeling.teacher.view import TEACHER_IMAGE
 
-# What these do to an image does not depend on its size.
+# Their effect does not depend on the image's size.
 SIZELESS = (BlendTransform, HFlipTransform, NoOpTransform, VFlipTransform)
 
 
 def build_train_mapper(cfg: CfgNode) -> DatasetMapper:
-    """detectron2's mapper, or the one that gives the teacher a size of its own where one is distilled."""
+    """detectron2's mapper, or `TwoSizeMapper` where a teacher has its own image size."""
     two = cfg.KD.TEACHER.IMAGE_SCALE != 1 and cfg.KD.LOSS.NAME != "none"
     return TwoSizeMapper(cfg, True) if two else DatasetMapper(cfg, True)
 
@@ -25,9 +25,8 @@ def build_train_mapper(cfg: CfgNode) -> DatasetMapper:
 class TwoSizeMapper(DatasetMapper):
     """detectron2's `DatasetMapper`, which adds `teacher_image`: the same crop and flip, resized to `scale` times.
 
-    The student's image, annotations and random draws are those of `DatasetMapper` to the bit. The teacher's image is
-    made from the file's pixels, not from the student's, so that a larger one has the detail which the student's has
-    lost.
+    The student's image, annotations and random numbers equal those of `DatasetMapper` to the bit. The teacher's image
+    is made from the file's pixels, not from the student's image, so that a larger one keeps the detail.
 
     Args:
         is_train: as `DatasetMapper`'s.
@@ -53,7 +52,7 @@ class TwoSizeMapper(DatasetMapper):
         mapped = super().__call__(dataset_dict)
         pixels = scaled_transforms(self.augmentations.transforms, self.scale).apply_image(self.augmentations.image)
         mapped[TEACHER_IMAGE] = torch.as_tensor(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-        self.augmentations.image = None  # of no more use, and mappers are long-lived
+        self.augmentations.image = None  # not needed any more, and mappers are long-lived
         return mapped
 
 
@@ -78,10 +77,10 @@ class RememberTransforms:
 
 
 def scaled_transforms(transforms: T.TransformList, scale: float) -> T.TransformList:
-    """`transforms` whose result is `scale` times as large: resizing goes further, all else stays.
+    """`transforms` whose result is `scale` times as large: only the resize changes.
 
     Raises:
-        UserError: no resizing among them, or something after it that counts pixels.
+        UserError: no resize among them, or a transform after it that counts pixels.
     """
     scaled: list[T.Transform] = []
     resized = False

@@ -52,14 +52,19 @@ from kd_det.solver import build_optimizer, check_solver, scale_to_world_size
 
 logger = logging.getLogger(__name__)
 
+
 class DistillationTrainer(TrainerBase):
     """Trains a `DistilledRCNN`, or any detector, from a config, as `DefaultTrainer` does and with its methods.
 
-    It adds: the teacher is built, and its errors shown, before training; `--resume` continues to the bit (weights,
-    optimizer, schedules, random draws, position in the data) when SEED ≥ 0; checkpoints are whole or absent;
-    `student.yaml` is written beside them; a loss that is not finite names the iteration and the terms; SOLVER.EMA's
-    average is evaluated and saved beside the student; several processes are checked to train the same network.
-    SOLVER.OPTIMIZER, AMP and ACCUMULATE_STEPS choose the step (`train_step.build_step`).
+    It adds to `DefaultTrainer`:
+
+    - The teacher is built before training, so that its errors show early.
+    - With SEED ≥ 0, `--resume` continues to the bit: weights, optimizer, schedules, random numbers, position in the data.
+    - Checkpoints are whole or absent, and `student.yaml` is written beside them.
+    - A loss that is not finite ends the training with its iteration and terms.
+    - SOLVER.EMA's average is evaluated and saved beside the student.
+    - Several processes are checked to have equal parameters.
+    - SOLVER.OPTIMIZER, AMP and ACCUMULATE_STEPS choose the step (`train_step.build_step`).
 
     A subclass changes a part by overriding the `build_…` method that makes it.
     """
@@ -149,7 +154,7 @@ class DistillationTrainer(TrainerBase):
         return self._last_eval_results
 
     def evaluate_average(self) -> dict[str, Any]:
-        """AP of the moving average, under `ema`, which joins the student's results."""
+        """The results of the moving average; they join the student's under the key `ema`."""
         logger.info("Evaluating the moving average of the student (SOLVER.EMA)")
         cfg = self.cfg.clone()
         cfg.defrost()
@@ -164,7 +169,7 @@ class DistillationTrainer(TrainerBase):
         On resuming, the data and the log continue from that iteration, too.
 
         Raises:
-            UserError: the checkpoint, or MODEL.WEIGHTS, is of something else (`resume.py`).
+            UserError: the checkpoint, or MODEL.WEIGHTS, does not fit this training (`checkpoint/resume.py`).
         """
         resume = resume and self.checkpointer.has_checkpoint()
         path = self.checkpointer.get_checkpoint_file() if resume else self.cfg.MODEL.WEIGHTS
@@ -198,13 +203,13 @@ class DistillationTrainer(TrainerBase):
         return results
 
     def write_final(self) -> None:
-        """Write `model_final.pth` where a training was killed between its last periodic checkpoint and that one."""
+        """Write `model_final.pth` where a training was killed after its last periodic checkpoint."""
         if self.start_iter >= self.max_iter and Path(self.checkpointer.get_checkpoint_file()).name != "model_final.pth":
             self.checkpointer.save("model_final", iteration=self.iter)
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """detectron2's model, in the layout that KD.CHANNELS_LAST asks for before DistributedDataParallel sees it."""
+        """detectron2's model, in channels-last memory format where KD.CHANNELS_LAST asks for it."""
         model = build_model(cfg)
         logger.info("Model:\n%s", model)
         if cfg.KD.CHANNELS_LAST:
@@ -220,7 +225,7 @@ class DistillationTrainer(TrainerBase):
                 raise UserError(f"--eval-only --resume: there is no checkpoint in OUTPUT_DIR {cfg.OUTPUT_DIR}")
             cfg = cfg.clone()
             cfg.defrost()
-            cfg.MODEL.WEIGHTS = last.get_checkpoint_file()  # named before the model is built: it fetches no other
+            cfg.MODEL.WEIGHTS = last.get_checkpoint_file()  # before the model is built: it loads no other weights
         if not cfg.MODEL.WEIGHTS:
             raise UserError("--eval-only: MODEL.WEIGHTS is empty, so there is nothing to evaluate; give a checkpoint")
         model = cls.build_model(cfg)
@@ -240,7 +245,7 @@ class DistillationTrainer(TrainerBase):
             self.test(cfg, teacher.model)
 
     def run_step(self) -> None:
-        """One iteration; errors of the numbers say where training stood."""
+        """One iteration; a loss that is not finite raises a DivergedError that tells where."""
         self._trainer.iter = self.iter
         try:
             self._trainer.run_step()
@@ -248,7 +253,7 @@ class DistillationTrainer(TrainerBase):
             raise DivergedError(self.describe_failure(error)) from error
 
     def describe_failure(self, error: FloatingPointError) -> str:
-        """Iteration, learning rate, the last logged terms and the way back."""
+        """Iteration, learning rate, the last logged terms, and how to resume."""
         terms = {k: round(v[0], 4) for k, v in self.storage.latest().items() if "loss" in k}
         last = self.checkpointer.get_checkpoint_file() if self.checkpointer.has_checkpoint() else "none written yet"
         return (
@@ -263,7 +268,7 @@ class DistillationTrainer(TrainerBase):
         return float(self._trainer.optimizer.param_groups[0]["lr"])
 
     def state_dict(self) -> dict[str, Any]:
-        """Iteration, hooks (schedules) and optimizer, under the names that detectron2's main branch uses."""
+        """Iteration, hooks (schedules) and optimizer, under the keys of detectron2's main branch."""
         state = {**super().state_dict(), "_trainer": self._trainer.state_dict()}
         model = self.checkpointer.model
         if getattr(model, "serialization", None) is not None:  # `model` in the checkpoint has them merged
@@ -271,7 +276,7 @@ class DistillationTrainer(TrainerBase):
         return {**state, "optimizer_name": self.cfg.SOLVER.OPTIMIZER, "max_iter": self.max_iter}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises UserError where the state is that of another training; warns of settings that differ."""
+        """Raises UserError where the state is of another training; warns of settings that differ."""
         path = self.checkpointer.get_checkpoint_file()
         check_state(state_dict, self.cfg.SOLVER.OPTIMIZER, self.max_iter)
         check_model(self.checkpointer.incompatible, path)

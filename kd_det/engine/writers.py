@@ -1,4 +1,4 @@
-"""Where scalars go besides the console, metrics.json and TensorBoard, which detectron2 writes."""
+"""The writer of scalars for Weights & Biases; detectron2 has console, metrics.json and TensorBoard."""
 
 from collections import defaultdict
 from typing import Any
@@ -11,23 +11,23 @@ from kd_core.utils.wandb import start_wandb
 
 
 class WandbWriter(EventWriter):
-    """Sends what is new in the event storage to a run of Weights & Biases, smoothed as detectron2's writers do.
+    """Sends new scalars in the event storage to a run of Weights & Biases, smoothed as detectron2's writers do.
 
     Args:
-        run: an open run of wandb's: `log(scalars, step=iteration)` and `finish()`.
-        window: iterations whose median stands for a noisy scalar.
+        run: an open wandb run: `log(scalars, step=iteration)` and `finish()`.
+        window: iterations over which a noisy scalar's median is taken.
     """
 
     def __init__(self, run: Any, window: int = 20) -> None:
         self.run, self.window, self.last = run, window, -1
 
     def write(self) -> None:
-        """Log every scalar that was put since the last call, under the iteration at which it was."""
+        """Log every scalar that was put since the last call, at its own iteration."""
         new: dict[int, dict[str, float]] = defaultdict(dict)
         for name, (value, iteration) in get_event_storage().latest_with_smoothing_hint(self.window).items():
             if iteration > self.last:
                 new[iteration][name] = value
-        for iteration in sorted(new):  # wandb takes steps in their order
+        for iteration in sorted(new):  # wandb requires increasing steps
             self.run.log(new[iteration], step=iteration)
         self.last = max(new, default=self.last)
 

@@ -1,4 +1,4 @@
-"""COCO evaluation: detectron2's evaluator, loud when a model detects nothing."""
+"""COCO evaluation: detectron2's evaluator, with an error in the log when a model detects nothing."""
 
 import logging
 import os
@@ -35,7 +35,7 @@ class BoxEvaluator(COCOEvaluator):
 
 
 def coco_eval_class() -> type:
-    """`COCOeval` of faster-coco-eval where it is installed, else pycocotools' own."""
+    """`COCOeval` of faster-coco-eval where it is installed, else that of pycocotools."""
     try:
         from faster_coco_eval import COCOeval_faster
     except ImportError:
@@ -52,7 +52,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
     if kind != "coco":
         raise UserError(
-            f"DATASETS.TEST: {dataset_name} wants the evaluator {kind!r}; tools/train_net.py evaluates COCO-format "
-            "data sets: override DistillationTrainer.build_evaluator for others"
+            f"DATASETS.TEST: {dataset_name} needs the evaluator {kind!r}, but tools/train_net.py evaluates COCO-format "
+            "data sets only: override DistillationTrainer.build_evaluator for others"
         )
     return BoxEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))

@@ -41,7 +41,7 @@ def read_run(output_dir: Path) -> Run:
         raise UserError(f"{output_dir} holds no finished training: metrics.json has no bbox/AP")
     last = results[-1]
     iterations = last["iteration"]  # the results are written after the last iteration
-    # detectron2 reports NaN where there is not one detection, which is an AP of 0
+    # detectron2 reports NaN where there are no detections: an AP of 0
     ap, ap50, ap75 = (0.0 if math.isnan(last[key]) else last[key] for key in ("bbox/AP", "bbox/AP50", "bbox/AP75"))
     return Run(
         ap,

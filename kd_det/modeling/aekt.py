@@ -1,4 +1,4 @@
-"""AEKT's task-serialization layer behind a detector's classifiers: trained apart, merged in what is saved."""
+"""AEKT's task-serialization layer behind a detector's classifiers: separate in training, merged in checkpoints."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ LAYERS = "serialization."
 
 
 def box_predictors(heads: ROIHeads) -> list[nn.Module]:
-    """The box predictor of every stage; one but for a cascade."""
+    """The box predictor of every stage; only a cascade has several."""
     return list(heads.box_predictor) if isinstance(heads.box_predictor, nn.ModuleList) else [heads.box_predictor]
 
 
@@ -29,8 +29,8 @@ def build_serialization(heads: ROIHeads) -> nn.ModuleList:
         classifier = getattr(predictor, "cls_score", None)
         if not isinstance(classifier, nn.Linear) or classifier.bias is None:
             raise UserError(
-                f"KD.LOSS.NAME aekt merges its layer into a linear classifier with a bias, cls_score, and that of "
-                f"{type(predictor).__name__} is {classifier}: use FastRCNNOutputLayers or another loss"
+                f"KD.LOSS.NAME aekt merges its layer into a linear classifier with a bias, cls_score, but that "
+                f"of {type(predictor).__name__} is {classifier}: use FastRCNNOutputLayers or another loss"
             )
         layers.append(SerializationLayer(classifier.out_features))
     return layers
@@ -38,7 +38,7 @@ def build_serialization(heads: ROIHeads) -> nn.ModuleList:
 
 @contextmanager
 def serialized_outputs(heads: ROIHeads, layers: nn.ModuleList) -> Iterator[None]:
-    """While open, the box predictors give (W·z + b, box deltas): what a student with the layers detects by."""
+    """While open, the box predictors return (W·z + b, box deltas), as inference needs."""
     hooks = [
         predictor.register_forward_hook(lambda _, __, output, layer=layer: (layer(output[0]), *output[1:]))
         for predictor, layer in zip(box_predictors(heads), layers, strict=True)
@@ -51,7 +51,7 @@ def serialized_outputs(heads: ROIHeads, layers: nn.ModuleList) -> Iterator[None]
 
 
 def keep_out_of_state_dict(model: nn.Module) -> None:
-    """`model.state_dict()` has the layers merged into the classifiers; loading sets the layers to the identity."""
+    """Merge the layers into the classifiers in `model.state_dict()`; loading resets the layers to the identity."""
     model.register_state_dict_post_hook(merge_into_classifiers)
     model.register_load_state_dict_pre_hook(start_from_identity)
 
@@ -65,7 +65,7 @@ def merge_into_classifiers(model: nn.Module, state: dict[str, Any], prefix: str,
 
 
 def start_from_identity(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before loading: where there is a classifier, its layer begins anew; elsewhere the layer stays as it is."""
+    """The pre-hook of loading: a layer becomes the identity where its classifier is loaded, else it is unchanged."""
     for index, (name, _, layer) in enumerate(classifiers(model)):
         fresh = SerializationLayer(layer.out_features) if f"{prefix}{name}.weight" in state else layer
         state.update((f"{prefix}{LAYERS}{index}.{key}", value) for key, value in fresh.state_dict().items())
@@ -79,7 +79,7 @@ def classifiers(model: nn.Module) -> list[tuple[str, nn.Linear, SerializationLay
 
 
 def factors(model: nn.Module) -> list[dict[str, dict[str, Tensor]]]:
-    """What `state_dict()` merges, stage by stage: for a training to go on to the bit."""
+    """Classifiers and layers before the merge, stage by stage, so that a training resumes to the bit."""
     return [{"classifier": c.state_dict(), "layer": layer.state_dict()} for _, c, layer in classifiers(model)]
 
 

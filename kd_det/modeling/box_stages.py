@@ -15,7 +15,7 @@ ROWS = ("all", "foreground", "weighted")
 
 @dataclass(frozen=True)
 class BoxStage:
-    """One stage of a box head on N boxes over all images, and what the student said of them."""
+    """One stage of a box head on N boxes over all images, and the student's logits."""
 
     student_logits: Tensor  # (N, C): foreground classes + background, with gradient
     gt_classes: Tensor  # (N,), background = number of foreground classes
@@ -32,17 +32,16 @@ class BoxStage:
 def capture_box_stages(
     heads: ROIHeads, layers: nn.ModuleList | None = None, detection_losses: bool = True
 ) -> Iterator[list[BoxStage]]:
-    """Record a `BoxStage` a call of `box_predictor.losses(predictions, proposals)` while the context is open.
+    """Record one `BoxStage` per call of `box_predictor.losses(predictions, proposals)` while the context is open.
 
-    It is the one call that Standard, Cascade (once a stage) and Res5 heads all make. A forward hook on the predictor
-    would see no proposals, and the proposals' boxes may be replaced after the call (TRAIN_ON_PRED_BOXES). The method is
-    shadowed on the instance for the time of one forward pass only, so that copies and pickles of the model never carry
-    it.
+    Standard, Cascade (once per stage) and Res5 heads all make this call. A forward hook on the predictor would see no
+    proposals, and the proposals' boxes may be replaced after the call (TRAIN_ON_PRED_BOXES). The method is shadowed on
+    the instance during one forward pass only, so that copies and pickles of the model do not carry it.
 
     Args:
         heads: the ROI heads.
-        layers: one a predictor, from the logits z, which are recorded, to those that the predictor's losses see (AEKT).
-        detection_losses: False computes none, and the call returns {}.
+        layers: one per predictor (AEKT); maps the logits z, which are recorded, to those that its losses see.
+        detection_losses: compute them; False makes the call return {}.
     """
     predictors = heads.box_predictor if isinstance(heads.box_predictor, nn.ModuleList) else [heads.box_predictor]
     stages: list[BoxStage] = []
@@ -83,12 +82,12 @@ def select_rows(stage: BoxStage, rows: str, background_weight: float) -> BoxStag
     """The rows that KD.ROWS names, weighted so that each option is Σ w·x / N over the N rows of `stage` (ours).
 
         all         w = 1
-        foreground  w = 1 on foreground rows, 0 on background rows, which are dropped: no teacher sees them
+        foreground  w = 1 on foreground rows, 0 on background rows, which are dropped before the teacher's pass
         weighted    w = 1 on foreground rows, `background_weight` on background rows
 
-    N stays the number of all rows, as in detectron2's box regression loss: a lone object does not weigh more than each
-    of many, and the ranks of a distributed run average as one process does. Without any foreground row the loss is 0,
-    with a gradient. Dropping rows waits for the device.
+    N stays the number of all rows, as in detectron2's box regression loss: an object weighs the same however many there
+    are, and averaging over processes gives what one process computes. Without a foreground row the loss is 0, with a
+    gradient. Dropping rows synchronises with the device.
     """
     if rows == "all":
         return stage
@@ -108,7 +107,7 @@ def select_rows(stage: BoxStage, rows: str, background_weight: float) -> BoxStag
 
 
 def join_stages(first: BoxStage, second: BoxStage) -> BoxStage:
-    """The rows of both, image by image; neither has weights yet."""
+    """The rows of both stages, image by image; neither has weights."""
     counts = [[len(boxes) for boxes in stage.boxes] for stage in (first, second)]
 
     def interleave(*rows: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Classifiers of sigmoids (MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE of detectron2's main branch, for LVIS) and their loss."""
+"""The loss of sigmoid classifiers (MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE of detectron2's main branch, for LVIS)."""
 
 from typing import Any
 
@@ -19,14 +19,14 @@ def uses_sigmoid(heads: ROIHeads) -> bool:
 
 
 class BinaryDKDLoss(DistillationLoss):
-    """DKD of K independent binary classifiers (ours: the papers distil a softmax). For a row of target class t,
+    """DKD of K independent binary classifiers (ours: the papers distil a softmax). For a row with target class t,
 
         kl_c = KL(b_c^T || b_c^S)              b_c = [σ(z_c / T), 1 − σ(z_c / T)], c < K
         tckd = α · T² · mean kl_t              0 on background rows, which have no t < K
         nckd = β · T² · mean Σ_{c ≠ t} kl_c
 
-    With α = β = 1 the sum is the divergence of all K classifiers, KD. Summed over the classes as detectron2's loss of
-    the same classifier is. The background's logit, which nothing trains there, is not read.
+    With α = β = 1 the sum is KD: the divergence of all K classifiers. It is summed over the classes, as detectron2's
+    sigmoid loss is. The background's logit, which that loss does not train, is not read.
 
     Args:
         alpha: α.
@@ -62,7 +62,7 @@ def binary_kl(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def binary_form(loss: nn.Module) -> BinaryDKDLoss:
-    """The loss for a classifier of sigmoids in place of one for a softmax.
+    """The sigmoid counterpart of a softmax loss.
 
     Raises:
         UserError: a loss other than KD and DKD over the target, or one with a mask or standardized logits.
@@ -73,7 +73,7 @@ def binary_form(loss: nn.Module) -> BinaryDKDLoss:
     if not target or loss.topk is not None or loss.standardize:
         raise UserError(
             f"MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE: {type(loss).__name__} with these settings is defined over a softmax; "
-            "a classifier of sigmoids takes KD.LOSS.NAME kd, or dkd with DKD.PARTITION target, without TOPK and "
+            "a sigmoid classifier takes KD.LOSS.NAME kd, or dkd with DKD.PARTITION target, without TOPK and "
             "STANDARDIZE"
         )
     weights = loss.coefficients
@@ -89,7 +89,7 @@ def check_same_classifier(student: ROIHeads, teacher: ROIHeads) -> None:
     """Raise a ValueError unless both classify by a softmax, or both by sigmoids."""
     ours, theirs = uses_sigmoid(student), uses_sigmoid(teacher)
     if ours != theirs:
-        words = {False: "a softmax over all classes", True: "a sigmoid a class (USE_SIGMOID_CE)"}
+        words = {False: "a softmax over all classes", True: "one sigmoid per class (USE_SIGMOID_CE)"}
         raise UserError(
             f"The student classifies by {words[ours]}, its teacher by {words[theirs]}: logits of one cannot be "
             "distilled into the other; set MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE alike in both configs"

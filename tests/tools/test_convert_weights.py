@@ -209,13 +209,13 @@ def test_a_damaged_file_is_named(tmp_path: Path, file: str):
     whole = (tmp_path / "whole.pth").read_bytes()
     content = {"cut": whole[: len(whole) // 2], "noise": b"noise" * 100, "empty": b""}[file.split(".")[0]]
     (tmp_path / file).write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{file} is no whole file of weights and nothing else"):
+    with pytest.raises(ValueError, match=rf"{file} is not a complete file of weights only"):
         read_classifier(str(tmp_path / file))
 
 
 def test_a_file_that_would_run_code_is_refused(tmp_path: Path):
     torch.save(models.resnet18(), tmp_path / "pickled.pth")
-    with pytest.raises(ValueError, match=r"pickled\.pth is no whole file of weights and nothing else"):
+    with pytest.raises(ValueError, match=r"pickled\.pth is not a complete file of weights only"):
         read_classifier(str(tmp_path / "pickled.pth"))
 
 
@@ -229,8 +229,8 @@ def test_a_file_without_weights_is_named(tmp_path: Path):
     ("source", "message"),
     [
         ("nowhere.pth", r"there is no file nowhere\.pth; a source is a file, torchvision:NAME"),
-        ("torchvision:resnet19", r"torchvision:resnet19 could not be had: Unknown model resnet19; without a network, "),
-        ("timm:resnet19", r"timm:resnet19 could not be had: Unknown model"),
+        ("torchvision:resnet19", r"torchvision:resnet19 could not be downloaded: Unknown model resnet19; without a network, "),
+        ("timm:resnet19", r"timm:resnet19 could not be downloaded: Unknown model"),
     ],
 )
 def test_an_unknown_source_is_named(source: str, message: str):

@@ -66,7 +66,7 @@ def test_all_that_is_missing_stands_in_one_list_and_the_step_is_taken_without_it
     assert dry_run.main([str(distilled), *options]) == 1
     text = capsys.readouterr().out
     for number, part in enumerate(
-        ["DATASETS.TRAIN: coco_2017_train is not there", "DATASETS.TEST: no data set is called 'nowhere_val'",
+        ["DATASETS.TRAIN: coco_2017_train is not on disk", "DATASETS.TEST: no data set is called 'nowhere_val'",
          "MODEL.WEIGHTS: there is no file no/r18.pth", "KD.TEACHER.WEIGHTS: there is no file no/teacher.pth"], start=1,
     ):  # fmt: skip
         assert f"  {number}. {part}" in text

@@ -131,7 +131,7 @@ def test_an_export_that_detects_other_things_is_refused(run):
         lambda boxes, classes, scores, size: (boxes, classes, scores, size + 1),
         lambda boxes, classes, scores, size: (boxes.flip(0), classes, scores, size),
     ):
-        with pytest.raises(RuntimeError, match="it detects other things than the student"):
+        with pytest.raises(RuntimeError, match="it gives other detections than the student"):
             check_equal("it", traceable, lambda image, change=change: change(*traceable(image)), share=0.9)
 
 

@@ -130,7 +130,7 @@ def test_a_merged_file_is_never_executed_and_without_a_place_for_the_teacher_it_
     torch.save({"model": {"teacher.x": Evil()}}, "evil.pth")
     Path("zoo.pth").write_bytes(pickle.dumps({"model": {"a": np.zeros(1), "b": Evil()}}, protocol=2))
     for file in ("evil.pth", "zoo.pth"):
-        with pytest.raises(SystemExit, match=f"^convert_weights: {file} is no whole file of weights and nothing else"):
+        with pytest.raises(SystemExit, match=f"^convert_weights: {file} is not a complete file of weights only"):
             convert_weights.main([file, "--output", "s.pth", "--teacher-output", "t.pth"])
     assert not Path("was_executed").exists() and not Path("s.pth").exists()
     torch.save({"teacher.x": torch.ones(1), "backbone.x": torch.ones(1)}, "both.pth")

@@ -17,9 +17,9 @@ from kd_det.config.student import student_config, write_student
 
 
 class SeedEachStep(HookBase):
-    """Makes every iteration's random draws (proposal sampling, dropout) a function of (seed, rank, iteration).
+    """Makes every iteration's random numbers (proposal sampling, dropout) a function of (seed, rank, iteration).
 
-    So a resumed run draws what an undisturbed one would, whatever evaluation or a teacher drew in between.
+    A resumed run then draws the same as an uninterrupted one, whatever an evaluation drew in between.
     """
 
     def __init__(self, seed: int) -> None:
@@ -42,14 +42,14 @@ class SaveStudentConfig(HookBase):
 
 
 class KeepBest(HookBase):
-    """Keeps the weights of the highest box AP so far in a file of their own, with that AP; comes after the evaluation.
+    """Saves the weights with the highest box AP so far, and that AP; must come after the evaluation.
 
-    `--resume` does not follow it: it holds no optimizer. A resumed training goes on from the AP in the file.
+    `--resume` does not use the file: it holds no optimizer. A resumed training continues from the AP in it.
 
     Args:
         path: of the file.
-        model: whose weights to keep.
-        task: results of the evaluation that say how good they are: those of the student, or under "ema" its average's.
+        model: the model to save.
+        task: key of its results in the evaluation; None: the student's, "ema": the moving average's.
     """
 
     def __init__(self, path: Path, model: nn.Module, task: str | None = None) -> None:

@@ -18,7 +18,7 @@ STAGES = ("forward", "backward", "step")
 
 
 class StreamScalars(HookBase):
-    """Every `period` iterations, puts what `stream_scalars` says into the event storage; to precede the writers."""
+    """Every `period` iterations, puts the scalars below into the event storage; must precede the writers."""
 
     def __init__(self, period: int = 20) -> None:
         self.period = period
@@ -36,9 +36,9 @@ class StreamScalars(HookBase):
 
 
 def stream_scalars(step: SimpleTrainer) -> dict[str, float]:
-    """`grad_norm/<streams>` of every set, unscaled and clipped as it was stepped by; `momentum/<stream>`; `loss_scale`.
+    """`grad_norm/<streams>` of every set, unscaled and clipped; `momentum/<stream>`; `loss_scale`.
 
-    Streams of equal momentum are one gradient, so their norm is that of the sum, named `tog+ncg`.
+    Streams of equal momentum share one gradient: their norm is that of the sum, named `tog+ncg`.
     """
     scalars = {}
     optimizer = step.optimizer
@@ -54,8 +54,9 @@ def stream_scalars(step: SimpleTrainer) -> dict[str, float]:
 
 
 def measured_gsnr(step: SimpleTrainer) -> dict[str, float]:
-    """`gsnr/<stream>` as SOLVER.MOMENTA auto has measured it so far, on this rank's batches; nothing once momenta are
-    set from it, and before two samples.
+    """`gsnr/<stream>` as SOLVER.MOMENTA auto has measured it so far, on this rank's batches.
+
+    Empty before two samples, and once the momenta are set from it.
     """
     auto = getattr(step, "auto_momenta", None)
     if auto is None or auto.momenta is not None:
@@ -64,7 +65,7 @@ def measured_gsnr(step: SimpleTrainer) -> dict[str, float]:
 
 
 def admitted_classes(model: nn.Module) -> dict[str, float]:
-    """`topk/K`: how many non-target classes the dynamic top-k mask admits now; nothing where there is no mask."""
+    """`topk/K`: number of non-target classes that the dynamic top-k mask admits now; empty without a mask."""
     loss = getattr(model, "loss", None)
     masks = [part.topk for part in loss.modules() if getattr(part, "topk", None) is not None] if loss else []
     classes = model.roi_heads.num_classes + 1 if masks else 0
@@ -74,16 +75,16 @@ def admitted_classes(model: nn.Module) -> dict[str, float]:
 class StageTimes(HookBase):
     """Puts `time/forward`, `time/backward` and `time/step` (seconds of an iteration) into the event storage.
 
-    forward: the losses, the teacher's part included. backward: from there to the optimizer, the reduction over the
-    processes, the reading of the losses and clipping included. step: the optimizer. detectron2 has `time` (all of it),
+    forward: the losses, with the teacher. backward: from there to the optimizer, with the reduction over the
+    processes, reading the losses and clipping. step: the optimizer. detectron2 itself logs `time` (all of it),
     `data_time` (waiting for images) and `eta_seconds`. Micro-batches add up.
 
-    On a GPU, marks are events in its own queue, read an iteration later: nothing waits for them.
+    On a GPU, the marks are CUDA events that are read an iteration later, so that the host does not wait for them.
     """
 
     def __init__(self) -> None:
         self.marks: list[tuple[str, Any]] = []  # (stage that begins, when) of this iteration
-        self.previous: list[tuple[str, Any]] = []  # of the one before, which the device has finished
+        self.previous: list[tuple[str, Any]] = []  # of the previous one, which the device has finished
         self.handles: list[RemovableHandle] = []
 
     def before_train(self) -> None:

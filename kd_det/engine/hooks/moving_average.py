@@ -17,26 +17,24 @@ logger = logging.getLogger(__name__)
 
 
 class MovingAverage:
-    """A detector whose weights follow a student's, step by step: average ← decay · average + (1 − decay) · student.
+    """A detector with averaged weights: after each step, average ← decay · average + (1 − decay) · student.
 
-    It begins at the weights after the first step, and averages what a checkpoint's `model` holds (AEKT's layer merged,
-    BatchNorm's statistics too). It is saved under the checkpoint's key `ema`, in the names of a plain GeneralizedRCNN:
-    `model` stays the student. To have it as a file of weights,
+    It starts from the weights after the first step, and averages all that a checkpoint's `model` holds (AEKT's layer
+    merged, BatchNorm's statistics too). It is saved under the checkpoint's key `ema`, with GeneralizedRCNN's names;
+    `model` is still the student. To get it as a file of weights,
 
         state = torch.load("model_final.pth", weights_only=True)
         torch.save({"model": state["ema"]}, "average.pth")
 
     Args:
-        cfg: the training's config; SOLVER.EMA and what builds the student.
+        cfg: the training's config: SOLVER.EMA, and what builds the student.
         student: the model that is trained.
     """
 
     def __init__(self, cfg: CfgNode, student: nn.Module) -> None:
         options = cfg.SOLVER.EMA
         self.student, self.loaded = student, False
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # weights that are overwritten at once shall not cost the student its own
+        with torch.random.fork_rng(devices=[]):  # overwritten below: they must not advance the RNG
             plain = build_model(plain_config(cfg))
         plain.load_state_dict(student.state_dict())
         self.average = ModelEmaV3(plain, options.DECAY, use_warmup=options.WARMUP)
@@ -47,7 +45,7 @@ class MovingAverage:
         return self.average.module
 
     def start(self) -> None:
-        """Begin from the student's weights, unless a checkpoint has given the average's own."""
+        """Start from the student's weights, unless a checkpoint has given the average's own."""
         if not self.loaded:
             self.average.set(self.student)
 
@@ -67,7 +65,7 @@ class MovingAverage:
 
 
 class UpdateAverage(HookBase):
-    """Lets a `MovingAverage` follow the student; to precede the hooks that save and evaluate."""
+    """Updates a `MovingAverage` after each step; must precede the hooks that save and evaluate."""
 
     def __init__(self, average: MovingAverage) -> None:
         self.average = average
@@ -75,8 +73,8 @@ class UpdateAverage(HookBase):
     def before_train(self) -> None:
         if self.trainer.start_iter > 0 and not self.average.loaded:
             logger.warning(
-                "SOLVER.EMA.ENABLED is True, but the checkpoint to resume has no moving average (key ema): it begins "
-                "anew from the student's weights at iteration %d",
+                "SOLVER.EMA.ENABLED is True, but the checkpoint to resume has no moving average (key ema): it starts "
+                "from the student's weights at iteration %d",
                 self.trainer.start_iter,
             )
         self.average.start()

@@ -14,15 +14,15 @@ logger = logging.getLogger(__name__)
 
 
 class ShareBatchNorm(HookBase):
-    """Before a checkpoint and before an evaluation, gives every process the mean of all processes' statistics.
+    """Before a checkpoint and before an evaluation, averages BatchNorm's running statistics over the processes.
 
-    Gradients need none of it (training normalises by the batch), but the checkpoint would hold rank 0's statistics
-    alone, and a resumed training would differ from an undisturbed one. To be registered in every process, before the
-    hooks that save and evaluate.
+    Training itself normalises by the batch. But without this, a checkpoint would hold rank 0's statistics only, and a
+    resumed training would differ from an uninterrupted one. Register it in every process, before the hooks that save
+    and evaluate.
 
     Args:
-        models: those whose statistics to share: the student, and its moving average.
-        periods: iterations between checkpoints and between evaluations; 0 for none. The last iteration always shares.
+        models: the student, and its moving average.
+        periods: iterations between checkpoints and between evaluations; 0 for none. The last iteration always counts.
     """
 
     def __init__(self, models: list[nn.Module], periods: tuple[int, ...]) -> None:
@@ -38,7 +38,7 @@ class ShareBatchNorm(HookBase):
 def share_batch_norm(model: nn.Module) -> None:
     """Average running means and variances over the processes.
 
-    FrozenBatchNorm2d is left alone: its statistics are weights, equal everywhere, and an average might round them.
+    FrozenBatchNorm2d is left out: its statistics are constants, equal everywhere, and averaging might round them.
     """
     if comm.get_world_size() == 1:
         return
@@ -48,13 +48,13 @@ def share_batch_norm(model: nn.Module) -> None:
 
 
 class CheckRanksAgree(HookBase):
-    """At every checkpoint and at the end, sees that the parameters are equal in every process, to the bit.
+    """At every checkpoint and at the end, checks that the parameters are equal in every process, to the bit.
 
-    A rank whose weights have drifted (a gradient that was not reduced, a memory error) trains a network of its own
-    whose gradients spoil the others', and nothing else would show it. Every rank logs its digest.
+    A rank whose weights have drifted (a gradient that was not reduced, a memory error) spoils the gradients of the
+    others, and nothing else would show it. Every rank logs its digest.
 
     Args:
-        period: iterations between checkpoints. It costs a copy of the parameters to the host.
+        period: iterations between checkpoints. Each check copies the parameters to the host.
     """
 
     def __init__(self, period: int) -> None:
@@ -75,6 +75,6 @@ def check_ranks_agree(model: nn.Module, iterations: int) -> None:
     if odd:
         raise RuntimeError(
             f"After {iterations} iterations, the parameters of rank{'s' * (len(odd) > 1)} {', '.join(map(str, odd))} "
-            "differ from those of rank 0: resume from the last checkpoint, and look for what is done to the model "
-            "or its gradients outside of the trainer"
+            "differ from those of rank 0: resume from the last checkpoint, and look for code outside the trainer "
+            "that changes the model or its gradients"
         )

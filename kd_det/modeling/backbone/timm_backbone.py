@@ -18,27 +18,26 @@ PROBE_SIZE = (64, 96)
 class TimmBackbone(Backbone):
     """A feature extractor of timm as detectron2's bottom-up network.
 
-    Its feature maps are called as detectron2's ResNets call theirs: `res<k>` is the deepest map of stride 2^k,
-    (N, C_k, H / 2^k, W / 2^k), also where the extractor itself puts channels last. The parameters keep the extractor's
-    own names (`conv_stem.weight`, …), so that what `tools/convert_weights.py` writes for MobileNetV2 fits.
+    Its feature maps are named as those of detectron2's ResNets: `res<k>` is the deepest map of stride 2^k,
+    (N, C_k, H / 2^k, W / 2^k), also where the extractor returns NHWC. The parameters keep the extractor's own names
+    (`conv_stem.weight`, …), which `tools/convert_weights.py` writes for MobileNetV2.
 
     Args:
         extractor: from `timm.create_model(name, features_only=True)`.
-        in_channels: of its images.
+        in_channels: channels of its images.
     """
 
     def __init__(self, extractor: nn.Module, in_channels: int = 3) -> None:
         super().__init__()
         self.in_channels = in_channels
-        # One set of layers under two roots, this one and the extractor whose forward pass runs them: as a child, the
-        # extractor would put its own name before those of all parameters.
+        # This module and the extractor share their layers. As a child, the extractor would prefix all parameter names.
         self.__dict__["extractor"] = extractor
         self._modules, self._parameters = extractor._modules, extractor._parameters
         self._buffers = extractor._buffers
         self._channels_last = str(getattr(extractor, "output_fmt", "NCHW")).endswith("NHWC")
         info = extractor.feature_info
         strides, channels = info.reduction(), info.channels()
-        # Of several maps of one stride the deepest, which comes last.
+        # The deepest of several maps of one stride comes last.
         self._index = {stage_name(stride): i for i, stride in enumerate(strides)}
         self._out_features = list(self._index)
         self._out_feature_strides = {name: strides[i] for name, i in self._index.items()}
@@ -56,10 +55,10 @@ class TimmBackbone(Backbone):
         return super().train(mode)
 
     def check_maps(self, in_features: list[str]) -> None:
-        """See that the maps of an image whose sides are multiples of 32 are what `output_shape()` says.
+        """Check that the maps of an image whose sides are multiples of 32 have the shapes of `output_shape()`.
 
         Raises:
-            UserError: the first map that is not, or what the network said of such an image.
+            UserError: the first map that has not, or the network's own error.
         """
         maps = run_probe(self)
         height, width = PROBE_SIZE
@@ -74,12 +73,12 @@ class TimmBackbone(Backbone):
 
 
 def stage_name(stride: int) -> str:
-    """The name that detectron2 gives to a map of this stride."""
+    """detectron2's name of a feature map of this stride."""
     return f"res{int(math.log2(stride))}"
 
 
 def run_probe(bottom_up: TimmBackbone) -> dict[str, Tensor]:
-    """The maps of one black image in eval mode; nothing in the network changes.
+    """The feature maps of one black image in eval mode; nothing in the network changes.
 
     Raises:
         UserError: the network takes no image of such a size.
@@ -100,10 +99,10 @@ def run_probe(bottom_up: TimmBackbone) -> dict[str, Tensor]:
 
 
 def set_norm(bottom_up: TimmBackbone, norm: str) -> None:
-    """Turn every BatchNorm of the network into what MODEL.TIMM.NORM says; "BN" leaves the network as timm builds it.
+    """Convert every BatchNorm to the norm that MODEL.TIMM.NORM names; "BN" leaves the network as timm builds it.
 
     Raises:
-        UserError: another word; or a network without a single BatchNorm, whose norms have no running statistics.
+        UserError: an unknown norm; or a network without a BatchNorm, whose norms have no running statistics.
     """
     from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d  # timm takes a second to import
 
@@ -119,9 +118,9 @@ def set_norm(bottom_up: TimmBackbone, norm: str) -> None:
 
 
 def freeze_until(bottom_up: TimmBackbone, stage: int) -> None:
-    """Freeze every layer that the map `res<stage>` is computed from, its BatchNorms with their statistics; 0: nothing.
+    """Freeze every layer that the map `res<stage>` is computed from, with the statistics of its BatchNorms; 0: nothing.
 
-    Which those are is asked of autograd, so that it holds for every architecture.
+    Autograd tells which layers these are, so that it works for every architecture.
 
     Raises:
         UserError: the network has no such map.

@@ -15,7 +15,7 @@ from kd_det.checkpoint.classifier_weights import read_classifier
 logger = logging.getLogger(__name__)
 
 KWARGS_FORM = "MODEL.TIMM.KWARGS is a list of [argument, value]"
-SEED = 20220308  # of the two builds that are compared; any number that nobody would seed a training with
+SEED = 20220308  # of the two builds that are compared; any number that no training is seeded with
 
 
 def create_extractor(node: CfgNode, in_channels: int, load_weights: bool) -> nn.Module:
@@ -24,11 +24,11 @@ def create_extractor(node: CfgNode, in_channels: int, load_weights: bool) -> nn.
     Args:
         node: `cfg.MODEL.TIMM`.
         in_channels: of the images.
-        load_weights: False where MODEL.WEIGHTS brings the weights later, of the whole detector or of its backbone.
+        load_weights: False where MODEL.WEIGHTS is loaded later, over the whole detector or its backbone.
 
     Raises:
         UserError: names the key under MODEL.TIMM: a name that timm does not know, with the nearest; an argument that
-            the network does not take; weights that cannot be had or do not fit.
+            the network does not take; weights that cannot be downloaded or do not fit.
     """
     check_name(node.NAME)
     if node.PRETRAINED and node.WEIGHTS:
@@ -66,7 +66,7 @@ def keyword_arguments(pairs: list[Any]) -> dict[str, Any]:
 
 
 def create(node: CfgNode, options: dict[str, Any], pretrained: bool) -> nn.Module:
-    """The extractor; every exception of timm's becomes a ValueError that names the keys."""
+    """The extractor; every exception of timm becomes a UserError that names the keys."""
     try:
         return timm.create_model(node.NAME, pretrained=pretrained, **options)
     except Exception as error:  # unknown tags and arguments, no network, no such extractor: timm has no class for them
@@ -100,7 +100,7 @@ def create_from_file(node: CfgNode, options: dict[str, Any]) -> nn.Module:
 
 
 def refuse_unloaded(node: CfgNode, loaded: nn.Module, untouched: nn.Module) -> None:
-    """Raise ValueError where a file left a weight as it was at random: timm loads what fits, and lets the rest be.
+    """Raise ValueError where a file left a weight at its random initial value: timm loads what fits and skips the rest.
 
     A weight (of two dimensions or more: others start as constants) that equals the one of a build without the file, to
     the bit and from the same seed, has not been loaded.

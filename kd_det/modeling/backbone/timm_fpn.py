@@ -17,7 +17,7 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """The extractor that `cfg.MODEL.TIMM` describes under detectron2's FPN, with maps p2 to p6.
 
     MODEL.FPN.IN_FEATURES names its maps as those of a ResNet, `res2` to `res5` (all four where it is empty), so that
-    a config written for a ResNet needs no other change than MODEL.BACKBONE.NAME and MODEL.TIMM.NAME.
+    a ResNet's config needs no change but MODEL.BACKBONE.NAME and MODEL.TIMM.NAME.
     MODEL.BACKBONE.FREEZE_AT k freezes every layer that `res<k>` is computed from; 0 none.
 
     Raises:

@@ -33,20 +33,20 @@ class DistilledRCNN(GeneralizedRCNN):
         losses = GeneralizedRCNN's losses + {loss_kd_<term>: term(student_logits, teacher_logits, gt_classes)}
         student_logits (N, C), teacher_logits (N, C), gt_classes (N,)
 
-    A cascade head distils every stage, as `loss_kd_<term>_stage<k>`. The student's logits are those of the forward
-    pass that happens anyway. Boxes, masks and keypoints are not distilled. In eval mode, and with `loss=None`, it is a
-    GeneralizedRCNN to the bit, and needs no teacher.
+    A cascade head distils every stage, as `loss_kd_<term>_stage<k>`. The student's logits are read during its ordinary
+    forward pass. Boxes, masks and keypoints are not distilled. In eval mode, and with `loss=None`, it equals
+    GeneralizedRCNN to the bit and needs no teacher.
 
     Args:
         loss: maps (student_logits, teacher_logits, target, progress) to named scalar terms; None for plain training.
         teacher: the frozen detector, or several; not part of `parameters()`, `state_dict()` or `train()`.
-        max_iter: length of the training, for `progress` = iteration / max_iter; None hands the loss no progress.
+        max_iter: length of the training, for `progress` = iteration / max_iter; None passes no progress to the loss.
         serialize: put AEKT's layer W·z + b behind the classifiers: z is distilled, W·z + b classifies. `state_dict()`
             has them merged, under GeneralizedRCNN's names.
-        proposals: "student", or "student+teacher": rows at the boxes of the teacher's RPN, too.
-        rows: "all", "foreground", or "weighted": background rows count `background_weight` times (`select_rows`).
+        proposals: "student", or "student+teacher": also distil at the boxes of the teacher's RPN.
+        rows: "all", "foreground", or "weighted": background rows have the weight `background_weight` (`select_rows`).
         background_weight: see `rows`.
-        teachers_mean: of several teachers: "log_probs", their mean teaches; "losses", the loss is the mean of theirs.
+        teachers_mean: of several teachers: "log_probs", their mean is the target; "losses", the losses are averaged.
         overlap: on CUDA, run the first teacher's backbone on a second stream beside the student's forward pass.
         kwargs: those of GeneralizedRCNN.
 
@@ -100,11 +100,11 @@ class DistilledRCNN(GeneralizedRCNN):
         }
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
-        """As GeneralizedRCNN's: in training a dict of scalar losses, in eval mode the detections."""
+        """As GeneralizedRCNN's: a dict of scalar losses in training, detections in eval mode."""
         if not self.training or self.loss is None:
             return super().forward(batched_inputs)
         self.load_teacher()
-        # Once, for the student and its teachers; the CPU's stay where they are.
+        # Once for the student and its teachers.
         batched_inputs = [{**item, "image": item["image"].to(self.device)} for item in batched_inputs]
         views = self.teacher_views(batched_inputs)
         more = capture_head_inputs(self.roi_heads) if self.proposals == "student+teacher" else nullcontext()
@@ -121,7 +121,7 @@ class DistilledRCNN(GeneralizedRCNN):
         return (make() for make in [first, *others])
 
     def inference(self, *args: Any, **kwargs: Any) -> Any:
-        """As GeneralizedRCNN's, by the logits that classify."""
+        """As GeneralizedRCNN's; with AEKT's layer behind the classifiers."""
         if self.serialization is None:
             return super().inference(*args, **kwargs)
         with serialized_outputs(self.roi_heads, self.serialization):
@@ -129,7 +129,7 @@ class DistilledRCNN(GeneralizedRCNN):
 
     @property
     def no_decay(self) -> list[Tensor]:
-        """Parameters not to decay (ours): decay pulls to 0, and AEKT's layer starts from the identity."""
+        """Parameters without weight decay (ours): decay pulls to 0, but AEKT's layer starts from the identity."""
         return [] if self.serialization is None else list(self.serialization.parameters())
 
     def distillation_losses(
@@ -139,12 +139,12 @@ class DistilledRCNN(GeneralizedRCNN):
 
         Args:
             views: what each teacher sees of the batch.
-            stages: what its box head said of its own proposals.
-            head_inputs: feature maps and ground truth that its ROI heads were called with, for proposals of teachers.
+            stages: the student's box head on its own proposals.
+            head_inputs: feature maps and ground truth that its ROI heads got; needed for teachers' proposals.
         """
         if not stages:
             raise UserError(
-                f"{type(self.roi_heads).__name__} made no call of box_predictor.losses(predictions, proposals), where "
+                f"{type(self.roi_heads).__name__} did not call box_predictor.losses(predictions, proposals), where "
                 "distillation reads the student's logits: use a Standard, Cascade or Res5 head, or KD.LOSS.NAME none"
             )
         if head_inputs:
@@ -177,7 +177,7 @@ class DistilledRCNN(GeneralizedRCNN):
     def progress(self) -> float | None:
         """Share of the training that is done, from the trainer's own counter.
 
-        A method: TorchScript evaluates every property of a module, also outside of training.
+        Not a property: TorchScript evaluates every property of a module, also outside training.
         """
         return None if self.max_iter is None else get_event_storage().iter / self.max_iter
 
@@ -187,7 +187,7 @@ class DistilledRCNN(GeneralizedRCNN):
         return self.teachers[0] if self.teachers else None
 
     def load_teacher(self) -> None:
-        """Build and load every teacher, once. A trainer calls it early: what is wrong shows before training starts."""
+        """Build and load every teacher, once. The trainer calls it early, to show errors before training."""
         for teacher in self.teachers:
             check_same_classifier(self.roi_heads, teacher.load(self.device, self.pixel_mean.dtype).roi_heads)
 

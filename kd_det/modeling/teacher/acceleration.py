@@ -1,4 +1,4 @@
-"""A frozen teacher made faster: folded norms, memory format, precision, torch.compile."""
+"""Acceleration of a frozen teacher: folded norms, memory format, precision, torch.compile."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,19 +19,19 @@ from kd_core.utils.folding import fold_batch_norms, folded_weights
 from kd_det.modeling.backbone import TimmBackbone
 
 DTYPES = ("student", "float32", "bfloat16", "float16")
-# Layers whose products autocast takes in its own type; others of their subclasses do more with a weight than that.
+# Layers whose weights autocast casts, so that casting them once is equivalent. Subclasses may use a weight otherwise.
 PRODUCTS = (nn.Conv2d.forward, Conv2d.forward, nn.Linear.forward)
 
 
 @dataclass(frozen=True)
 class TeacherSpeed:
-    """How a teacher's backbone and box head compute; its RPN and other heads, which seldom run, are left alone.
+    """How a teacher's backbone and box head compute; its RPN and other heads, which seldom run, are not changed.
 
     Args:
-        fold_bn: batch norms become part of the convolutions before them: the same function, rounded otherwise.
-        channels_last: their weights, and so what they compute, lie in memory with the channels last.
-        dtype: of their products, by an autocast of their own; None: the student's. ROI pooling and the classifier are
-            in float32 then, whatever the student's.
+        fold_bn: fold batch norms into the convolutions before them: the same function up to rounding.
+        channels_last: channels-last memory format of their weights, and so of their activations.
+        dtype: their own autocast dtype; None: the student's. With a dtype, ROI pooling and the classifier are in
+            float32.
         compile: torch.compile them.
     """
 
@@ -42,7 +42,7 @@ class TeacherSpeed:
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> "TeacherSpeed":
-        """What KD.TEACHER asks for; raises ValueError for a type that is none."""
+        """The options of KD.TEACHER; raises a UserError for an unknown DTYPE."""
         node = cfg.KD.TEACHER
         if node.DTYPE not in DTYPES:
             raise UserError(f"KD.TEACHER.DTYPE is {node.DTYPE!r}, expected {' or '.join(DTYPES)}")
@@ -65,13 +65,13 @@ def accelerate_teacher(model: GeneralizedRCNN, speed: TeacherSpeed) -> Generaliz
             compile_in_place(part, f"teacher's {name}")
     if speed.dtype is not None:
         for predictor in each(model.roi_heads.box_predictor):
-            if hasattr(predictor, "cls_score"):  # one's own predictor may have another
+            if hasattr(predictor, "cls_score"):  # a custom predictor may name it otherwise
                 predictor.cls_score.forward = AutocastForward(predictor.cls_score, torch.float32)
     return model
 
 
 def distilled_parts(model: GeneralizedRCNN) -> dict[str, nn.Module]:
-    """The backbone and the box head of every stage: what a distilled step runs of a detector over and over."""
+    """The backbone and the box head of every stage: the parts of a detector that every distilled step runs."""
     heads = model.roi_heads
     head = heads.res5 if isinstance(heads, Res5ROIHeads) else getattr(heads, "box_head", [])
     stages = each(head)
@@ -85,7 +85,7 @@ def each(modules: nn.Module | Sequence[nn.Module]) -> Sequence[nn.Module]:
 
 
 def fold_detector(model: GeneralizedRCNN) -> None:
-    """Fold every batch norm of fixed statistics into its convolution: those of detectron2's layers and of timm's."""
+    """Fold every batch norm with fixed statistics into its convolution, in detectron2's layers and timm's."""
     for module in model.modules():
         if isinstance(module, TimmBackbone):
             fold_batch_norms(module.extractor)
@@ -97,13 +97,13 @@ def fold_detector(model: GeneralizedRCNN) -> None:
 
 
 def has_fixed_statistics(norm: nn.Module | None) -> bool:
-    """Whether a norm is one factor and one shift a channel, whatever its input."""
+    """Whether a norm is one factor and one shift per channel, independent of its input."""
     running = isinstance(norm, _BatchNorm) and not norm.training and norm.running_mean is not None
     return running or isinstance(norm, FrozenBatchNorm2d)
 
 
 def cast_products(part: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the weights of convolutions and linear layers once: autocast would cast frozen ones in every call."""
+    """Cast the weights of convolutions and linear layers once; autocast would cast frozen ones in every call."""
     for module in part.modules():
         if type(module).forward in PRODUCTS:
             for parameter in module.parameters(recurse=False):
@@ -111,14 +111,14 @@ def cast_products(part: nn.Module, dtype: torch.dtype) -> None:
 
 
 class AutocastForward:
-    """The forward pass of a module under an autocast of its own; what comes out is contiguous, and float32.
+    """A module's forward pass in its own autocast dtype, with contiguous float32 outputs.
 
-    An instance takes the place of `module.forward`: the module's name and weights stay, and whoever calls it (the RPN,
-    an evaluation) gets what it always got.
+    An instance replaces `module.forward`: the module keeps its name and weights, and its other callers (the RPN, an
+    evaluation) get outputs of the usual type.
 
     Args:
-        module: of one input.
-        dtype: of its products; None: whatever is ambient, and so is what comes out.
+        module: takes one input.
+        dtype: for autocast; None: leave autocast and the outputs' dtype as they are.
     """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype | None) -> None:
@@ -133,7 +133,7 @@ class AutocastForward:
 
 
 def to_contiguous(outputs: Tensor | dict[str, Tensor], dtype: torch.dtype | None = None) -> Any:
-    """A module's output, or its named outputs, contiguous (ROI pooling would copy them) and of type `dtype`."""
+    """A module's output or outputs, contiguous (ROI pooling would copy them otherwise), in `dtype`."""
     if isinstance(outputs, dict):
         return {name: to_contiguous(output, dtype) for name, output in outputs.items()}
     return outputs.to(dtype or outputs.dtype, memory_format=torch.contiguous_format)

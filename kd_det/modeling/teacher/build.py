@@ -1,4 +1,4 @@
-"""From a student's config to its teachers: which files, and what is wrong with them."""
+"""Builds the teachers that a student's config names, and checks their configs and weights."""
 
 import logging
 import os
@@ -118,7 +118,7 @@ def build_teacher(cfg: CfgNode) -> GeneralizedRCNN:
         logger.info("Teacher: %s with %s", cfg.KD.TEACHER.CONFIG_FILE, weights)
     else:
         logger.warning(
-            "KD.TEACHER.ALLOW_RANDOM: the teacher's weights are random; this is no distillation, only a test of one"
+            "KD.TEACHER.ALLOW_RANDOM: the teacher's weights are random; for tests only"
         )
     return model
 

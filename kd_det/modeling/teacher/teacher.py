@@ -20,15 +20,14 @@ from kd_det.modeling.teacher.view import TEACHER_IMAGE, TeacherView
 class Teacher:
     """A frozen detector that classifies the boxes it is given.
 
-    It is deliberately not an `nn.Module`: held by a student, it stands outside the student's `parameters()`,
-    `state_dict()`, `train()` and DistributedDataParallel, and a deep copy of the student shares it.
+    It is deliberately not an `nn.Module`: it is no part of the student's `parameters()`, `state_dict()`, `train()` and
+    DistributedDataParallel, and a deep copy of the student shares it.
 
     Args:
         model: the detector, or a function that builds it. The function is called when the teacher is first needed, so
             that inference with a student neither builds a teacher nor looks for its weights.
         own_images: refuse inputs without a `teacher_image`: a config that asks for another size must get one.
-        speed: how a detector that the function builds is made faster; one that is given is its owner's, and stays as it
-            is but for being frozen.
+        speed: how a detector that the function builds is accelerated; a detector that is given is only frozen.
     """
 
     def __init__(
@@ -43,7 +42,7 @@ class Teacher:
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> "list[Teacher]":
-        """The teachers that a student's config names: that of `KD.TEACHER`, or those of `KD.TEACHERS`."""
+        """The teachers that a student's config names: the one of `KD.TEACHER`, or those of `KD.TEACHERS`."""
         own_images, speed = cfg.KD.TEACHER.IMAGE_SCALE != 1, TeacherSpeed.from_config(cfg)
         return [cls(build, own_images, speed) for build in teacher_builders(cfg)]
 
@@ -53,12 +52,14 @@ class Teacher:
         return self.load()
 
     def load(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> GeneralizedRCNN:
-        """Build the detector, load its weights and make it fast, once; on the student's device, in the student's dtype
-        unless it has its own.
+        """Build, load and accelerate the detector, once.
+
+        Args:
+            device: the student's.
+            dtype: the student's; not used where the teacher has a dtype of its own.
         """
         if self._model is None:
-            # A generator of its own for the initial weights: the student draws the same numbers with or without a
-            # teacher.
+            # The initial weights must not advance the student's random numbers.
             with torch.random.fork_rng(devices=[]):
                 model = freeze(self._build())
             model = model.to(device=device, dtype=None if self.speed.dtype else dtype)
@@ -75,9 +76,9 @@ class Teacher:
         return TeacherView(self.model, batched_inputs, input_format)
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Carry a `.to()`, `.double()`, … of the student over, but for its dtype where the teacher has its own.
+        """Apply a `.to()`, `.double()`, … of the student, but keep the dtype where the teacher has its own.
 
-        Nothing to do while there is no model. Norms that were folded in float32 stay rounded to it, to 1e-7.
+        Norms that were folded in float32 stay rounded to it (1e-7).
         """
         if self._model is not None:
             keep_own = self.speed.dtype is not None and self._build is not None
@@ -103,13 +104,12 @@ def freeze(model: GeneralizedRCNN) -> GeneralizedRCNN:
 
 
 def mean_of_teachers(logits: Sequence[Tensor], sigmoid: bool = False) -> Tensor:
-    """Logits (N, C) of the one teacher that several make: the mean of their log-probabilities.
+    """Logits (N, C) of the mean of several teachers: of their log-probabilities.
 
         ẑ = mean_m log softmax(z_m)        softmax(ẑ / T) ∝ ∏_m softmax(z_m / T)^(1/M) for any temperature T
 
-    A log-softmax differs from its logits by a constant of the row, so no temperature has to be chosen here. In at least
-    float32. With `sigmoid` each class is a distribution of its own, and ẑ is the mean of the logits for the same
-    reason.
+    A log-softmax differs from its logits by a constant per row, so no temperature is needed here. Computed in at least
+    float32. With `sigmoid` each class is a distribution of its own, and ẑ is the mean of the logits.
     """
     if len(logits) == 1:
         return logits[0]
@@ -147,5 +147,5 @@ class PrefetchedView:
 
 @cache
 def second_stream(device: torch.device) -> torch.cuda.Stream:
-    """One stream beside the current one for each device."""
+    """One second stream per device."""
     return torch.cuda.Stream(device)

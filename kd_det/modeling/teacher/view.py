@@ -1,4 +1,4 @@
-"""What a teacher sees of one batch: its features, its proposals, and its logits on given boxes."""
+"""A batch as a teacher sees it: features, proposals, logits on given boxes; and rows at the teacher's proposals."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,19 +20,19 @@ from torch import Tensor, nn
 from kd_core.utils.errors import UserError
 from kd_det.modeling.box_stages import BoxStage, capture_box_stages
 
-# Of one image, the teacher's rendition of it: (C, H', W'), the same view in another size.
+# Key of an input: the teacher's image (C, H', W'), the same view in another size.
 TEACHER_IMAGE = "teacher_image"
 
 
 class TeacherView:
     """A batch under the teacher's own channel order, mean and std, and in its own size where the inputs have one.
 
-    It holds the teacher's feature maps, so it is to be dropped before the student's backward pass.
+    It holds the teacher's feature maps: drop it before the student's backward pass.
 
     Args:
         model: the teacher's detector.
-        batched_inputs: what the student was given; each `image` (3, H, W) in `input_format`, not normalised. An item
-            may have the same view in another size, (3, H', W'), as `teacher_image`.
+        batched_inputs: the student's inputs; each `image` (3, H, W) in `input_format`, not normalised. An item may
+            have the same view in another size, (3, H', W'), as `teacher_image`.
         input_format: channel order of the images ("BGR", "RGB", …); None means the teacher's own.
     """
 
@@ -68,7 +68,7 @@ class TeacherView:
         """The proposals of the teacher's RPN at inference, best first, in pixels of the student's images."""
         if self.model.proposal_generator is None:
             raise UserError("KD.PROPOSALS student+teacher: the teacher has no RPN; set KD.PROPOSALS student")
-        # Of the images the RPN reads their sizes alone; any tensor will do, so that none of them is kept for it.
+        # The RPN reads only the images' sizes: any tensor will do, and the images need not be kept.
         images = ImageList(next(iter(self.features.values())), self.sizes)
         found, _ = self.model.proposal_generator(images, self.features, None)
         return [
@@ -107,7 +107,7 @@ def convert_channels(image: Tensor, source: str | None, target: str | None) -> T
 
 
 def stage_logits(heads: ROIHeads, features: dict[str, Tensor], boxes: list[Boxes], stage: int) -> Tensor:
-    """Logits (N, C) of `heads` on `boxes`: its same stage where it is a cascade, else its only one."""
+    """Logits (N, C) of `heads` on `boxes`: of the same stage in a cascade, else of the only one."""
     maps = [
         features[name] for name in (heads.in_features if isinstance(heads, Res5ROIHeads) else heads.box_in_features)
     ]
@@ -122,7 +122,7 @@ def stage_logits(heads: ROIHeads, features: dict[str, Tensor], boxes: list[Boxes
 
 
 def class_logits(predictor: nn.Module, x: Tensor) -> Tensor:
-    """The class logits (N, C) of a box predictor; of detectron2's own, without the box deltas that nobody reads."""
+    """Class logits (N, C) of a box predictor; detectron2's own need not compute box deltas for it."""
     if type(predictor).forward is FastRCNNOutputLayers.forward:
         return predictor.cls_score(x.flatten(1))
     return predictor(x)[0]
@@ -131,12 +131,12 @@ def class_logits(predictor: nn.Module, x: Tensor) -> Tensor:
 def stages_on_teacher_proposals(
     heads: ROIHeads, features: dict[str, Tensor], targets: list[Instances], views: list[TeacherView]
 ) -> list[BoxStage]:
-    """The stages of the student's box head on the teachers' proposals (ours; no paper says more than that they exist).
+    """The stages of the student's box head on the teachers' proposals (ours).
 
     The proposals of all teachers are sampled and labelled as the student's own are (BATCH_SIZE_PER_IMAGE,
     POSITIVE_FRACTION, ground truth appended) and go through the student's whole box head, every stage of a cascade
-    included. No detection loss is computed on them, no other head sees them, and what they would log is discarded.
-    Their draws come after the student's own, whose sample does not change.
+    included. No detection loss is computed on them, no other head sees them, and their scalars are not logged. They are
+    sampled after the student's own proposals, whose sample does not change.
 
     Args:
         heads: the student's ROI heads, in training.
@@ -149,8 +149,8 @@ def stages_on_teacher_proposals(
     """
     if not isinstance(heads, StandardROIHeads | Res5ROIHeads):  # cascade heads are standard heads
         raise UserError(
-            f"KD.PROPOSALS student+teacher runs the student's box head again, which is known of Standard, Cascade and "
-            f"Res5 heads, but not of {type(heads).__name__}: set KD.PROPOSALS student"
+            f"KD.PROPOSALS student+teacher runs the student's box head again, which is implemented for Standard, "
+            f"Cascade and Res5 heads, but not for {type(heads).__name__}: set KD.PROPOSALS student"
         )
     proposals = [merge_proposals(image) for image in zip(*(view.proposals() for view in views), strict=True)]
     with EventStorage(get_event_storage().iter):
@@ -168,6 +168,6 @@ def merge_proposals(proposals: tuple[Instances, ...]) -> Instances:
 
 
 def res5_stage(heads: Res5ROIHeads, features: dict[str, Tensor], proposals: list[Instances]) -> BoxStage:
-    """The only stage of a C4 head, whose box branch is no method of its own."""
+    """The only stage of a C4 head, which has no method for its box branch."""
     boxes = [p.proposal_boxes for p in proposals]
     return BoxStage(stage_logits(heads, features, boxes, 0), cat([p.gt_classes for p in proposals]), boxes)

@@ -115,7 +115,7 @@ def test_a_missing_file_or_folder_is_named_with_the_root(root: Path, field: str,
     (root / gone).rename(root / "moved")
     with pytest.raises(ValueError, match=rf"its {field} {root}/{gone} does not exist") as info:
         check_datasets(cfg)
-    assert str(info.value).startswith("DATASETS.TEST: pets_train is not there")
+    assert str(info.value).startswith("DATASETS.TEST: pets_train is not on disk")
     assert f"DETECTRON2_DATASETS, where relative paths start, is {root}" in str(info.value)
 
 
@@ -128,7 +128,7 @@ def test_an_unknown_name_is_answered_with_the_near_ones(root: Path):
     register_datasets(config(PETS))
     with pytest.raises(ValueError, match=r"DATASETS\.TRAIN: .* called 'pets_trian'; did you mean pets_train"):
         check_datasets(config(train=("pets_trian",)))
-    with pytest.raises(ValueError, match=r"'zzz'; no registered name is near\. DATASETS\.REGISTER is a list of"):
+    with pytest.raises(ValueError, match=r"'zzz'; no registered name is similar\. DATASETS\.REGISTER is a list of"):
         check_datasets(config(test=("zzz",)))
 
 
