@@ -59,7 +59,7 @@ class DistillationTrainer(TrainerBase):
     It adds to `DefaultTrainer`:
 
     - The teacher is built before training, so that its errors show early.
-    - With SEED ≥ 0, `--resume` continues to the bit: weights, optimizer, schedules, random numbers, position in the data.
+    - With SEED ≥ 0, `--resume` continues to the bit: weights, optimizer, schedules, random numbers, data.
     - Checkpoints are whole or absent, and `student.yaml` is written beside them.
     - A loss that is not finite ends the training with its iteration and terms.
     - SOLVER.EMA's average is evaluated and saved beside the student.

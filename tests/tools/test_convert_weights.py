@@ -229,7 +229,7 @@ def test_a_file_without_weights_is_named(tmp_path: Path):
     ("source", "message"),
     [
         ("nowhere.pth", r"there is no file nowhere\.pth; a source is a file, torchvision:NAME"),
-        ("torchvision:resnet19", r"torchvision:resnet19 could not be downloaded: Unknown model resnet19; without a network, "),
+        ("torchvision:resnet19", r"torchvision:resnet19 could not be downloaded: Unknown model resnet19; without "),
         ("timm:resnet19", r"timm:resnet19 could not be downloaded: Unknown model"),
     ],
 )

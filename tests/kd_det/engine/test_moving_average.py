@@ -83,7 +83,7 @@ def test_a_checkpoint_without_it_is_continued_with_a_warning_and_one_of_another_
     trainer.start_iter = 2
     with caplog.at_level(logging.WARNING):
         next(hook for hook in trainer._hooks if type(hook).__name__ == "UpdateAverage").before_train()
-    assert "the checkpoint to resume has no moving average (key ema): it starts from the student's weights" in caplog.text
+    assert "the checkpoint to resume has no moving average (key ema): it starts from" in caplog.text
     state = {**trainer.average.state_dict(), "roi_heads.box_head.fc1.weight": torch.zeros(2, 2)}
     with pytest.raises(ValueError, match=r"\(key ema\) .* 1 weights .*, the first is roi_heads.box_head.fc1"):
         trainer.average.load_state_dict(state)
