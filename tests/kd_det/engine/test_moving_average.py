@@ -13,6 +13,7 @@ from kd_det.config.student import student_config
 from kd_det.data import register_datasets
 from kd_det.engine.hooks.moving_average import MovingAverage
 from kd_det.engine.trainer import DistillationTrainer
+from kd_det.solver import check_solver
 
 TRAINING = (
     "KD.LOSS.NAME", "aekt", "KD.LOSS.TEMPERATURE", 1.0, "SOLVER.OPTIMIZER", "deepkd_sgd", "SOLVER.BASE_LR", 0.01,
@@ -97,4 +98,4 @@ def test_building_it_costs_the_student_no_random_number(cfg):
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in average.state_dict().items())
     cfg.SOLVER.EMA.DECAY = 1.0
     with pytest.raises(ValueError, match=r"SOLVER.EMA.DECAY is 1.0, expected a number in \[0, 1\)"):
-        MovingAverage(cfg, model)
+        check_solver(cfg)
