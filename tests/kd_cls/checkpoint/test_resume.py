@@ -15,6 +15,8 @@ import torch
 from helpers.processes import run as run_process
 from helpers.processes import started
 from kd_cls.build import build_trainer
+from kd_cls.checkpoint.resume import check_resumable
+from kd_cls.config import load_cfg
 from kd_cls.distributed import Process
 from kd_cls.train import train
 
@@ -136,3 +138,13 @@ def test_weights_alone_and_broken_files_are_not_resumed(tiny: Callable, process:
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"--resume: .*last.pth is no checkpoint that can be read: it is truncated"):
         train(cfg, process, resume=True)
+
+
+def test_a_config_written_by_the_first_version_still_resumes() -> None:
+    root = Path(__file__).parents[3]
+    written = root / "tests" / "golden" / "config_96e214b_classification.yaml"  # of configs/Digits/cls_deepkd.yaml
+    checkpoint = {"training": {}, "metadata": {"config": written.read_text()}}
+    check_resumable(checkpoint, load_cfg(str(root / "configs" / "Digits" / "cls_deepkd.yaml"), ["DEVICE", "cpu"]))
+    load_cfg(str(written))  # every key is still there
+    with pytest.raises(ValueError, match=r"started with KD.LOSS.NAME 'dkd', now it is 'kd'"):
+        check_resumable(checkpoint, load_cfg(str(written), ["KD.LOSS.NAME", "kd"]))

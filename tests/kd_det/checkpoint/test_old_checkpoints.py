@@ -3,6 +3,7 @@
 import logging
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from detectron2.utils.env import seed_all_rng
 
 from kd_core.utils.errors import UserError
 from kd_det.checkpoint.resume import IGNORED_ON_RESUME, check_resumable
-from kd_det.config import all_keys, kd_defaults, merge_file
+from kd_det.config import all_keys, kd_defaults, merge_file, read_config
 from kd_det.engine.launch import argument_parser, setup
 from kd_det.engine.trainer import DistillationTrainer
 
@@ -265,3 +266,14 @@ def test_a_config_that_a_kill_has_cut_off_is_named_and_does_not_stop_a_resume(ti
         with caplog.at_level(logging.WARNING, logger="kd_det"):
             check_resumable(tiny_cfg())
         assert "config.yaml cannot be read" in caplog.text
+
+
+def test_a_config_written_by_the_first_version_still_resumes(tmp_path):
+    written = Path(__file__).parents[2] / "golden" / "config_96e214b_detection.yaml"  # of configs/Digits/deepkd.yaml
+    shutil.copy(written, tmp_path / "config.yaml")
+    (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
+    words = ["OUTPUT_DIR", str(tmp_path)]
+    check_resumable(read_config("configs/Digits/deepkd.yaml", words))
+    with pytest.raises(UserError, match=r"started with KD.LOSS.NAME 'dkd', now it is 'gdkd'"):
+        check_resumable(read_config("configs/Digits/deepkd.yaml", [*words, "KD.LOSS.NAME", "gdkd"]))
+    read_config(str(written), [])  # every key is still there
