@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kd_core.distributed import world_size
+from kd_core.distributed import is_sharded, refuse_fsdp1, world_size
 from kd_core.optim.base import MOMENTA, StreamOptimizer
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class GradientSNR:
         sample: share of each tensor's elements that is measured, in (0, 1].
         seed: which elements those are.
     Raises:
-        ValueError: `sample` out of (0, 1], `every` below 1, no parameter.
+        ValueError: `sample` out of (0, 1], `every` below 1, no parameter, parameters sharded by FSDP.
     """
 
     def __init__(
@@ -53,6 +53,9 @@ class GradientSNR:
         self.params = {name: p for name, p in named_parameters if p.requires_grad}
         if not self.params:
             raise ValueError("named_parameters has no parameter that requires a gradient")
+        refuse_fsdp1(self.params.values())
+        if any(map(is_sharded, self.params.values())):
+            raise ValueError("GSNR cannot be measured on parameters sharded by fully_shard: set the momenta by hand")
         self.every, self.stride = every, next_prime(1 / sample)
         # A prime stride is in step with no dimension of a weight: it meets every tap of every kernel.
         offsets = random.Random(seed)

@@ -11,7 +11,11 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import DefaultLoadPlanner
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import kd_core.distributed
@@ -192,6 +196,101 @@ def bytes_sent(accumulate: int = 1) -> dict[str, tuple[int, int]]:
     return counted
 
 
+def subgroup(rank: int, world: int) -> float:
+    """How far gradients averaged within {0} and within the other ranks are from those of one process."""
+    members = [0] if rank == 0 else list(range(1, world))
+    groups = [dist.new_group([0]), dist.new_group(list(range(1, world)))]
+    model = Net()
+    optimizer = deepkd_sgd(model.parameters(), 0.05)
+    backward_streams(streams(model, 0, slice(rank, 3 * rank + 1)), optimizer, process_group=groups[min(rank, 1)])
+    mean = Net()
+    backward_streams(
+        {
+            name: sum(streams(mean, 0, slice(r, 3 * r + 1))[name] for r in members) / len(members)
+            for name in ("tog", "tcg", "ncg")
+        },
+        deepkd_sgd(mean.parameters(), 0.05),
+        sync=False,
+    )
+    pairs = [(p.grad, q.grad) for p, q in zip(model.parameters(), mean.parameters(), strict=True) if p.grad is not None]
+    return max(float((g - h).abs().max()) for g, h in pairs)
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    model.to(memory_format=torch.contiguous_format)  # fully_shard takes no other
+    for part in (model.backbone, model.classifier, model.task_head):
+        fully_shard(part)
+    return fully_shard(model)
+
+
+def fsdp2(build: Callable, rank: int, world: int, folder: str, parts: int = 1, clip: str = "own") -> list[Tensor]:
+    """Twenty steps, in the tenth of which model and optimizer are saved and built anew. Whole parameters."""
+    model = sharded(Net())
+    optimizer = build(model.parameters())
+    for step in range(20):
+        if step == 10:
+            names = "model", "optimizer"
+            dcp.save(dict(zip(names, get_state_dict(model, optimizer), strict=True)), checkpoint_id=folder)
+            model = sharded(Net())
+            optimizer = build(model.parameters())
+            saved = dict(zip(names, get_state_dict(model, optimizer), strict=True))
+            # What no stream has reached has no state: it starts at 0.
+            dcp.load(saved, checkpoint_id=folder, planner=DefaultLoadPlanner(allow_partial_load=True))
+            set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
+        fsdp2_step(model, optimizer, step, rank, world, parts, clip)
+    return [p.full_tensor().detach() for p in model.parameters()]
+
+
+def fsdp2_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, step: int, rank: int, world: int, parts: int, clip: str
+) -> None:
+    optimizer.zero_grad()
+    for part in range(parts):
+        losses = streams(model, step, share(rank, world, part, parts))
+        backward_streams({name: loss / parts for name, loss in losses.items()}, optimizer, sync=part == parts - 1)
+    if clip == "torch" or not hasattr(optimizer, "clip_grad_norm_"):
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+    else:
+        optimizer.clip_grad_norm_(0.5)
+    optimizer.step()
+
+
+def message(run: Callable[[], object]) -> str:
+    try:
+        run()
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def refusals(rank: int, world: int) -> dict[str, str]:
+    """What is said to FSDP1, and to FSDP2 used so that streams would mix."""
+    said = {}
+    for use_orig_params in (False, True):
+        for name in ("one set", "two sets", "torch's sgd"):
+            inner = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+            model = FullyShardedDataParallel(inner, device_id=torch.device("cpu"), use_orig_params=use_orig_params)
+            optimizer = BUILDS[name](model.parameters())
+            loss = model(torch.ones(2, 4)).sum()
+            said[f"{name}, {use_orig_params}"] = message(lambda: backward_streams({"tog": loss}, optimizer))  # noqa: B023
+    model = sharded(Net())
+    optimizer = BUILDS["two sets"](model.parameters())
+    model.set_requires_gradient_sync(False)
+    said["no reduction"] = message(
+        lambda: backward_streams(streams(model, 0, share(rank, world)), optimizer, sync=False)
+    )
+    model = sharded(Net())
+    optimizer = BUILDS["two sets"](model.parameters())
+    backward_streams(streams(model, 0, share(rank, world)), optimizer)
+    if rank == 0:  # all ranks have asked to write, one has changed something
+        model.classifier.weight.grad.data.add_(1)
+    else:
+        model.classifier.weight.grad.data.add_(0)
+    said["changed on rank 0"] = message(optimizer.step)
+    said["gsnr"] = message(lambda: AutoMomenta(optimizer, model.named_parameters()))
+    return said
+
+
 def state(model: nn.Module) -> list[Tensor]:
     return [p.detach().clone() for p in model.parameters()]
 
@@ -215,6 +314,14 @@ def main(rank: int, world: int, store: str, output: str) -> None:
     kd_core.distributed.BUCKET_BYTES = 200  # many buckets, and parameters that are larger than one
     results["bytes in small buckets"] = bytes_sent()
     results["small buckets"] = state(train(BUILDS["two sets"], rank, world))
+    kd_core.distributed.BUCKET_BYTES = 25 * 2**20
+    results["subgroup"] = subgroup(rank, world) <= 1e-14
+    if world == 2:
+        for name, build in BUILDS.items():
+            results[f"fsdp2, {name}"] = fsdp2(build, rank, world, f"{output}/{name}")
+        results["fsdp2, micro-batches"] = fsdp2(BUILDS["two sets"], rank, world, f"{output}/parts", parts=2)
+        results["fsdp2, clipped by torch"] = fsdp2(BUILDS["two sets"], rank, world, f"{output}/clip", clip="torch")
+        results["refusals"] = refusals(rank, world)
     torch.save(results, f"{output}/rank{rank}.pt")
     dist.destroy_process_group()
 

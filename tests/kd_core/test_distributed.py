@@ -143,6 +143,42 @@ def test_a_bucket_holds_one_dtype_and_at_most_its_bytes() -> None:
     assert [[p.numel() for p in bucket] for bucket in buckets] == [[3, 4], [40], [1, 2]]
 
 
+def test_gradients_may_be_averaged_within_a_process_group(results: list[dict[str, Any]]) -> None:
+    assert all(result["subgroup"] for result in results)
+
+
+two_ranks = pytest.mark.parametrize("results", [2], indirect=True, ids=["two ranks"])  # enough for fully_shard
+FSDP2 = {
+    **{f"fsdp2, {name}": name for name in ranks.BUILDS},
+    "fsdp2, micro-batches": "two sets",
+    "fsdp2, clipped by torch": "two sets",
+}
+
+
+@two_ranks
+@pytest.mark.parametrize("name", FSDP2)
+def test_fully_shard_is_one_process_also_when_saved_and_loaded_half_way(
+    results: list[dict[str, Any]], name: str
+) -> None:
+    whole = ranks.Net()
+    optimizer = ranks.BUILDS[FSDP2[name]](whole.parameters())
+    for step in range(20):
+        ranks.fsdp2_step(whole, optimizer, step, 0, 1, parts=1, clip="own")
+    assert (whole.classifier.weight - ranks.Net().classifier.weight).abs().max() > 0.01
+    assert_close(results[0][name], whole, 1e-10)
+
+
+@two_ranks
+def test_what_would_mix_streams_or_shards_is_refused_by_name(results: list[dict[str, Any]]) -> None:
+    said = dict(results[0]["refusals"])
+    assert "set_requires_gradient_sync(False)" in said.pop("no reduction")
+    assert "p.grad was changed outside backward_streams" in said.pop("changed on rank 0")
+    assert "GSNR" in said["gsnr"] and "fully_shard" in said.pop("gsnr")
+    assert len(said) == 6
+    for name, message in said.items():
+        assert "FullyShardedDataParallel (FSDP1)" in message and "fully_shard (FSDP2)" in message, name
+
+
 def test_what_lies_in_a_bucket_has_its_parameters_layout_and_the_type_of_its_gradient() -> None:
     conv = nn.Parameter(torch.zeros(4, 3, 2, 2).to(memory_format=torch.channels_last))
     flat, (first, second) = flat_bucket([conv, nn.Parameter(torch.zeros(5))])

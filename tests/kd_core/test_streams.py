@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kd_core.losses import DKDLoss
+from kd_core.losses import DKDLoss, GDKDLoss
 from kd_core.optim import StreamAdamW, StreamSGD, deepkd_sgd
-from kd_core.streams import backward_streams, stream_sets
+from kd_core.streams import backward_streams, stream_sets, to_streams
 
 STREAMS = ("tog", "tcg", "ncg")
 
@@ -369,3 +369,56 @@ def test_the_streams_of_a_parameter_that_two_of_three_sets_reach_add_up() -> Non
     optimizer = StreamSGD([p, q], 0.1, {"tog": 0.9, "tcg": 0.8, "ncg": 0.95})
     backward_streams({"tog": p.sum(), "tcg": 2 * (p + q).sum(), "ncg": 4 * (p + q).sum()}, optimizer)
     assert (p.grad.tolist(), q.grad.tolist()) == ([7, 7], [6, 6])
+
+
+def test_terms_are_summed_by_stream() -> None:
+    loss, one = GDKDLoss(k=2), torch.ones((), requires_grad=True)
+    terms = {term: one * 2**i for i, term in enumerate(loss.streams)}
+    streams = to_streams(terms, loss, task_loss=one * 100)
+    expected = {stream: sum(terms[t] for t in terms if loss.streams[t] == stream) for stream in loss.streams.values()}
+    assert {stream: float(value) for stream, value in streams.items()} == {
+        "tog": 100,
+        **{stream: float(value) for stream, value in expected.items()},
+    }
+    assert "tog" not in to_streams(terms, loss)
+
+
+def test_a_term_that_no_stream_names_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"unknown term 'tckdd': DKDLoss\.streams names tckd, nckd"):
+        to_streams({"tckdd": torch.ones(())}, DKDLoss())
+
+
+class AcceleratedOptimizer(torch.optim.Optimizer):
+    """As accelerate's: an Optimizer that holds the user's in `optimizer`."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return self.optimizer.param_groups
+
+
+class LightningOptimizer:
+    """As Lightning's: no Optimizer, with a property `optimizer`, all else handed on."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self._optimizer
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._optimizer, name)
+
+
+@pytest.mark.parametrize("wrap", [AcceleratedOptimizer, LightningOptimizer])
+def test_the_optimizer_wrappers_of_accelerate_and_lightning_are_unwrapped(wrap) -> None:
+    model, other = small_net(), small_net()
+    optimizers = [deepkd_sgd(m.parameters(), lr=0.1) for m in (model, other)]
+    backward_streams(dkd_streams(model), wrap(wrap(optimizers[0])))
+    backward_streams(dkd_streams(other), optimizers[1])
+    for optimizer in optimizers:
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))

@@ -40,3 +40,26 @@ def test_deltas_of_zero_are_one_set() -> None:
 def test_deltas_that_lead_out_of_range_are_an_error() -> None:
     with pytest.raises(ValueError, match=r"the momentum of stream 'tog' is 1.05: it must be in \[0, 1\)"):
         deepkd_sgd([nn.Parameter(zeros(1))], 0.1, delta_tog=0.15)
+
+
+def momenta(**options: object) -> dict[str, float]:
+    return deepkd_sgd([nn.Parameter(zeros(1))], 0.1, **options).param_groups[0]["momenta"]
+
+
+def test_one_delta_sets_all_three() -> None:
+    assert momenta(delta=0.05) == pytest.approx({"tog": 0.95, "tcg": 0.85, "ncg": 0.95})
+    assert momenta(delta=0.05, delta_ncg=0.025) == pytest.approx({"tog": 0.95, "tcg": 0.85, "ncg": 0.925})
+
+
+def test_the_released_preset_steps_the_task_by_tcgs_momentum() -> None:
+    assert momenta(preset="paper") == momenta()
+    released = deepkd_sgd_released([nn.Parameter(zeros(1))], 0.1).param_groups[0]["momenta"]
+    assert momenta(preset="released") == released == pytest.approx({"tog": 0.825, "tcg": 0.825, "ncg": 0.975})
+    assert momenta(preset="released", delta=0.05) == pytest.approx({"tog": 0.85, "tcg": 0.85, "ncg": 0.95})
+    assert momenta(preset="released", delta_tcg=-0.1) == pytest.approx({"tog": 0.8, "tcg": 0.8, "ncg": 0.975})
+    assert momenta(preset="released", delta_tog=0.0) == pytest.approx({"tog": 0.9, "tcg": 0.825, "ncg": 0.975})
+
+
+def test_an_unknown_preset_is_an_error() -> None:
+    with pytest.raises(ValueError, match="preset is 'ours': it must be 'paper' or 'released'"):
+        momenta(preset="ours")
