@@ -149,9 +149,8 @@ def test_gradients_may_be_averaged_within_a_process_group(results: list[dict[str
 
 two_ranks = pytest.mark.parametrize("results", [2], indirect=True, ids=["two ranks"])  # enough for fully_shard
 FSDP2 = {
-    **{f"fsdp2, {name}": name for name in ranks.BUILDS},
-    "fsdp2, micro-batches": "two sets",
-    "fsdp2, clipped by torch": "two sets",
+    **{f"fsdp2, {name}": name for name in ranks.FSDP2_BUILDS},
+    "fsdp2, micro-batches, clipped by torch": "two sets",
 }
 
 
