@@ -1,8 +1,8 @@
-"""A distilled step makes the host wait for nothing but what a plain detectron2 step, and its teacher's, wait for.
+"""A distilled step makes the host wait for the device no more often than a plain step and its teacher do.
 
-Reads of values, and shapes that depend on values, are counted on the CPU by the function that asks for them; on CUDA
-each makes the host wait for the device. detectron2's own step has dozens: sampling, NMS, ROI pooling's assignment of
-boxes to levels, and the losses, which `SimpleTrainer.write_metrics` reads one by one in every iteration.
+Reads of values, and shapes that depend on values, are counted on the CPU for each package; on CUDA each of them makes
+the host wait. detectron2's own step has dozens: sampling, NMS, ROI pooling's assignment of boxes to levels, and the
+losses, which `SimpleTrainer.write_metrics` reads one by one in every iteration.
 """
 
 import traceback
@@ -39,17 +39,17 @@ SMALL = (  # few and narrow layers
     "MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", "MODEL.TIMM.NAME", "resnet10t",
     "MODEL.TIMM.KWARGS", "[['channels', [8, 8, 16, 16]], ['stem_width', 8]]",
 )  # fmt: skip
-# Of ours on the CPU, and not on CUDA: least and largest class of the targets, whose range the indexing kernel asserts
-# there (kd_core/losses/checks.py); whether the norm is so small that nothing has to be multiplied.
-ON_THE_CPU_ALONE = {"checks.<genexpr>", "base.clip_grad_norm_"}
+# Reads of ours on the CPU and not on CUDA: least and largest class of the targets, whose range the indexing kernel
+# asserts there; and whether a clipped norm is so small that nothing has to be multiplied.
+TARGET_RANGE, CLIPPING = 2, 1
 
 
 class HostReads(TorchDispatchMode):
-    """Counts reads by the function of ours, or of detectron2, that asks for them."""
+    """Counts reads by the package that asks for them: ours, or detectron2."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.of: dict[str, Counter[str]] = {"ours": Counter(), "detectron2's": Counter()}
+        self.of: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         masks = func is torch.ops.aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1])
@@ -57,13 +57,12 @@ class HostReads(TorchDispatchMode):
             for frame, _ in traceback.walk_stack(None):  # from the innermost outwards
                 path = Path(frame.f_code.co_filename)
                 if package := {*path.parts} & {*OURS, *THEIRS} if path.name != Path(__file__).name else None:
-                    whose = "ours" if package & {*OURS} else "detectron2's"
-                    self.of[whose][f"{path.stem}.{frame.f_code.co_name}"] += 1
+                    self.of["ours" if package & {*OURS} else "detectron2's"] += 1
                     break
         return func(*args, **(kwargs or {}))
 
 
-def reads(cfg, model) -> dict[str, Counter[str]]:
+def reads(cfg, model) -> Counter[str]:
     """Those of the second of two steps."""
     trainer = build_step(cfg, model.train(), [make_batch(), make_batch()], build_optimizer(cfg, model))
     for trainer.iter in range(2):
@@ -73,7 +72,7 @@ def reads(cfg, model) -> dict[str, Counter[str]]:
     return found.of
 
 
-def of_teacher(model) -> Counter[str]:
+def of_teacher(model) -> int:
     """Those of the teacher's backbone and box head alone."""
     batch = make_batch()
     with HostReads() as found:
@@ -85,24 +84,16 @@ def of_teacher(model) -> Counter[str]:
 def test_a_step_reads_what_a_plain_one_and_the_teacher_read_and_the_terms_for_the_log(tiny_cfg, tiny_model, storage):
     plain_options = ("MODEL.META_ARCHITECTURE", "GeneralizedRCNN", *SMALL)
     plain = reads(tiny_cfg(*plain_options), tiny_model(*plain_options))["detectron2's"]
-    (metrics,) = (name for name in plain if name.startswith("train_loop."))
     for name, options in METHODS.items():
         model = tiny_model(*SMALL, *options)
         found = reads(tiny_cfg(*SMALL, *options), model)
-        written = Counter({metrics: len(model.loss.streams)})
-        assert found["detectron2's"] == plain + of_teacher(model) + written, name
-        assert set(found["ours"]) <= ON_THE_CPU_ALONE, name
+        assert found["detectron2's"] == plain + of_teacher(model) + len(model.loss.streams), name
+        assert found["ours"] <= TARGET_RANGE + CLIPPING * ("clipped" in name), name
 
 
-def test_rows_and_losses_that_select_their_rows_read_how_many_there_are(tiny_cfg, tiny_model, storage):
-    found = {}
-    for name, options in {
-        "rows": ("KD.LOSS.NAME", "dkd", "KD.ROWS", "foreground"),
-        "losses": ("KD.LOSS.NAME", "gdkds"),
-    }.items():
-        ours = reads(tiny_cfg(*SMALL, *options), tiny_model(*SMALL, *options))["ours"]
-        found[name] = set(ours) - ON_THE_CPU_ALONE
-    assert found == {"rows": {"rows.select_rows"}, "losses": {"foreground_background.forward"}}
+@pytest.mark.parametrize("options", [("KD.LOSS.NAME", "dkd", "KD.ROWS", "foreground"), ("KD.LOSS.NAME", "gdkds")])
+def test_options_that_select_rows_must_read_how_many_there_are(tiny_cfg, tiny_model, storage, options):
+    assert reads(tiny_cfg(*SMALL, *options), tiny_model(*SMALL, *options))["ours"] > TARGET_RANGE
 
 
 @pytest.mark.parametrize("read", [lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: bool(x.any())])
@@ -112,7 +103,7 @@ def test_a_read_of_ours_would_be_seen(monkeypatch, read):
     monkeypatch.setattr(loss, "row_terms", lambda student, *rest: (read(student), row_terms(student, *rest))[1])
     with HostReads() as found:
         loss(torch.randn(3, 4), torch.randn(3, 4), torch.tensor([0, 1, 2]))
-    assert found.of["ours"] == {"checks.<genexpr>": 2, "base.weighted_terms": 1}
+    assert found.of["ours"] == TARGET_RANGE + 1
 
 
 def test_losses_of_several_micro_batches_are_averaged_on_the_host():
