@@ -1,4 +1,4 @@
-"""Every config key that kd_det adds to detectron2's, each with what it means."""
+"""Every config key that kd_det adds to detectron2's, each with its meaning."""
 
 from detectron2.config import CfgNode, get_cfg
 from torch import nn

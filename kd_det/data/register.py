@@ -94,11 +94,11 @@ def _resolved(path: str) -> str:
 
 def _refuse_other_paths(name: str, json_file: str, image_root: str) -> None:
     metadata = MetadataCatalog.get(name)
-    there = metadata.get("json_file"), metadata.get("image_root")
-    if there != (json_file, image_root):
+    registered = metadata.get("json_file"), metadata.get("image_root")
+    if registered != (json_file, image_root):
         raise UserError(
-            f"DATASETS.REGISTER: {name} is already a data set with json file {there[0]} and image folder {there[1]}; "
-            f"give the one with {json_file} and {image_root} another name"
+            f"DATASETS.REGISTER: {name} is already a data set with json file {registered[0]} and image folder "
+            f"{registered[1]}; give the one with {json_file} and {image_root} another name"
         )
 
 

@@ -36,7 +36,7 @@ class WandbWriter(EventWriter):
 
 
 def build_wandb_writers(cfg: CfgNode) -> list[EventWriter]:
-    """A `WandbWriter` where WANDB.ENABLED asks for one; raises ValueError where its package is missing."""
+    """A `WandbWriter` where WANDB.ENABLED asks for one; raises a UserError where its package is missing."""
     if not cfg.WANDB.ENABLED:
         return []
     return [WandbWriter(start_wandb(cfg.OUTPUT_DIR, cfg.WANDB.PROJECT, yaml.safe_load(cfg.dump())))]

@@ -65,7 +65,7 @@ def read_detectors(source: str, cfg: CfgNode, with_teacher: bool = True) -> list
 
 
 def records_of(cfg: CfgNode, name: str, count: int) -> tuple[list[dict[str, Any]], Metadata]:
-    """The first `count` records of a data set, and its metadata; ValueError where the model's classes are others."""
+    """The first `count` records of a data set, and its metadata; UserError where the model's classes are others."""
     if count < 1:
         raise UserError(f"--images is {count}: it must be 1 or more")
     register_datasets(cfg)

@@ -84,7 +84,7 @@ def factors(model: nn.Module) -> list[dict[str, dict[str, Tensor]]]:
 
 
 def load_factors(model: nn.Module, saved: list[dict[str, dict[str, Tensor]]]) -> None:
-    """Undo the merge; raises ValueError where the number of stages differs."""
+    """Undo the merge; raises a UserError where the number of stages differs."""
     stages = classifiers(model)
     if len(stages) != len(saved):
         raise UserError(f"the checkpoint has AEKT's factors of {len(saved)} stages, the student has {len(stages)}")

@@ -86,7 +86,7 @@ def binary_form(loss: nn.Module) -> BinaryDKDLoss:
 
 
 def check_same_classifier(student: ROIHeads, teacher: ROIHeads) -> None:
-    """Raise a ValueError unless both classify by a softmax, or both by sigmoids."""
+    """Raise a UserError unless both classify by a softmax, or both by sigmoids."""
     ours, theirs = uses_sigmoid(student), uses_sigmoid(teacher)
     if ours != theirs:
         words = {False: "a softmax over all classes", True: "one sigmoid per class (USE_SIGMOID_CE)"}

@@ -58,7 +58,7 @@ class MovingAverage:
         return self.model.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError where the weights do not fit the student."""
+        """Raises a UserError where the weights do not fit the student."""
         check_fit(state, self.model.state_dict(), "--resume: the moving average in the checkpoint (key ema)")
         self.model.load_state_dict(state)
         self.loaded = True

@@ -44,7 +44,7 @@ def create_extractor(node: CfgNode, in_channels: int, load_weights: bool) -> nn.
 
 
 def check_name(name: str) -> None:
-    """Raise ValueError for a name that timm does not know; `hf-hub:` and other addresses pass."""
+    """Raise a UserError for a name that timm does not know; `hf-hub:` and other addresses pass."""
     if not name:
         raise UserError(
             "MODEL.TIMM.NAME is empty: name one of timm.list_models(), such as mobilenetv2_100, resnet18, "
@@ -58,7 +58,7 @@ def check_name(name: str) -> None:
 
 
 def keyword_arguments(pairs: list[Any]) -> dict[str, Any]:
-    """The dictionary that MODEL.TIMM.KWARGS lists; raises ValueError for another form."""
+    """The dictionary that MODEL.TIMM.KWARGS lists; raises a UserError for another form."""
     for pair in pairs:
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not isinstance(pair[0], str):
             raise UserError(f"{KWARGS_FORM}, such as [[drop_path_rate, 0.1]], but one entry is {pair!r}")
@@ -100,7 +100,7 @@ def create_from_file(node: CfgNode, options: dict[str, Any]) -> nn.Module:
 
 
 def refuse_unloaded(node: CfgNode, loaded: nn.Module, untouched: nn.Module) -> None:
-    """Raise ValueError where a file left a weight at its random initial value: timm loads what fits and skips the rest.
+    """Raise a UserError where a file left a weight at its random initial value: timm skips what does not fit.
 
     A weight (of two dimensions or more: others start as constants) that equals the one of a build without the file, to
     the bit and from the same seed, has not been loaded.

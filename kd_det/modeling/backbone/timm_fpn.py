@@ -52,10 +52,10 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 
 def check_stages(name: str, bottom_up: TimmBackbone, in_features: list[str]) -> None:
     """Raise a UserError where a map that the FPN asks for is not among those of the extractor."""
-    there = bottom_up.output_shape()
-    missing = [feature for feature in in_features if feature not in there]
+    available = bottom_up.output_shape()
+    missing = [feature for feature in in_features if feature not in available]
     if missing:
-        has = ", ".join(f"{feature} (stride {spec.stride})" for feature, spec in there.items())
+        has = ", ".join(f"{feature} (stride {spec.stride})" for feature, spec in available.items())
         raise UserError(
             f"MODEL.FPN.IN_FEATURES asks for {', '.join(missing)}, which MODEL.TIMM.NAME {name} does not have: its "
             f"maps are {has}. Name others there (and RPN.IN_FEATURES, ROI_HEADS.IN_FEATURES to match), list "
