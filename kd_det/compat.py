@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from detectron2.evaluation import coco_evaluation
 from detectron2.solver.build import get_default_optimizer_params
+from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,12 +22,12 @@ _DDP_OPTIONS = signature(DistributedDataParallel).parameters
 KEEP_BUFFERS = {"forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTIONS else "broadcast_buffers": False}
 
 
-def distribute(model: nn.Module, world_size: int) -> nn.Module:
+def distribute(model: nn.Module) -> nn.Module:
     """DistributedDataParallel where there is more than one process, on CPU as on CUDA.
 
     0.5, 0.6, main: `create_ddp_model` names a device, which fails on the CPU.
     """
-    if world_size == 1:
+    if comm.get_world_size() == 1:
         return model
     devices = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
     return DistributedDataParallel(model, device_ids=devices, **KEEP_BUFFERS)

@@ -80,7 +80,7 @@ class DistillationTrainer(TrainerBase):
             student.load_teacher()
         optimizer = self.build_optimizer(cfg, student)
         self.loader = self.build_train_loader(cfg)
-        self._trainer = build_step(cfg, distribute(student, world_size), self.loader, optimizer)
+        self._trainer = build_step(cfg, distribute(student), self.loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.average = MovingAverage(cfg, student) if cfg.SOLVER.EMA.ENABLED else None
         self.checkpointer = self.build_checkpointer(student)
