@@ -25,7 +25,8 @@ from kd_cls.task.distillation import DistillationTask
 from kd_cls.task.logit_cache import LogitCache
 from kd_cls.task.student import Student
 from kd_cls.task.teacher import Teacher, build_teacher, digest
-from kd_core.losses import DistillationLoss, SerializationLayer, build_loss
+from kd_core.losses import DistillationLoss, SerializationLayer
+from kd_core.losses.config import build_kd_loss
 from kd_core.utils.errors import UserError
 
 logger = logging.getLogger("kd_cls")
@@ -65,19 +66,9 @@ def build_distillation_loss(cfg: CfgNode, num_classes: int) -> DistillationLoss 
         UserError: an unknown name, a parameter the loss refuses for so many classes, or mixed labels and a loss that
             needs one.
     """
-    node = cfg.KD.LOSS.clone()
-    node.defrost()
-    if node.WARMUP and node.WARMUP_EPOCHS:
-        raise UserError(
-            f"KD.LOSS.WARMUP is {node.WARMUP} (a share) and KD.LOSS.WARMUP_EPOCHS {node.WARMUP_EPOCHS}: set one of them"
-        )
-    node.WARMUP = node.WARMUP or min(node.WARMUP_EPOCHS / cfg.SOLVER.EPOCHS, 1.0)
-    if node.NAME == "gdkds":
+    if cfg.KD.LOSS.NAME == "gdkds":
         raise UserError("KD.LOSS.NAME gdkds is a mix for foreground and background, as detectors have: use gdkd3")
-    try:
-        loss = build_loss(node, num_classes)
-    except ValueError as error:
-        raise UserError(f"KD.{error}") from error
+    loss = build_kd_loss(cfg.KD.LOSS, num_classes, "WARMUP_EPOCHS", cfg.SOLVER.EPOCHS)
     if loss is not None and mixes(cfg):
         check_mixed_labels(cfg, loss)
     return loss

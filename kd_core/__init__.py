@@ -1,1 +1,36 @@
-"""Losses and optimizers of knowledge distillation. Needs torch, numpy and fvcore only."""
+"""Losses and optimizers of knowledge distillation. Needs torch and numpy; fvcore only where a config is read.
+
+    from kd_core import DKDLoss, backward_streams, deepkd_sgd, flatten_rows, to_streams
+
+Each name is imported from its module when it is first asked for, so that `import kd_core` alone does not import torch.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_MODULES = {
+    "kd_core.losses": (
+        "AEKTLoss", "DKDLoss", "DistillationLoss", "ForegroundBackground", "GDKD3Loss", "GDKDLoss", "KDLoss",
+        "LOSS_REGISTRY", "SerializationLayer", "add_loss_config", "build_loss", "merge_linear", "standardize_logits",
+    ),
+    "kd_core.optim": (
+        "StreamAdamW", "StreamOptimizer", "StreamSGD", "deepkd_sgd", "deepkd_sgd_released", "dot_sgd",
+    ),
+    "kd_core.rows": ("flatten_rows",),
+    "kd_core.streams": ("backward_streams", "to_streams"),
+    "kd_core.topk": ("TopKSchedule",),
+}  # fmt: skip
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOME[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

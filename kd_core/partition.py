@@ -89,11 +89,11 @@ class _Decompose(torch.autograd.Function):
         # Side by side, since a vectorised exponential depends on the place in memory: equal sides must stay equal.
         log_mass_student, log_mass_teacher = (side.log_softmax(0) for side in log_mass.unbind(1))
         mass_student, mass_teacher = log_mass_student.exp(), log_mass_teacher.exp()
-        terms = mass_teacher * (log_mass_teacher - log_mass_student)
-        mass = terms.masked_fill_(mass_teacher == 0, 0.0).sum(0).clamp_min_(0)  # 0 · log 0 is 0
+        mass = mass_teacher * (log_mass_teacher - log_mass_student)
         within, empty = within[:, 0], find_neg_inf(largest[:, 1])
         if empty is not None:
-            within = within.masked_fill(empty, 0.0)
+            mass, within = mass.masked_fill_(mass_teacher == 0, 0.0), within.masked_fill(empty, 0.0)  # 0 · log 0 is 0
+        mass = mass.sum(0).clamp_min_(0)
         kept = (tensor for block in blocks for tensor in block[:3])
         ctx.save_for_backward(mass_student, mass_teacher, empty, *groups, *kept)
         ctx.temperature, ctx.kl, ctx.dtype, ctx.num_groups = temperature, kl, student.dtype, len(pairs)

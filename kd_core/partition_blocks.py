@@ -155,7 +155,7 @@ def fill_empty_rows_(logits: Tensor, largest: Tensor) -> Tensor:
 def find_neg_inf(rows: Tensor) -> Tensor | None:
     """Where `rows`, one number per row, are −inf; None where that costs no wait for a device to see, and none is."""
     can_look = rows.device.type == "cpu" and not torch.compiler.is_compiling()
-    return None if can_look and not (rows.numel() and rows.amin() == -torch.inf) else rows == -torch.inf
+    return None if can_look and not (rows.numel() and rows.amin().item() == -torch.inf) else rows == -torch.inf
 
 
 def row_maximum(values: Tensor) -> Tensor:

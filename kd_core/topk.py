@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kd_core.partition import decompose
-from kd_core.partition_blocks import scatter_value_
+from kd_core.partition_blocks import find_neg_inf, scatter_value_
 from kd_core.schedules import linear
 from kd_core.selection import largest_indices
 
@@ -76,6 +76,7 @@ def masked_nckd(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, 
     A class of teacher logit −inf is never kept: where fewer than K others are left, those are all.
     """
     kept = top_nontarget_classes(teacher_logits, target, k)
-    teacher = teacher_logits.gather(1, kept)
-    student = student_logits.gather(1, kept).masked_fill(teacher == -torch.inf, -torch.inf)
+    student, teacher = student_logits.gather(1, kept), teacher_logits.gather(1, kept)
+    if find_neg_inf(teacher.amin(1)) is not None:
+        student = student.masked_fill(teacher == -torch.inf, -torch.inf)
     return decompose(student, teacher, temperature=temperature).within[0]

@@ -1,8 +1,9 @@
-"""Distillation losses, a file per paper."""
+"""Distillation losses, one file per paper. What reads a config needs fvcore, and is imported when it is asked for."""
+
+from typing import Any
 
 from kd_core.losses.aekt import AEKTLoss
 from kd_core.losses.base import DistillationLoss
-from kd_core.losses.config import LOSS_REGISTRY, add_loss_config, build_loss, common_options
 from kd_core.losses.dkd import DKDLoss
 from kd_core.losses.foreground_background import ForegroundBackground
 from kd_core.losses.gdkd import GDKD3Loss, GDKDLoss
@@ -26,3 +27,13 @@ __all__ = [
     "merge_linear",
     "standardize_logits",
 ]
+
+_CONFIG = ("LOSS_REGISTRY", "add_loss_config", "build_loss", "common_options")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _CONFIG:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from kd_core.losses import config
+
+    return getattr(config, name)

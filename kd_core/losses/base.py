@@ -85,7 +85,7 @@ class DistillationLoss(nn.Module):
     def extra_repr(self) -> str:
         """The loss's own parameters, and of those of every loss what is not at its default."""
         own = inspect.signature(type(self)).parameters
-        parameters = {**inspect.signature(DistillationLoss).parameters, **own}
+        parameters = {**own, **inspect.signature(DistillationLoss).parameters}
         values = ((name, getattr(self, name), p.default) for name, p in parameters.items() if hasattr(self, name))
         return ", ".join(f"{name}={value!r}" for name, value, default in values if name in own or value != default)
 

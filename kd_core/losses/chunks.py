@@ -52,11 +52,11 @@ class _Chunked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         student, teacher, target = ctx.saved_tensors
-        gradient = torch.empty_like(student)
         wanted = [number for number, grad in enumerate(grads) if grad is not None]
+        gradient = torch.empty_like(student) if wanted else torch.zeros_like(student)
         parts = [grads[number].split(ctx.chunk_rows) for number in wanted]
         pieces = zip(_split(student, teacher, target, ctx.chunk_rows), gradient.split(ctx.chunk_rows), strict=True)
-        for number, ((rows, *others), piece) in enumerate(pieces):
+        for number, ((rows, *others), piece) in enumerate(pieces if wanted else ()):
             rows = rows.detach().requires_grad_()
             with torch.enable_grad(), torch.autocast(rows.device.type, enabled=False):
                 terms = list(ctx.row_terms(rows, *others).values())

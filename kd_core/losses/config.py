@@ -123,6 +123,34 @@ def build_loss(cfg: Any, num_classes: int | None = None) -> nn.Module | None:
     return loss
 
 
+def build_kd_loss(node: Any, num_classes: int, warmup_key: str, training_length: float) -> nn.Module | None:
+    """`build_loss` of a config's KD.LOSS, whose warm-up may be given in iterations or epochs instead of as a share.
+
+    Args:
+        node: KD.LOSS; it is not changed.
+        num_classes: C, background included.
+        warmup_key: key of the node that holds the warm-up's length, WARMUP_ITERS or WARMUP_EPOCHS.
+        training_length: length of the training in the same unit.
+
+    Raises:
+        UserError: both `warmup_key` and WARMUP, or what `build_loss` refuses, by its full key.
+    """
+    length = node[warmup_key]
+    if length and node.WARMUP:
+        raise UserError(
+            f"KD.LOSS.{warmup_key} {length} and KD.LOSS.WARMUP {node.WARMUP} both give the length of the warm-up: set "
+            "one of them to 0"
+        )
+    node = node.clone()
+    node.defrost()
+    if length:
+        node.WARMUP = 1.0 if length >= training_length else length / training_length
+    try:
+        return build_loss(node, num_classes)
+    except ValueError as error:  # names the keys under LOSS
+        raise UserError(f"KD.{error}") from error
+
+
 def common_options(cfg: Any) -> dict[str, Any]:
     """The keyword arguments that every `DistillationLoss` takes."""
     topk = cfg.TOPK

@@ -8,7 +8,7 @@ from torch import Tensor
 from kd_core.losses.base import DistillationLoss
 from kd_core.losses.checks import as_count, as_number
 from kd_core.partition import KL_TYPES, Decomposition, decompose
-from kd_core.partition_blocks import Group, work_dtype
+from kd_core.partition_blocks import Group, find_neg_inf, work_dtype
 from kd_core.selection import sort_values
 
 AUTO_K_RATIO = 2.0  # released code
@@ -138,7 +138,8 @@ def auto_top_group(teacher_logits: Tensor, temperature: float, max_k: int, ratio
     logits_upwards = sort_values(logits)
     p = (logits_upwards / temperature).softmax(1)
     rank = torch.arange(1, num_classes + 1, device=p.device)
-    rank = rank - (logits_upwards == -torch.inf).sum(1, keepdim=True)  # a class of p = 0 is as good as none
+    if find_neg_inf(logits_upwards[:, 0]) is not None:
+        rank = rank - (logits_upwards == -torch.inf).sum(1, keepdim=True)  # an excluded class has no rank
     starts = p * rank / p.cumsum(1) >= ratio  # 0 / 0, where all up to here has underflowed, is no start
     first = starts.to(torch.uint8).argmax(1, keepdim=True)  # 0 where there is no start: the first quotient is 1
     size = torch.where(first > 0, num_classes - first, 1).clamp_(max=max_k)

@@ -1,4 +1,4 @@
-"""torch.compile with a way back."""
+"""torch.compile that falls back to eager."""
 
 import logging
 from collections.abc import Callable
@@ -7,18 +7,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._functorch import config as functorch_config
 
 logger = logging.getLogger(__name__)
 
 DYNAMO_HINT = "Set TORCHDYNAMO_VERBOSE"  # dynamo ends its errors with a paragraph for torch's developers
+COMPILER_PACKAGES = ("torch._dynamo.", "torch._inductor.", "torch._functorch.", "triton.")
 
 
 class CompiledOrPlain:
     """`function` as torch.compile makes it; or, with one message, `function` itself once a call fails to compile.
 
     Compilation happens in the first calls, and with it its failures: no C++ compiler, an operation that the backend
-    does not know, an input of another kind. An error that is not the compiler's comes again from `function` itself.
+    does not know, an input of another kind. Only the compiler's own exceptions fall back to eager. An error of
+    `function` itself and an out-of-memory are raised at once.
 
     Args:
         function: what is compiled: a module, or a function.
@@ -30,7 +31,9 @@ class CompiledOrPlain:
     def __init__(self, function: Callable[..., Any], name: str, log: logging.Logger = logger, **options: Any) -> None:
         self.function, self.name, self.log, self.options = function, name, log, options
         # Streams of different momenta go back through one graph, a pass each: nothing saved there may be overwritten.
-        functorch_config.donated_buffer = False  # torch ≥ 2.6
+        from torch._functorch import config  # not with kd_core.losses, which compiles nothing by itself
+
+        config.donated_buffer = False
         self.compiled = torch.compile(function, **options)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -42,15 +45,30 @@ class CompiledOrPlain:
             return self.function(*args, **kwargs)
         try:
             return self.compiled(*args, **kwargs)
-        except Exception as error:  # dynamo, inductor and the C++ compiler each raise their own
+        except Exception as error:
+            if not is_compiler_error(error):
+                raise
             reason = " ".join(str(error).split(DYNAMO_HINT)[0].split())[:200]
-            self.log.warning("torch.compile of the %s failed (%s); going on without it", self.name, reason)
-            self.compiled = self.function
-            return self.function(*args, **kwargs)
+        # Eager first: dynamo reports a mistake of the function's that it sees while tracing, such as two shapes that do
+        # not fit, as its own. Nothing has run yet, and eager raises the original.
+        result = self.function(*args, **kwargs)
+        self.log.warning("torch.compile of the %s failed (%s); it falls back to eager", self.name, reason)
+        self.compiled = self.function
+        return result
+
+
+def is_compiler_error(error: BaseException) -> bool:
+    """Whether an exception is the compiler's own, and not an out-of-memory that it has wrapped."""
+    causes = [error]
+    while (cause := getattr(causes[-1], "inner_exception", None) or causes[-1].__cause__) and cause not in causes:
+        causes.append(cause)
+    if any(isinstance(cause, MemoryError | torch.OutOfMemoryError) for cause in causes):
+        return False
+    return any(base.__module__.startswith(COMPILER_PACKAGES) for base in type(error).__mro__)
 
 
 def compile_in_place(module: nn.Module, name: str, **options: Any) -> None:
-    """`module.compile(**options)` with a way back.
+    """`module.compile(**options)` that falls back to eager.
 
     The module stays what it is: its parameters keep their names, and a copy or a pickle of it is not compiled. Hooks of
     the module and of what is in it run, compiled too.

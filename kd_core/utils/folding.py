@@ -2,9 +2,11 @@
 
 import contextlib
 import copy
+import gc
 import inspect
 import logging
 import math
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 
@@ -55,8 +57,9 @@ def fold_batch_norms(
     """Fold, in place, each batch norm into the convolution whose output goes there and nowhere else.
 
     Left alone: norms in train mode or without running statistics, whatever has parameters that train, hooks,
-    parametrizations (spectral and weight norm are such) or a second use, and classes whose arithmetic is unknown. The
-    norm gives way to its dropout and activation, where it has them as timm's BatchNormAct2d does, else to nn.Identity.
+    parametrizations (spectral and weight norm are such) or a second use, and classes whose arithmetic is unknown. A
+    second use is also that the forward stores what comes before the norm (`self.feature = conv(x)`). The norm gives way
+    to its dropout and activation, where it has them as timm's BatchNormAct2d does, else to nn.Identity.
 
     Args:
         model: in eval mode and frozen. One that torch.fx cannot trace stays as it is, with a message in the log.
@@ -94,6 +97,18 @@ class _Tracer(fx.Tracer):
     def __init__(self, leaves: Sequence[type[nn.Module]], planned: tuple[bool, ...] = ()) -> None:
         super().__init__()
         self.leaves, self.planned, self.answers = (_ConvNd, *leaves), planned, ()
+        self.proxies: list[weakref.ref[fx.Proxy]] = []
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        made = super().proxy(node)
+        self.proxies.append(weakref.ref(made))
+        return made
+
+    def stored(self) -> set[fx.Node]:
+        """What the forward has stored outside of itself (`self.feature = conv(x)`): all that has outlived it."""
+        if any(reference() is not None for reference in self.proxies):
+            gc.collect()  # one that nothing reaches is not stored
+        return {proxy.node for reference in self.proxies if (proxy := reference()) is not None}
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return super().is_leaf_module(module, name) or isinstance(module, self.leaves) or _is_norm(module)
@@ -106,14 +121,18 @@ class _Tracer(fx.Tracer):
         return self.answers[-1]
 
 
-def _graphs(model: nn.Module, leaves: Sequence[type[nn.Module]]) -> list[fx.Graph]:
-    """The graph of every way that the forward can take, whatever its input; ways into an AssertionError are none."""
+def _graphs(model: nn.Module, leaves: Sequence[type[nn.Module]]) -> list[tuple[fx.Graph, set[fx.Node]]]:
+    """The graph of every way that the forward can take, whatever its input, and what it stores on that way.
+
+    Ways into an AssertionError are none.
+    """
     graphs, plans = [], [()]
     while plans:
         plan = plans.pop()
         tracer = _Tracer(leaves, plan)
         with contextlib.suppress(AssertionError):
-            graphs.append(tracer.trace(model, _defaults(model)))
+            graph = tracer.trace(model, _defaults(model))
+            graphs.append((graph, tracer.stored()))
         plans += [(*tracer.answers[:i], True) for i in range(len(plan), len(tracer.answers))]
     return graphs
 
@@ -125,11 +144,11 @@ def _defaults(model: nn.Module) -> dict[str, object]:
 
 
 def _pairs(
-    model: nn.Module, graphs: Sequence[fx.Graph], convolutions: Sequence[type[nn.Module]]
+    model: nn.Module, graphs: Sequence[tuple[fx.Graph, set[fx.Node]]], convolutions: Sequence[type[nn.Module]]
 ) -> set[tuple[str, str]]:
     """Names of the convolutions and norms that can be folded, whichever way the forward takes."""
     names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
-    chains = [_chains(graph) for graph in graphs]
+    chains = [_chains(graph, stored) for graph, stored in graphs]
     pairs = set()
     for conv_name, norm_name in set.intersection(*chains) if chains else ():
         conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
@@ -144,7 +163,7 @@ def _pairs(
     return pairs
 
 
-def _chains(graph: fx.Graph) -> set[tuple[str, str]]:
+def _chains(graph: fx.Graph, stored: set[fx.Node]) -> set[tuple[str, str]]:
     """Names of every two modules of which the first's output goes to the second alone, both used only so."""
     targets = Counter(node.target for node in graph.nodes if node.op in ("call_module", "get_attr"))
     chains = set()
@@ -152,7 +171,11 @@ def _chains(graph: fx.Graph) -> set[tuple[str, str]]:
         source = node.args[0] if len(node.args) == 1 and not node.kwargs else None
         if node.op == "call_module" and isinstance(source, fx.Node) and source.op == "call_module":
             pair = (source.target, node.target)
-            if list(source.users) == [node] and all(_used_once(name, targets) for name in pair):
+            if (
+                list(source.users) == [node]
+                and source not in stored
+                and all(_used_once(name, targets) for name in pair)
+            ):
                 chains.add(pair)
     return chains
 

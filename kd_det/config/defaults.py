@@ -3,8 +3,7 @@
 from detectron2.config import CfgNode, get_cfg
 from torch import nn
 
-from kd_core.losses import add_loss_config, build_loss
-from kd_core.utils.errors import UserError
+from kd_core.losses.config import add_loss_config, build_kd_loss
 
 
 def add_kd_config(cfg: CfgNode) -> None:
@@ -157,16 +156,5 @@ def kd_defaults() -> CfgNode:
 
 def build_box_loss(cfg: CfgNode) -> nn.Module | None:
     """The loss of `cfg.KD.LOSS`, with its warm-up as a share of SOLVER.MAX_ITER; None for "none"."""
-    node = cfg.KD.LOSS.clone()
-    node.defrost()
-    if node.WARMUP_ITERS and node.WARMUP:
-        raise UserError(
-            f"KD.LOSS.WARMUP_ITERS {node.WARMUP_ITERS} and KD.LOSS.WARMUP {node.WARMUP} both give the length of the "
-            "warm-up: set one of them to 0"
-        )
-    if node.WARMUP_ITERS:
-        node.WARMUP = min(node.WARMUP_ITERS / max(cfg.SOLVER.MAX_ITER, 1), 1.0)
-    try:
-        return build_loss(node, cfg.MODEL.ROI_HEADS.NUM_CLASSES + 1)  # background is a class
-    except ValueError as error:  # names the keys under LOSS
-        raise UserError(f"KD.{error}") from error
+    num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES + 1  # background is a class
+    return build_kd_loss(cfg.KD.LOSS, num_classes, "WARMUP_ITERS", cfg.SOLVER.MAX_ITER)

@@ -244,6 +244,89 @@ def test_torch_compile_gives_the_same_numbers() -> None:
     torch.testing.assert_close(gradient_of(compiled, student), gradient_of(eager, student))
 
 
+@pytest.mark.parametrize("name", ["kd", "dkd topk", "gdkd both", "gdkd3", "aekt"])
+def test_a_loss_compiles_as_one_graph(name: str) -> None:
+    torch._dynamo.reset()
+    student, teacher, target = batch(dtype=torch.float32)
+    loss = LOSSES[name]()
+    compiled = torch.compile(loss, backend="eager", fullgraph=True)(student, teacher, target, 0.3)
+    for term, value in loss(student, teacher, target, 0.3).items():
+        torch.testing.assert_close(compiled[term], value)
+
+
+def test_numbers_are_not_checked_where_the_user_says_so_and_shapes_are() -> None:
+    student, teacher, target = batch()
+    with pytest.raises(ValueError, match="target has class 9"):
+        KDLoss()(student, teacher, target.fill_(9))
+    with pytest.raises((RuntimeError, IndexError), match="index"):  # torch's own check of an index on the CPU
+        KDLoss(validate=False)(student, teacher, target)
+    with pytest.raises(ValueError, match=r"target must be \(7,\), one class index a row, not \(5,\)"):
+        KDLoss(validate=False)(student, teacher, target[:5])
+
+
+@every_loss
+def test_without_reduction_every_row_has_its_terms_whose_mean_is_the_loss(name: str) -> None:
+    student, teacher, target = batch()
+    weights = torch.rand(len(student))
+    for options in ({}, {"row_weights": weights}):
+        whole = LOSSES[name](weight=2.0)(student, teacher, target, 0.2, **options)
+        rows = LOSSES[name](weight=2.0, reduction="none")(student, teacher, target, 0.2, **options)
+        assert all(row.shape == (len(student),) for row in rows.values())
+        torch.testing.assert_close({term: row.mean() for term, row in rows.items()}, whole)
+        torch.testing.assert_close(
+            gradient_of({t: row.mean() for t, row in rows.items()}, student), gradient_of(whole, student)
+        )
+
+
+@every_loss
+@pytest.mark.parametrize("chunk_rows", [1, 3, 100])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_chunks_of_rows_give_the_same_values_and_gradients(name: str, chunk_rows: int, reduction: str) -> None:
+    student, teacher, target = batch()
+    whole = LOSSES[name](reduction=reduction)(student, teacher, target, 0.2)
+    chunked = LOSSES[name](reduction=reduction, chunk_rows=chunk_rows)(student, teacher, target, 0.2)
+    torch.testing.assert_close(chunked, whole)
+    for term in whole:  # each stream goes back by itself
+        upstream = torch.rand_like(whole[term])
+        gradients = (torch.autograd.grad(t[term], student, upstream, retain_graph=True)[0] for t in (chunked, whole))
+        torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(
+        *(torch.autograd.grad([v.sum() for v in t.values()], student)[0] for t in (chunked, whole))
+    )
+
+
+@every_loss
+def test_gradcheck_in_chunks_of_rows(name: str) -> None:
+    student, teacher, target = batch(rows=5, classes=6)
+    loss = LOSSES[name](temperature=2.0, chunk_rows=2)
+    if name.startswith("aekt"):
+        loss.explicit = lambda parts: parts.mass
+    assert gradcheck(lambda logits: tuple(loss(logits, teacher, target, 0.2).values()), (student,))
+
+
+@pytest.mark.parametrize("make", [KDLoss, DKDLoss])
+def test_by_the_teachers_top_class_no_label_is_needed(make: type[nn.Module]) -> None:
+    student, teacher, target = batch()
+    loss = make(partition="teacher_top1")
+    terms = loss(student, teacher, None)
+    assert terms == loss(student, teacher, target) == make()(student, teacher, teacher.argmax(1))
+    if make is KDLoss:  # the whole divergence, whatever the class
+        torch.testing.assert_close(sum(terms.values()), sum(KDLoss()(student, teacher, target).values()))
+
+
+def test_a_partition_that_there_is_not_is_named() -> None:
+    for make in (KDLoss, DKDLoss, AEKTLoss):
+        with pytest.raises(ValueError, match="partition must be one of target, teacher_top1, not 'student_top1'"):
+            make(partition="student_top1")
+
+
+def test_repr_shows_the_parameters() -> None:
+    assert repr(DKDLoss(beta=2)) == "DKDLoss(alpha=1.0, beta=2.0, temperature=4.0, partition='target')"
+    text = repr(ForegroundBackground(GDKD3Loss(k=3, warmup=0.1), KDLoss(topk=TopKSchedule())))
+    assert "GDKD3Loss(w0=1.0, w1=1.0, w2=1.0, k=3, temperature=4.0, warmup=0.1)" in text
+    assert "topk=TopKSchedule(start=0.05" in text
+
+
 @pytest.mark.parametrize("name", ["kd", "dkd", "aekt"])
 def test_two_classes_have_no_non_target_term_and_the_log_says_so_once(
     name: str, caplog: pytest.LogCaptureFixture
@@ -310,6 +393,8 @@ def test_only_losses_that_read_the_label_need_one(make: type[nn.Module], needs: 
         ({"temperature": float("nan")}, "temperature must be finite, not nan"),
         ({"temperature": "warm"}, "temperature must be a number, not 'warm'"),
         ({"weight": None}, "weight must be a number, not None"),
+        ({"reduction": "sum"}, "reduction must be one of mean, none, not 'sum'"),
+        ({"chunk_rows": 0}, "chunk_rows must be a whole number >= 1, not 0"),
         ({"warmup": 1000}, r"warmup is a share of training progress, in \[0, 1\], not 1000"),
     ],
 )

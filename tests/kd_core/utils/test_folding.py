@@ -273,3 +273,33 @@ def test_what_a_forward_keeps_is_nothing_of_the_tracing() -> None:
             return super().forward(x) + self.mean
 
     assert isinstance(check_folds(Keeping(*pair()), 1).mean, Tensor)
+
+
+@pytest.mark.parametrize("how", ["attribute", "list", "global", "norm's output"])
+def test_what_a_forward_stores_before_the_norm_stays_as_it_is(how: str) -> None:
+    outside: list[Tensor] = []
+
+    class Storing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.features = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), []
+
+        def forward(self, x: Tensor) -> Tensor:
+            before = self.conv(x)
+            after = self.norm(before)
+            match how:
+                case "attribute":
+                    self.feature = before
+                case "list":
+                    self.features.append(before)
+                case "global":
+                    outside.append(before)
+                case _:
+                    self.feature = after
+            return after.relu()
+
+    folded = check_folds(Storing(), 1 if how == "norm's output" else 0)
+    if how == "attribute":
+        x = images()
+        folded(x)
+        assert torch.equal(folded.feature, folded.conv(x))
