@@ -25,8 +25,9 @@ class GradientSNR:
         GSNR = Σ_j (ḡ_j² − s_j²/n) / Σ_j s_j²
 
     ḡ and s² are running (Welford, in place): two buffers of the sampled parameters per stream, in at least float32.
-    Each sample costs one backward pass per stream; `p.grad` and the graph stay as they are. While the weights move, what they
-    change in E[g] counts as noise (ours: the paper holds them). Activation checkpointing has to be non-reentrant.
+    Each sample costs one backward pass per stream; `p.grad` and the graph stay as they are. While the weights move,
+    what they change in E[g] counts as noise (ours: the paper holds them). Activation checkpointing has to be
+    non-reentrant.
 
     Args:
         named_parameters: as `model.named_parameters()`; a parameter's name is its layer's.
