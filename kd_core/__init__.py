@@ -10,8 +10,9 @@ from typing import Any
 
 _MODULES = {
     "kd_core.losses": (
-        "AEKTLoss", "DKDLoss", "DistillationLoss", "ForegroundBackground", "GDKD3Loss", "GDKDLoss", "KDLoss",
-        "LOSS_REGISTRY", "SerializationLayer", "add_loss_config", "build_loss", "merge_linear", "standardize_logits",
+        "AEKTLoss", "CRLDLoss", "DISTLoss", "DKDLoss", "DistillationLoss", "ForegroundBackground", "GDKD3Loss",
+        "GDKDLoss", "KDLoss", "LOSS_REGISTRY", "MLKDLoss", "ReviewFusion", "SerializationLayer", "add_loss_config",
+        "build_loss", "hierarchical_context_loss", "merge_linear", "standardize_logits",
     ),
     "kd_core.optim": (
         "StreamAdamW", "StreamOptimizer", "StreamSGD", "deepkd_sgd", "deepkd_sgd_released", "dot_sgd",

@@ -52,6 +52,7 @@ class DistillationLoss(nn.Module):
     """
 
     terms: dict[str, str] = {}  # term → stream
+    views = 1  # of each image; two in `kd_core.losses.two_view`
     takes_topk = False
     needs_target = True
 

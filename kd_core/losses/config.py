@@ -7,10 +7,12 @@ from torch import nn
 
 from kd_core.losses.aekt import AEKTLoss
 from kd_core.losses.base import DistillationLoss
+from kd_core.losses.dist import DISTLoss
 from kd_core.losses.dkd import DKDLoss
 from kd_core.losses.foreground_background import ForegroundBackground
 from kd_core.losses.gdkd import GDKD3Loss, GDKDLoss
 from kd_core.losses.kd import KDLoss
+from kd_core.losses.two_view import CRLDLoss, MLKDLoss
 from kd_core.topk import TopKSchedule
 from kd_core.utils.errors import UserError
 
@@ -25,7 +27,8 @@ LOSS_REGISTRY = Registry("LOSS")
 def add_loss_config(node: Any) -> None:
     """Add the keys of every loss, with their defaults, to an empty CfgNode of yacs, fvcore or detectron2."""
     new = type(node)
-    # The distillation loss: none, kd, dkd, gdkd, gdkd3, gdkds or aekt, or what else is in LOSS_REGISTRY.
+    # The distillation loss: none, kd, dkd, gdkd, gdkd3, gdkds, aekt, dist, or what else is in LOSS_REGISTRY;
+    # mlkd and crld for two views of each image.
     node.NAME = "none"
     # T of both softmaxes: 4 on CIFAR-100, 1 on ImageNet and in detectors.
     node.TEMPERATURE = 4.0
@@ -57,8 +60,15 @@ def add_loss_config(node: Any) -> None:
     # Cap of the ratio of confidences, teacher to student, that weights the explicit term.
     node.AEKT.MAX_RATIO = 10.0
 
+    node.DIST = new()
+    # Weights of the correlation over a row's classes and of that over a class's rows.
+    node.DIST.BETA = 1.0
+    node.DIST.GAMMA = 1.0
+
+    add_two_view_config(node)
+
     node.TOPK = new()
-    # Dynamic top-k mask of the non-target distribution (DeepKD), for kd, dkd and aekt.
+    # Dynamic top-k mask of the non-target distribution (DeepKD), for kd, dkd, aekt, mlkd and crld.
     node.TOPK.ENABLED = False
     # Share of the non-target classes that is admitted at the start.
     node.TOPK.START = 0.05
@@ -97,15 +107,46 @@ def add_gdkd_config(node: Any) -> None:
     node.GDKDS.BACKGROUND = "dkd"
 
 
-def build_loss(cfg: Any, num_classes: int | None = None) -> nn.Module | None:
+def add_two_view_config(node: Any) -> None:
+    """The keys of MLKD and CRLD, which compare a weak and a strong view of each image."""
+    new = type(node)
+    node.TWO_VIEW = new()
+    # Weigh the two parts of every divergence by ALPHA and BETA, as DKD does (DeepKD over mlkd and crld, released code);
+    # False is the divergence itself, ALPHA and BETA unread.
+    node.TWO_VIEW.DECOUPLED = False
+    # Weight of the target-class parts, TCKD.
+    node.TWO_VIEW.ALPHA = 1.0
+    # Weight of the non-target parts, NCKD: 2 on CIFAR-100, .5 on ImageNet.
+    node.TWO_VIEW.BETA = 2.0
+    # The value of the released code where the formula has another (mlkd).
+    node.TWO_VIEW.RELEASED = False
+
+    node.MLKD = new()
+    # T of every level; TEMPERATURE is unread.
+    node.MLKD.TEMPERATURES = [4.0, 3.0, 5.0, 2.0, 6.0]
+    # Factor of the loss, times WEIGHT.
+    node.MLKD.WEIGHT = 0.5
+
+    node.CRLD = new()
+    # Weights of the divergences within a view and across the views.
+    node.CRLD.WITHIN_WEIGHT = 2.0
+    node.CRLD.CROSS_WEIGHT = 0.5
+    # Least confidence of the teacher: in its weak view, within; in its strong view, across.
+    node.CRLD.WITHIN_THRESHOLD = 0.9
+    node.CRLD.CROSS_THRESHOLD = 0.2
+
+
+def build_loss(cfg: Any, num_classes: int | None = None, views: int | None = None) -> nn.Module | None:
     """The loss that a config node with the keys of `add_loss_config` describes; None for the name "none".
 
     Args:
         cfg: the node.
         num_classes: C, background included; where it is given, k is checked against it.
+        views: how many views of an image the caller has; where it is given, the loss must take as many.
 
     Raises:
-        UserError: a name that is not registered (the message lists those that are), or a value that the loss refuses.
+        UserError: a name that is not registered (the message lists those that are), a value that the loss refuses, or
+            a loss of another number of views.
     """
     if cfg.NAME == "none":
         return None
@@ -118,12 +159,20 @@ def build_loss(cfg: Any, num_classes: int | None = None) -> nn.Module | None:
             loss.check_num_classes(num_classes)
     except ValueError as error:
         raise UserError(f"LOSS {cfg.NAME}: {error}") from error
+    wanted = getattr(loss, "views", 1)
+    if views is not None and wanted != views:
+        raise UserError(
+            f"LOSS.NAME {cfg.NAME!r} compares {wanted} view(s) of each image, but there are {views} here: "
+            "mlkd and crld train classifiers with two views, the other losses take one"
+        )
     if cfg.COMPILE and isinstance(loss, DistillationLoss):  # the parts of gdkds have come through here
         loss.compile()
     return loss
 
 
-def build_kd_loss(node: Any, num_classes: int, warmup_key: str, training_length: float) -> nn.Module | None:
+def build_kd_loss(
+    node: Any, num_classes: int, warmup_key: str, training_length: float, views: int = 1
+) -> nn.Module | None:
     """`build_loss` of a config's KD.LOSS, whose warm-up may be given in iterations or epochs instead of as a share.
 
     Args:
@@ -131,6 +180,7 @@ def build_kd_loss(node: Any, num_classes: int, warmup_key: str, training_length:
         num_classes: C, background included.
         warmup_key: key of the node that holds the warm-up's length, WARMUP_ITERS or WARMUP_EPOCHS.
         training_length: length of the training in the same unit.
+        views: how many views of an image the loss gets.
 
     Raises:
         UserError: both `warmup_key` and WARMUP, or what `build_loss` refuses, by its full key.
@@ -146,7 +196,7 @@ def build_kd_loss(node: Any, num_classes: int, warmup_key: str, training_length:
     if length:
         node.WARMUP = 1.0 if length >= training_length else length / training_length
     try:
-        return build_loss(node, num_classes)
+        return build_loss(node, num_classes, views)
     except ValueError as error:  # names the keys under LOSS
         raise UserError(f"KD.{error}") from error
 
@@ -200,7 +250,7 @@ def gdkds(cfg: Any) -> ForegroundBackground:
         part = cfg.clone()
         part.defrost()
         part.NAME = name
-        parts.append(build_loss(part))
+        parts.append(build_loss(part, views=1))
     return ForegroundBackground(*parts)
 
 
@@ -209,3 +259,33 @@ def aekt(cfg: Any) -> AEKTLoss:
     """LOSS.NAME aekt, keys AEKT."""
     node = cfg.AEKT
     return AEKTLoss(node.EXPLICIT_WEIGHT, node.IMPLICIT_WEIGHT, max_ratio=node.MAX_RATIO, **common_options(cfg))
+
+
+@LOSS_REGISTRY.register()
+def dist(cfg: Any) -> DISTLoss:
+    """LOSS.NAME dist, keys DIST."""
+    return DISTLoss(cfg.DIST.BETA, cfg.DIST.GAMMA, **common_options(cfg))
+
+
+def two_view_options(cfg: Any) -> dict[str, Any]:
+    """The keyword arguments that every `TwoViewLoss` takes."""
+    node = cfg.TWO_VIEW
+    split = {"alpha": node.ALPHA, "beta": node.BETA} if node.DECOUPLED else {}
+    return common_options(cfg) | split | {"released": node.RELEASED}
+
+
+@LOSS_REGISTRY.register()
+def mlkd(cfg: Any) -> MLKDLoss:
+    """LOSS.NAME mlkd, keys MLKD and TWO_VIEW."""
+    options = two_view_options(cfg)
+    options.pop("temperature")
+    return MLKDLoss(cfg.MLKD.TEMPERATURES, options.pop("weight") * cfg.MLKD.WEIGHT, **options)
+
+
+@LOSS_REGISTRY.register()
+def crld(cfg: Any) -> CRLDLoss:
+    """LOSS.NAME crld, keys CRLD and TWO_VIEW."""
+    node = cfg.CRLD
+    weights = (node.WITHIN_WEIGHT, node.CROSS_WEIGHT, node.WITHIN_THRESHOLD, node.CROSS_THRESHOLD)
+    options = two_view_options(cfg)
+    return CRLDLoss(options.pop("temperature"), *weights, **options)

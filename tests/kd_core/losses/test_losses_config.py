@@ -4,6 +4,7 @@ import inspect
 import io
 import re
 import tokenize
+from functools import partial
 
 import pytest
 import torch
@@ -13,11 +14,14 @@ from yacs.config import CfgNode as YacsNode
 from kd_core.losses import (
     LOSS_REGISTRY,
     AEKTLoss,
+    CRLDLoss,
+    DISTLoss,
     DKDLoss,
     ForegroundBackground,
     GDKD3Loss,
     GDKDLoss,
     KDLoss,
+    MLKDLoss,
     add_loss_config,
     build_loss,
     common_options,
@@ -31,6 +35,9 @@ CLASSES = {
     "gdkd3": GDKD3Loss,
     "gdkds": ForegroundBackground,
     "aekt": AEKTLoss,
+    "dist": partial(DISTLoss, temperature=4.0),  # LOSS.TEMPERATURE is 4, whatever the loss
+    "mlkd": MLKDLoss,
+    "crld": CRLDLoss,
 }
 
 
@@ -44,7 +51,7 @@ def node(*overrides: object) -> CfgNode:
 @pytest.mark.parametrize("name", CLASSES)
 def test_the_default_keys_are_the_defaults_of_the_class(name: str) -> None:
     built, plain = build_loss(node("NAME", name)), CLASSES[name]() if name != "gdkds" else None
-    assert type(built) is CLASSES[name]
+    assert type(built) is getattr(CLASSES[name], "func", CLASSES[name])
     if plain is not None:
         public = {key: value for key, value in vars(plain).items() if not key.startswith("_") and key != "training"}
         assert {key: getattr(built, key) for key in public} == public
@@ -78,6 +85,28 @@ def test_keys_reach_the_loss() -> None:
     assert (kd.topk.start, kd.topk.plateau, kd.topk.phases) == (0.1, 0.4, (0.2, 0.3, 0.4))
 
 
+def test_keys_reach_the_losses_of_two_views() -> None:
+    split = ("TWO_VIEW.DECOUPLED", True, "TWO_VIEW.ALPHA", 0.5, "TWO_VIEW.BETA", 3.0, "TWO_VIEW.RELEASED", True)
+    mlkd = build_loss(node("NAME", "mlkd", "WEIGHT", 3.0, "MLKD.TEMPERATURES", [2.0], "MLKD.WEIGHT", 0.2, *split))
+    assert (mlkd.temperatures, mlkd.weight, mlkd.released) == ((2.0,), pytest.approx(0.6), True)
+    assert (mlkd.decoupled, mlkd.alpha, mlkd.beta) == (True, 0.5, 3.0)
+    weights = ("CRLD.WITHIN_WEIGHT", 3.0, "CRLD.CROSS_WEIGHT", 0.1)
+    thresholds = ("CRLD.WITHIN_THRESHOLD", 0.5, "CRLD.CROSS_THRESHOLD", 0.25)
+    crld = build_loss(node("NAME", "crld", "TEMPERATURE", 1.0, *weights, *thresholds))
+    assert (crld.temperature, crld.within_weight, crld.cross_weight) == (1.0, 3.0, 0.1)
+    assert (crld.within_threshold, crld.cross_threshold, crld.decoupled) == (0.5, 0.25, False)
+    dist = build_loss(node("NAME", "dist", "DIST.BETA", 2.0, "DIST.GAMMA", 3.0))
+    assert (dist.beta, dist.gamma) == (2.0, 3.0)
+
+
+def test_a_loss_of_another_number_of_views_is_refused_where_the_views_are_known() -> None:
+    assert type(build_loss(node("NAME", "crld"), 10, views=2)) is CRLDLoss
+    with pytest.raises(ValueError, match=r"LOSS.NAME 'crld' compares 2 view.* of each image, but there are 1 here"):
+        build_loss(node("NAME", "crld"), 10, views=1)
+    with pytest.raises(ValueError, match=r"LOSS.NAME 'kd' compares 1 view.* of each image, but there are 2 here"):
+        build_loss(node("NAME", "kd"), 10, views=2)
+
+
 def test_the_detection_mix_takes_each_side_s_loss_from_its_own_keys() -> None:
     weights = ("GDKD3.W1", 0.25, "GDKD3.W2", 0.25, "DKD.BETA", 0.25)
     mix = build_loss(node("NAME", "gdkds", "TEMPERATURE", 1.0, *weights), num_classes=81)
@@ -102,13 +131,17 @@ def test_whole_numbers_do_for_decimal_ones() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("NAME", "dkdd"), "LOSS.NAME is 'dkdd', but the losses are: none, aekt, dkd, gdkd, gdkd3, gdkds, kd"),
+        (("NAME", "dkdd"), "LOSS.NAME is 'dkdd', but the losses are: none, aekt, crld, dist, dkd, gdkd, gdkd3, gdkds, kd"),
         (("NAME", "kd", "TEMPERATURE", 0.0), "LOSS kd: temperature must be above 0, not 0.0"),
         (("NAME", "gdkd", "GDKD.K", 10), "LOSS gdkd: k is 10, but it must be below the number of classes, 10"),
         (("NAME", "gdkds", "GDKD3.K", 12), "k is 12, but it must be below the number of classes, 10"),
         (("NAME", "gdkd", "TOPK.ENABLED", True), "LOSS gdkd: GDKDLoss has no non-target term for a top-k mask"),
         (("NAME", "dkd", "DKD.PARTITION", "label"), "LOSS dkd: partition must be one of target, teacher_top1"),
         (("NAME", "gdkds", "GDKDS.FOREGROUND", "gdkds"), "must each name a loss of its own, not 'gdkds'"),
+        (("NAME", "gdkds", "GDKDS.BACKGROUND", "mlkd"), "LOSS.NAME 'mlkd' compares 2 view"),
+        (("NAME", "mlkd", "MLKD.TEMPERATURES", [4.0, 0.0]), "LOSS mlkd: temperatures must be one or more numbers"),
+        (("NAME", "crld", "CRLD.CROSS_THRESHOLD", 1.5), "cross_threshold is a confidence, in .0, 1., not 1.5"),
+        (("NAME", "dist", "TOPK.ENABLED", True), "LOSS dist: DISTLoss has no non-target term for a top-k mask"),
         (("NAME", "gdkds", "GDKDS.BACKGROUND", "none"), "must each name a loss of its own, not 'none'"),
     ],
 )
@@ -131,7 +164,7 @@ def test_a_loss_of_one_s_own_is_registered_in_three_lines() -> None:
 
 
 def test_a_comment_stands_above_every_key_or_group_of_keys() -> None:
-    for function in (config.add_loss_config, config.add_gdkd_config):
+    for function in (config.add_loss_config, config.add_gdkd_config, config.add_two_view_config):
         lines = inspect.getsource(function).splitlines()
         commented = {
             token.start[0]
