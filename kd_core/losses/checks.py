@@ -25,6 +25,15 @@ def as_count(value: Any, name: str, least: int = 1) -> int:
     return value
 
 
+def refuse_row_options(loss: Any) -> None:
+    """Raise a ValueError where a loss with terms over the whole batch is asked to work row by row."""
+    name = type(loss).__name__
+    if loss.reduction != "mean":
+        raise ValueError(f"{name} has terms over the whole batch: reduction must be 'mean', not {loss.reduction!r}")
+    if loss.chunk_rows is not None:
+        raise ValueError(f"{name} has terms over the whole batch: leave chunk_rows out, not {loss.chunk_rows}")
+
+
 def check_inputs(
     student_logits: Tensor,
     teacher_logits: Tensor,

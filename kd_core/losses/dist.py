@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kd_core.losses.base import DistillationLoss
-from kd_core.losses.checks import as_number
+from kd_core.losses.checks import as_number, refuse_row_options
 from kd_core.losses.standardize import standardize_logits
 from kd_core.partition_blocks import work_dtype
 
@@ -32,6 +32,10 @@ class DISTLoss(DistillationLoss):
         temperature: T; the released classification code has 4 on CIFAR-100 and 1 on ImageNet.
         options: `weight`, `warmup`, `standardize` of `DistillationLoss`. `row_weights` weight the rows of `inter`, and
             means and sums of `intra`, so a row of weight 0 takes no part in it.
+
+    Raises:
+        ValueError: `reduction` "none" or `chunk_rows`, as `intra` is no term of rows, or what `DistillationLoss`
+            refuses.
     """
 
     terms = {"inter": "ncg", "intra": "ncg"}
@@ -39,6 +43,7 @@ class DISTLoss(DistillationLoss):
 
     def __init__(self, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0, **options: Any) -> None:
         super().__init__(temperature, **options)
+        refuse_row_options(self)
         self.beta, self.gamma = as_number(beta, "beta"), as_number(gamma, "gamma")
 
     @property

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd_core.losses.checks import as_number, check_inputs
+from kd_core.losses.checks import as_number, check_inputs, refuse_row_options
 from kd_core.losses.standardize import standardize_logits
 from kd_core.losses.target_partition import TargetPartitionLoss
 from kd_core.partition_blocks import work_dtype
@@ -20,14 +20,18 @@ class TwoViewLoss(TargetPartitionLoss):
         loss((student_weak, student_strong), (teacher_weak, teacher_strong), target, progress) -> {term: value}
 
     Every divergence of a row is split into its target and its non-target part, so DeepKD has its streams. By default
-    the split is KD's, exact per row: tckd + (1 − p_t^T) · nckd. With `alpha` or `beta` it is DKD's: α · tckd + β · nckd,
-    as in DeepKD's released settings (α 1; β 2 on CIFAR-100, .5 on ImageNet).
+    the split is KD's, exact per row: tckd + (1 − p_t^T) · nckd. With `alpha` or `beta` it is DKD's, α·tckd + β·nckd, as
+    in DeepKD's released settings (α 1; β 2 on CIFAR-100, .5 on ImageNet).
 
     Args:
         temperature: T.
         alpha, beta: α and β, 1 where only the other is given; None on both sides is KD's split.
         released: the value of the released code where the formula has another.
-        options: `weight`, `warmup`, `standardize`, `topk` of `DistillationLoss`; the mask acts on the nckd terms.
+        options: `weight`, `warmup`, `standardize`, `topk`, … of `TargetPartitionLoss`; the mask acts on the nckd terms.
+
+    Raises:
+        ValueError: `reduction` "none" or `chunk_rows`, since not every term is one of rows, or what
+            `TargetPartitionLoss` refuses.
     """
 
     views = 2
@@ -41,6 +45,7 @@ class TwoViewLoss(TargetPartitionLoss):
         **options: Any,
     ) -> None:
         super().__init__(temperature, **options)
+        refuse_row_options(self)
         self.decoupled = alpha is not None or beta is not None
         self.alpha = as_number(1.0 if alpha is None else alpha, "alpha")
         self.beta = as_number(1.0 if beta is None else beta, "beta")
@@ -50,7 +55,7 @@ class TwoViewLoss(TargetPartitionLoss):
         self,
         student_logits: Sequence[Tensor],
         teacher_logits: Sequence[Tensor],
-        target: Tensor,
+        target: Tensor | None,
         progress: float | None = None,
         *,
         warmup_weight: Tensor | None = None,
@@ -66,11 +71,11 @@ class TwoViewLoss(TargetPartitionLoss):
                 shapes = [tuple(view.shape) if isinstance(view, Tensor) else view for view in views]
                 raise ValueError(f"{name} must be (weak, strong), two (N, C) tensors, not {shapes}")
         for student_view, teacher_view in zip(student_logits, teacher_logits, strict=True):
-            check_inputs(student_view, teacher_view, target, None, self.needs_target)
+            check_inputs(student_view, teacher_view, target, None, self.needs_target, can_look=False)
         both = (torch.cat(tuple(views)) for views in sides.values())
-        return super().forward(*both, torch.cat([target, target]), progress, warmup_weight=warmup_weight)
+        return super().forward(*both, _repeated(target, 2), progress, warmup_weight=warmup_weight)
 
-    def split_rows(self, student: Tensor, teacher: Tensor, target: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def split_rows(self, student: Tensor, teacher: Tensor, target: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
         """(R,) the target and the non-target part of KL(p^T || p^S), with α and β."""
         parts = self.decompose(student, teacher, target, k)
         nckd = parts.within[1] if self.decoupled else parts.log_mass_teacher[1].exp() * parts.within[1]
@@ -139,11 +144,11 @@ class MLKDLoss(TwoViewLoss):
 
         levels = len(self.temperatures)
         flat = [side.reshape(-1, num_classes) for side in rows]
-        parts = self.split_rows(*flat, target.repeat(levels), k)
+        parts = self.split_rows(*flat, _repeated(target, levels), k)
         counted = torch.stack([row_mask, torch.ones_like(row_mask)])
         weights = torch.stack([counted * t**2 for t in self.temperatures])  # (levels, views, N)
         per_row = scale / max(num_rows, 1)
-        tckd, nckd = ((part.view(levels, 2, num_rows) * weights).sum() * per_row for part in parts)
+        tckd, nckd = ((part.view(levels, 2, num_rows) * weights * per_row).sum() for part in parts)
 
         views = 1 if self.released else 2
         student, teacher = (side[:, :views].softmax(3) for side in tempered)
@@ -152,8 +157,8 @@ class MLKDLoss(TwoViewLoss):
         return {
             "tckd": tckd,
             "nckd": nckd,
-            "class": self.masked_sum(classes, class_mask) * (scale / num_classes),
-            "batch": self.masked_sum(batch, row_mask) * per_row,
+            "class": self.masked_sum(classes * (scale / num_classes), class_mask),
+            "batch": self.masked_sum(batch * per_row, row_mask),
         }
 
     def levels(self, logits: Tensor) -> Tensor:
@@ -241,11 +246,15 @@ class CRLDLoss(TwoViewLoss):
         teacher = teacher_logits.repeat(2, 1)
         if self.standardize:
             student, teacher = standardize_logits(student, teacher)
-        parts = self.split_rows(student, teacher, target.repeat(2), k)
+        parts = self.split_rows(student, teacher, _repeated(target, 2), k)
         scale = self.weight * warmup_weight * self.temperature**2 / max(num_rows, 1)
         terms = {}
         for name, part in zip(("tckd", "nckd"), parts, strict=True):
-            within, cross = (part.view(2, 2, num_rows).sum(1) * masks).sum(1)
-            terms[f"within_{name}"] = within * (scale * self.within_weight)
-            terms[f"cross_{name}"] = cross * (scale * self.cross_weight)
+            within, cross = part.view(2, 2, num_rows).sum(1) * masks
+            terms[f"within_{name}"] = (within * (scale * self.within_weight)).sum()
+            terms[f"cross_{name}"] = (cross * (scale * self.cross_weight)).sum()
         return {name: terms[name] for name in self.terms}
+
+
+def _repeated(target: Tensor | None, times: int) -> Tensor | None:
+    return None if target is None else target.repeat(times)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
 
 from kd_core.losses import DISTLoss
@@ -130,6 +131,12 @@ def test_a_row_of_weight_zero_takes_no_part() -> None:
     torch.testing.assert_close(weighted["intra"], alone["intra"])
     ones = DISTLoss()(student, teacher, None, row_weights=torch.ones(9))
     torch.testing.assert_close(ones, DISTLoss()(student, teacher, None))
+
+
+def test_no_number_is_read_by_the_host() -> None:
+    with FakeTensorMode():  # a CUDA of tensors without numbers, where reading one raises
+        student, teacher = torch.empty(2, 9, 7, device="cuda").unbind()
+        assert all(term.shape == () for term in DISTLoss()(student, teacher, None).values())
 
 
 def test_autocast_changes_nothing_and_half_precision_is_computed_in_float32() -> None:
