@@ -1,1 +1,1 @@
-"""The timm counterpart."""
+"""Distillation of image classifiers, on timm."""

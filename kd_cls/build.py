@@ -1,4 +1,4 @@
-"""From a config to a trainer: data, student, teacher and its cache, losses, optimizer, schedule."""
+"""Builds a trainer from a config: data, student, teacher and its cache, losses, optimizer, schedule."""
 
 import hashlib
 import logging
@@ -15,31 +15,33 @@ from torch import nn
 from kd_cls.checks import mixes
 from kd_cls.config import config_hash
 from kd_cls.data import DataSets, Loaders
-from kd_cls.data.build import augmentation, autocast_dtype, build_data, build_loaders
+from kd_cls.data.build import augmentation, build_data, build_loaders
+from kd_cls.data.statistics import InputStats
 from kd_cls.distributed import Process, broadcast_weights, seed_step
-from kd_cls.engine.solver import build_auto_momenta, build_optimizer, build_scheduler
+from kd_cls.engine.evaluation import evaluate
+from kd_cls.engine.solver import build_optimizer, build_scheduler
 from kd_cls.engine.trainer import Trainer
-from kd_cls.evaluate import evaluate
-from kd_cls.models.factory import InputStats, build_student, input_stats
+from kd_cls.models.factory import build_student, input_stats
 from kd_cls.task.distillation import DistillationTask
 from kd_cls.task.logit_cache import LogitCache
 from kd_cls.task.student import Student
 from kd_cls.task.teacher import Teacher, build_teacher, digest
 from kd_core.losses import DistillationLoss, SerializationLayer
 from kd_core.losses.config import build_kd_loss
+from kd_core.optim.config import build_auto_momenta
 from kd_core.utils.errors import UserError
 
 logger = logging.getLogger("kd_cls")
 
 
 def build_trainer(cfg: CfgNode, process: Process) -> Trainer:
-    """Everything that a run needs, checked.
+    """The trainer of a config that has passed `check_config`.
 
     Raises:
-        UserError: anything in the config that cannot be had or does not fit together.
+        UserError: data, weights, a network or a loss that does not exist or does not fit the rest of the config.
     """
     data = build_data(cfg)
-    seed_step(cfg.SEED, 0, 0)  # the same first weights on every process, whatever the method
+    seed_step(cfg.SEED, 0, 0)  # the same initial weights on every process and for every method
     loss = build_distillation_loss(cfg, data.num_classes)
     model = build_student(cfg, data.num_classes)
     stats = input_stats(cfg, model)
@@ -54,20 +56,18 @@ def build_trainer(cfg: CfgNode, process: Process) -> Trainer:
         report_teacher(teacher, loaders, process)
     optimizer = build_optimizer(cfg, student)
     scheduler = build_scheduler(cfg, optimizer, loaders.train.sampler.num_batches)
-    auto_momenta = build_auto_momenta(cfg, optimizer, student)
+    auto_momenta = build_auto_momenta(cfg.SOLVER, optimizer, student.named_parameters())
     metadata = partial(describe, cfg, data.num_classes, stats)
     return Trainer(cfg, task, loaders, optimizer, scheduler, process, metadata, auto_momenta)
 
 
 def build_distillation_loss(cfg: CfgNode, num_classes: int) -> DistillationLoss | None:
-    """The loss of KD.LOSS, its warm-up as a share of the training.
+    """The loss of KD.LOSS, its warm-up as a share of the training; None for plain training.
 
     Raises:
-        UserError: an unknown name, a parameter the loss refuses for so many classes, or mixed labels and a loss that
-            needs one.
+        UserError: an unknown name, a parameter that the loss refuses for this number of classes, or mixed labels with a
+            loss that needs a single target class.
     """
-    if cfg.KD.LOSS.NAME == "gdkds":
-        raise UserError("KD.LOSS.NAME gdkds is a mix for foreground and background, as detectors have: use gdkd3")
     loss = build_kd_loss(cfg.KD.LOSS, num_classes, "WARMUP_EPOCHS", cfg.SOLVER.EPOCHS)
     if loss is not None and mixes(cfg):
         check_mixed_labels(cfg, loss)
@@ -75,7 +75,10 @@ def build_distillation_loss(cfg: CfgNode, num_classes: int) -> DistillationLoss 
 
 
 def check_mixed_labels(cfg: CfgNode, loss: DistillationLoss) -> None:
-    """Mixup leaves no single target class: refuse losses that need one. KD does not: its terms' sum is the full KL."""
+    """Refuse a loss that needs a single target class, which mixup does not leave.
+
+    KD needs none where its terms are only summed: the sum is the full KL.
+    """
     whole_kl = (
         cfg.KD.LOSS.NAME == "kd"
         and not cfg.KD.LOSS.TOPK.ENABLED
@@ -90,12 +93,17 @@ def check_mixed_labels(cfg: CfgNode, loss: DistillationLoss) -> None:
 
 
 def serialization_layer(cfg: CfgNode, num_classes: int) -> nn.Module | None:
-    """AEKT's layer between the distilled logits and the task's, None for other losses."""
+    """AEKT's layer between the distilled logits and those of the task; None for other losses."""
     return SerializationLayer(num_classes) if cfg.KD.LOSS.NAME == "aekt" else None
 
 
+def autocast_dtype(cfg: CfgNode) -> torch.dtype | None:
+    """The dtype of SOLVER.AMP, None where it is off."""
+    return getattr(torch, cfg.SOLVER.AMP.DTYPE) if cfg.SOLVER.AMP.ENABLED else None
+
+
 def attach_teacher(cfg: CfgNode, data: DataSets, stats: InputStats, process: Process) -> Teacher:
-    """The teacher, on the device, with its cache where KD.TEACHER.CACHE asks for one."""
+    """The teacher on the device, with its cache if KD.TEACHER.CACHE asks for one."""
     teacher = build_teacher(cfg, data.num_classes, stats)
     if cfg.KD.TEACHER.CACHE != "none":
         teacher.cache = build_cache(cfg, data, teacher)
@@ -103,17 +111,11 @@ def attach_teacher(cfg: CfgNode, data: DataSets, stats: InputStats, process: Pro
 
 
 def build_cache(cfg: CfgNode, data: DataSets, teacher: Teacher) -> LogitCache:
-    """The cache of the teacher's logits on this run's images.
+    """The cache of the teacher's logits of this run's images.
 
     Raises:
-        UserError: images that another run would not see again, or the folder is a cache of something else.
+        UserError: the folder holds the cache of another teacher, data set or augmentation.
     """
-    if mixes(cfg) or not cfg.DATA.REPRODUCIBLE:
-        reason = "SOLVER.MIXUP mixes images at random" if mixes(cfg) else "DATA.REPRODUCIBLE is False"
-        raise UserError(
-            f"KD.TEACHER.CACHE {cfg.KD.TEACHER.CACHE} keeps logits of images that come again, and {reason}: set "
-            "KD.TEACHER.CACHE none, or train without it"
-        )
     name = augmentation(cfg)
     epochs = 1 if name == "none" else cfg.DATA.AUGMENTATION_EPOCHS or math.ceil(cfg.SOLVER.EPOCHS)
     identity = {
@@ -122,7 +124,7 @@ def build_cache(cfg: CfgNode, data: DataSets, teacher: Teacher) -> LogitCache:
         "student input": list(teacher.student_stats),
         "data": fingerprint(data.train),
         "augmentation": [name, cfg.DATA.TIMM_OPTIONS],
-        "resident": cfg.DATA.RESIDENT and name != "none",  # draws crops and flips in another way
+        "resident": cfg.DATA.RESIDENT and name != "none",  # whose crops and flips are other draws
         "epochs": epochs,
         "seed": None if name == "none" else cfg.SEED,
         "precision": str(teacher.speed.dtype if teacher.speed.casts else autocast_dtype(cfg)),
@@ -134,7 +136,7 @@ def build_cache(cfg: CfgNode, data: DataSets, teacher: Teacher) -> LogitCache:
 
 
 def fingerprint(dataset: Any) -> str:
-    """Sixteen hex digits of a data set: its length and a few images, spread evenly, with their labels."""
+    """Sixteen hex digits that identify a data set: from its length and a few evenly spaced images with their labels."""
     sha = hashlib.sha256(str(len(dataset)).encode())
     transform, dataset.transform = dataset.transform, None
     for index in range(0, len(dataset), max(len(dataset) // 16, 1)):
@@ -145,7 +147,7 @@ def fingerprint(dataset: Any) -> str:
 
 
 def prepare_networks(cfg: CfgNode, task: DistillationTask) -> None:
-    """Memory format, moving average and torch.compile, in the order that lets each see the networks as they run."""
+    """Set the memory format, then the moving average (which copies it), then torch.compile."""
     if cfg.MODEL.CHANNELS_LAST:
         task.to(memory_format=torch.channels_last)
     if cfg.SOLVER.EMA.ENABLED:
@@ -157,9 +159,9 @@ def prepare_networks(cfg: CfgNode, task: DistillationTask) -> None:
 
 
 def report_teacher(teacher: Teacher, loaders: Loaders, process: Process) -> None:
-    """Log the teacher's accuracy on the validation images, through the preprocessing that training uses.
+    """Log the teacher's accuracy on the validation images, with the preprocessing of training.
 
-    As it was loaded, and in KD.TEACHER.DTYPE where that is another type.
+    As it was loaded, and also in KD.TEACHER.DTYPE where that is another dtype.
     """
     forms = {"teacher": teacher.plain}
     if teacher.speed.casts:
@@ -172,7 +174,7 @@ def report_teacher(teacher: Teacher, loaders: Loaders, process: Process) -> None
 def describe(
     cfg: CfgNode, num_classes: int, stats: InputStats, iteration: int, max_iter: int, metrics: dict[str, float]
 ) -> dict[str, Any]:
-    """The metadata of a checkpoint: what the weights are, how they came about and how good they were."""
+    """The metadata of a checkpoint: what the weights are, how they were trained, and their metrics."""
     return {
         "method": cfg.KD.LOSS.NAME if cfg.SOLVER.OPTIMIZER == "sgd" else f"{cfg.KD.LOSS.NAME}, {cfg.SOLVER.OPTIMIZER}",
         "architecture": cfg.MODEL.NAME,

@@ -1,4 +1,4 @@
-"""Values that no run could mean, refused before anything is built."""
+"""Every check of a config that needs neither data nor networks. `check_config` walks them before anything is built."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,15 +6,17 @@ from typing import Any
 from fvcore.common.config import CfgNode
 from timm.optim import list_optimizers
 
+from kd_cls.distributed import Process
 from kd_core.optim.config import STREAM_OPTIMIZERS
 from kd_core.utils.config import lookup
 from kd_core.utils.errors import UserError
+from kd_core.utils.wandb import import_wandb
 
 SCHEDULES = ("multistep", "cosine", "step", "poly", "tanh", "wsd", "rsqrt", "constant")
 
 
 def one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
-    """A rule for words."""
+    """A rule for names."""
     return (lambda value: value in names), f"one of {', '.join(name or 'empty' for name in names)}"
 
 
@@ -31,7 +33,7 @@ OPTIMIZER = (
 )
 SEEDS = (lambda value: all(type(seed) is int and seed >= 0 for seed in value), "a list of whole numbers ≥ 0")
 
-# Key → (whether a value is good, what is expected).
+# Key → (whether a value is valid, what is expected).
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "SEEDS": SEEDS,
     "LOG_PERIOD": at_least(1),
@@ -61,28 +63,26 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def check_config(cfg: CfgNode, world_size: int) -> None:
-    """Refuse what no run could mean.
+def check_config(cfg: CfgNode, process: Process) -> None:
+    """Walk all `CHECKS`.
 
     Raises:
         UserError: names the key, its value and what is expected.
     """
-    for key, (good, expected) in RULES.items():
-        if not good(lookup(cfg, key)):
+    for check in CHECKS:
+        check(cfg, process)
+
+
+def check_values(cfg: CfgNode, process: Process) -> None:
+    """Refuse single values that no run can use."""
+    for key, (is_valid, expected) in RULES.items():
+        if not is_valid(lookup(cfg, key)):
             raise UserError(f"{key} is {lookup(cfg, key)!r}, expected {expected}")
-    check_batch(cfg, world_size)
-    if cfg.SOLVER.CUDA_GRAPH:
-        check_graph(cfg, world_size)
-    if cfg.SOLVER.OPTIMIZER in ("dot_sgd", "deepkd_sgd") and cfg.KD.LOSS.NAME == "none":
-        raise UserError(
-            f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}, which gives distillation a momentum of its own, but "
-            "KD.LOSS.NAME is 'none': use sgd, or a distillation loss"
-        )
 
 
-def check_batch(cfg: CfgNode, world_size: int) -> None:
-    """Refuse a batch that does not divide into its parts."""
-    solver = cfg.SOLVER
+def check_batch(cfg: CfgNode, process: Process) -> None:
+    """Refuse a batch that does not divide evenly between processes and micro-batches."""
+    solver, world_size = cfg.SOLVER, process.world_size
     parts = world_size * solver.ACCUMULATE_STEPS
     if solver.IMS_PER_BATCH < 1 or solver.IMS_PER_BATCH % parts:
         raise UserError(
@@ -97,9 +97,48 @@ def check_batch(cfg: CfgNode, world_size: int) -> None:
         )
 
 
-def check_graph(cfg: CfgNode, world_size: int) -> None:
+def check_loss(cfg: CfgNode, process: Process) -> None:
+    """Refuse a loss for detectors, and two lengths of one warm-up."""
+    node = cfg.KD.LOSS
+    if node.NAME == "gdkds":
+        raise UserError("KD.LOSS.NAME gdkds is a mix for foreground and background, as detectors have: use gdkd3")
+    if node.WARMUP and node.WARMUP_EPOCHS:
+        raise UserError(
+            f"KD.LOSS.WARMUP is {node.WARMUP} (a share) and KD.LOSS.WARMUP_EPOCHS {node.WARMUP_EPOCHS}: set one of them"
+        )
+
+
+def check_streams(cfg: CfgNode, process: Process) -> None:
+    """Refuse an optimizer over gradient streams, or momenta drawn from them, where there are none."""
+    name, plain = cfg.SOLVER.OPTIMIZER, cfg.KD.LOSS.NAME == "none"
+    if name in ("dot_sgd", "deepkd_sgd") and plain:
+        raise UserError(
+            f"SOLVER.OPTIMIZER is {name!r}, which gives distillation its own momentum, but KD.LOSS.NAME is 'none': use "
+            "sgd, or a distillation loss"
+        )
+    if cfg.SOLVER.MOMENTA == "auto" and (plain or name not in ("sgd", *STREAM_OPTIMIZERS)):
+        raise UserError(
+            f"SOLVER.MOMENTA auto compares the gradient streams of a distillation loss; with SOLVER.OPTIMIZER {name!r} "
+            f"and KD.LOSS.NAME {cfg.KD.LOSS.NAME!r} there are none: leave it empty"
+        )
+
+
+def check_cache(cfg: CfgNode, process: Process) -> None:
+    """Refuse to cache a teacher's logits of images that are never seen again."""
+    if cfg.KD.LOSS.NAME == "none" or cfg.KD.TEACHER.CACHE == "none" or (cfg.DATA.REPRODUCIBLE and not mixes(cfg)):
+        return
+    reason = "SOLVER.MIXUP mixes images at random" if mixes(cfg) else "DATA.REPRODUCIBLE is False"
+    raise UserError(
+        f"KD.TEACHER.CACHE {cfg.KD.TEACHER.CACHE} keeps logits of images that come again, and {reason}: set "
+        "KD.TEACHER.CACHE none, or train without it"
+    )
+
+
+def check_graph(cfg: CfgNode, process: Process) -> None:
     """Refuse what a CUDA graph of the whole step cannot hold: work of the host between its kernels."""
-    solver, optimizers = cfg.SOLVER, ("sgd", "dot_sgd", "deepkd_sgd")
+    if not cfg.SOLVER.CUDA_GRAPH:
+        return
+    solver, optimizers, world_size = cfg.SOLVER, ("sgd", "dot_sgd", "deepkd_sgd"), process.world_size
     cached = cfg.KD.LOSS.NAME != "none" and cfg.KD.TEACHER.CACHE != "none"
     fp16 = solver.AMP.ENABLED and solver.AMP.DTYPE == "float16"
     refused = {
@@ -110,13 +149,31 @@ def check_graph(cfg: CfgNode, world_size: int) -> None:
         ),
         f"SOLVER.ACCUMULATE_STEPS {solver.ACCUMULATE_STEPS}": (solver.ACCUMULATE_STEPS > 1, "set it to 1"),
         "SOLVER.MIXUP, drawn on the host": (mixes(cfg), "set ALPHA and CUTMIX_ALPHA to 0"),
-        "SOLVER.MOMENTA auto, which looks at some steps only": (solver.MOMENTA == "auto", "leave it empty"),
+        "SOLVER.MOMENTA auto, which measures some steps only": (solver.MOMENTA == "auto", "leave it empty"),
         "SOLVER.AMP.DTYPE float16, whose loss scaler may skip a step": (fp16, "use bfloat16"),
         f"KD.TEACHER.CACHE {cfg.KD.TEACHER.CACHE}, read from disk": (cached, "set it to none"),
+        f"a run on {process.device.type}": (process.device.type != "cuda", "set DEVICE cuda where there is a GPU"),
     }
     for what, (found, fix) in refused.items():
         if found:
             raise UserError(f"SOLVER.CUDA_GRAPH True does not go with {what}: {fix}, or set SOLVER.CUDA_GRAPH False")
+
+
+def check_wandb(cfg: CfgNode, process: Process) -> None:
+    """Refuse WANDB.ENABLED without the wandb package."""
+    if cfg.WANDB.ENABLED:
+        import_wandb()
+
+
+CHECKS: tuple[Callable[[CfgNode, Process], None], ...] = (
+    check_values,
+    check_batch,
+    check_loss,
+    check_streams,
+    check_cache,
+    check_graph,
+    check_wandb,
+)
 
 
 def mixes(cfg: CfgNode) -> bool:

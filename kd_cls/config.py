@@ -2,7 +2,9 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
+import yaml
 from fvcore.common.config import CfgNode
 
 from kd_core.losses import add_loss_config
@@ -209,6 +211,21 @@ def load_cfg(path: str, options: list[str] | None = None) -> CfgNode:
     merge_file(cfg, path)
     merge_list(cfg, options or [])
     return cfg
+
+
+def parse_mapping(text: str, key: str) -> dict[str, Any]:
+    """The yaml mapping in a config string.
+
+    Raises:
+        UserError: the string of `key` holds anything else.
+    """
+    try:
+        value = yaml.safe_load(text) if text else {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{key} is {text!r}, which is not yaml: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{key} is {text!r}, expected a yaml mapping such as '{{drop_path_rate: 0.1}}'")
+    return value
 
 
 def config_hash(cfg: CfgNode) -> str:

@@ -5,50 +5,21 @@ once, whatever the number of processes (`torchrun --nproc-per-node 8 -m kd_cls.e
 """
 
 import json
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-import torch.distributed as dist
 from fvcore.common.config import CfgNode
-from timm.task.evaluator import ClassificationEvaluator
-from torch import Tensor
 
 from kd_cls.checkpoint.checkpoint import BEST, fetch, load_weights, read_metadata
 from kd_cls.cli import option_parser, run_command
 from kd_cls.config import load_cfg
-from kd_cls.data.build import build_data, build_val_loader
+from kd_cls.data.build import build_data, build_loaders
+from kd_cls.data.statistics import InputStats
 from kd_cls.distributed import Process, start_process
+from kd_cls.engine.evaluation import evaluate
 from kd_cls.engine.writers import setup_logging
-from kd_cls.models.factory import InputStats, create_network, input_stats
+from kd_cls.models.factory import create_network, input_stats
 from kd_core.utils.errors import UserError
-
-logger = logging.getLogger("kd_cls")
-
-
-@torch.no_grad()
-def evaluate(
-    predict: Callable[[Tensor], Tensor], loader: Any, process: Process, dtype: torch.dtype | None = None
-) -> dict[str, float]:
-    """Top-1, top-5 (percent), cross-entropy `loss` and number of `images` over all processes.
-
-    Args:
-        predict: images (N, 3, H, W) → logits (N, C); its networks are in eval mode.
-        loader: each process's part of the images; the parts may differ in length.
-        dtype: of autocast; None leaves it off.
-    """
-    evaluator = ClassificationEvaluator(process.device)
-    for images, target in loader:
-        with torch.autocast(process.device.type, dtype, enabled=dtype is not None):
-            logits = predict(images)
-        evaluator.update(logits, target)
-    metrics = dict(evaluator.compute(distributed=dist.is_initialized()))
-    count = evaluator.counts[0].clone()
-    if dist.is_initialized():
-        dist.all_reduce(count)
-    return metrics | {"images": int(count)}
 
 
 def evaluate_checkpoint(cfg: CfgNode, process: Process) -> dict[str, float]:
@@ -75,7 +46,7 @@ def evaluate_checkpoint(cfg: CfgNode, process: Process) -> dict[str, float]:
         if written
         else input_stats(cfg, model)
     )
-    loader = build_val_loader(cfg, data, stats, process)
+    loader = build_loaders(cfg, data, stats, process).val
     return evaluate(model.to(process.device).eval(), loader, process)
 
 

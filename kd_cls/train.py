@@ -23,12 +23,10 @@ from kd_cls.checks import check_config
 from kd_cls.cli import option_parser, run_command
 from kd_cls.config import load_cfg
 from kd_cls.distributed import Process, broadcast_object, start_process
-from kd_cls.engine.cuda_graph import check_device
 from kd_cls.engine.writers import setup_logging
 from kd_cls.task.teacher import teacher_description
 from kd_core.utils.config import list_values, read_yaml
 from kd_core.utils.files import sweep_unfinished, write_text
-from kd_core.utils.wandb import import_wandb
 
 logger = logging.getLogger("kd_cls")
 
@@ -43,11 +41,7 @@ def train(cfg: CfgNode, process: Process, resume: bool = False) -> dict[str, flo
     Raises:
         UserError: bad input, before training starts; DivergedError: a loss that is not finite.
     """
-    check_config(cfg, process.world_size)
-    if cfg.SOLVER.CUDA_GRAPH:
-        check_device(process.device)
-    if cfg.WANDB.ENABLED:
-        import_wandb()
+    check_config(cfg, process)
     cfg = settle_seed(cfg, resume)
     train_missing_teacher(cfg, process)
     output = Path(cfg.OUTPUT_DIR)
@@ -95,7 +89,7 @@ def train_missing_teacher(cfg: CfgNode, process: Process) -> None:
 
 def train_seeds(cfg: CfgNode, process: Process, resume: bool = False) -> dict[str, dict[str, float]]:
     """A run for each of SEEDS in OUTPUT_DIR/seed_<n>; OUTPUT_DIR/summary.json has {metric: {mean, std, values}}."""
-    check_config(cfg, process.world_size)
+    check_config(cfg, process)
     results = []
     for seed in cfg.SEEDS:
         own = cfg.clone()

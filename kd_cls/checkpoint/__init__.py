@@ -1,1 +1,1 @@
-"""Checkpoints of classifiers: written whole, loaded, resumed."""
+"""Checkpoints of classifiers: how they are written and loaded, and when a run may resume from one."""

@@ -1,14 +1,13 @@
-"""The data of a config: data sets cut to the number of images asked for, and their loaders."""
+"""The data sets and loaders of a config."""
 
-import torch
 from fvcore.common.config import CfgNode
-from timm.data.loader import PrefetchLoader
 from torch.utils.data import Dataset
 
 from kd_cls.checks import mixes
+from kd_cls.config import parse_mapping
 from kd_cls.data import DataSets, EveryNth, Loaders, create_datasets, create_loaders, default_augmentation
+from kd_cls.data.statistics import InputStats
 from kd_cls.distributed import Process
-from kd_cls.models.factory import InputStats, parse_mapping
 from kd_core.utils.errors import UserError
 
 
@@ -39,12 +38,6 @@ def augmentation(cfg: CfgNode) -> str:
 
 def build_loaders(cfg: CfgNode, data: DataSets, stats: InputStats, process: Process) -> Loaders:
     """The loaders of both splits: images normalised for the student, on the device; a batch is one step's share."""
-    timm_options = parse_mapping(cfg.DATA.TIMM_OPTIONS, "DATA.TIMM_OPTIONS")
-    erasing = sorted(name for name in timm_options if name.startswith("re_"))
-    if erasing:  # timm's loader erases on the device, from a generator that no seed of ours reaches
-        raise UserError(
-            f"DATA.TIMM_OPTIONS has {', '.join(erasing)}, but random erasing is not reproducible here: leave it out"
-        )
     return create_loaders(
         data.train,
         data.val,
@@ -64,15 +57,5 @@ def build_loaders(cfg: CfgNode, data: DataSets, stats: InputStats, process: Proc
         augmentation_epochs=cfg.DATA.AUGMENTATION_EPOCHS,
         shuffle=cfg.DATA.SHUFFLE,
         drop_last=mixes(cfg),
-        timm_options=timm_options,
+        timm_options=parse_mapping(cfg.DATA.TIMM_OPTIONS, "DATA.TIMM_OPTIONS"),
     )
-
-
-def build_val_loader(cfg: CfgNode, data: DataSets, stats: InputStats, process: Process) -> PrefetchLoader:
-    """The loader of the validation images alone."""
-    return build_loaders(cfg, data, stats, process).val
-
-
-def autocast_dtype(cfg: CfgNode) -> torch.dtype | None:
-    """The dtype of SOLVER.AMP, None where it is off."""
-    return getattr(torch, cfg.SOLVER.AMP.DTYPE) if cfg.SOLVER.AMP.ENABLED else None

@@ -16,7 +16,8 @@ from kd_core.utils.errors import UserError
 Transform = Callable[[Any], torch.Tensor]
 Size = tuple[int, int]
 
-# What of timm's `create_transform` may be set: the rest is decided by the loader, or works on batches.
+# Options of timm's `create_transform` that may be set. The loader decides the others; random erasing (`re_*`) is left
+# out because timm's loader draws it on the device, from a generator that SEED does not reach.
 TIMM_OPTIONS = (
     "auto_augment",
     "color_jitter",
@@ -100,12 +101,14 @@ def build_transforms(
         UserError: an unknown name or option (the message lists the known ones), options for another than "imagenet".
     """
     if augmentation not in AUGMENTATIONS:
-        raise UserError(f"unknown augmentation {augmentation!r}: choose one of {', '.join(sorted(AUGMENTATIONS))}")
+        known = ", ".join(sorted(AUGMENTATIONS))
+        raise UserError(f"unknown augmentation {augmentation!r} (DATA.AUGMENTATION): choose one of {known}")
     if timm_options and augmentation != "imagenet":
         raise UserError(
-            f"augmentation {augmentation!r} takes no options, got {sorted(timm_options)}: only 'imagenet', timm's, does"
+            f"augmentation {augmentation!r} takes no options, but DATA.TIMM_OPTIONS has {sorted(timm_options)}: only "
+            "'imagenet', timm's, takes some"
         )
     if unknown := sorted(set(timm_options) - set(TIMM_OPTIONS)):
-        raise UserError(f"unknown options {unknown} of augmentation 'imagenet': it takes {', '.join(TIMM_OPTIONS)}")
+        raise UserError(f"DATA.TIMM_OPTIONS has unknown options {unknown}: it takes {', '.join(TIMM_OPTIONS)}")
     build, size = AUGMENTATIONS[augmentation], tuple(input_size[-2:])
     return build(size, is_training=True, **timm_options), build(size, is_training=False, **timm_options)

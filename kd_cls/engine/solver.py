@@ -9,9 +9,8 @@ from timm.scheduler.scheduler import Scheduler
 from torch.optim import Optimizer
 
 from kd_cls.task.student import Student
-from kd_core.optim import config, deepkd_sgd
+from kd_core.optim import deepkd_sgd
 from kd_core.optim.config import STREAM_OPTIMIZERS, build_stream_optimizer
-from kd_core.optim.gsnr import AutoMomenta
 from kd_core.utils.errors import UserError
 
 
@@ -34,39 +33,24 @@ def build_optimizer(cfg: CfgNode, student: Student) -> Optimizer:
         raise UserError(f"SOLVER.OPTIMIZER {solver.OPTIMIZER}: {error}") from error
 
 
-def build_auto_momenta(cfg: CfgNode, optimizer: Optimizer, student: Student) -> AutoMomenta | None:
-    """What SOLVER.MOMENTA auto asks for, None otherwise.
-
-    Raises:
-        UserError: an optimizer without streams, a window with fewer than two samples, or momenta outside [0, 1).
-    """
-    streams = hasattr(optimizer, "set_momenta") and cfg.KD.LOSS.NAME != "none"
-    if cfg.SOLVER.MOMENTA == "auto" and not streams:
-        raise UserError(
-            f"SOLVER.MOMENTA auto compares the gradient streams of a distillation loss; with SOLVER.OPTIMIZER "
-            f"{cfg.SOLVER.OPTIMIZER!r} and KD.LOSS.NAME {cfg.KD.LOSS.NAME!r} there are none: leave it empty"
-        )
-    return config.build_auto_momenta(cfg.SOLVER, optimizer, student.named_parameters())
-
-
 def parameter_groups(cfg: CfgNode, student: Student) -> list[dict[str, Any]]:
-    """Trained parameters, with and without weight decay.
+    """The trained parameters in two groups, with and without weight decay.
 
-    The serialization layer does not decay (ours): decay pulls towards 0, and that layer starts from the identity.
+    The serialization layer has none (ours): decay pulls towards 0, and that layer starts from the identity.
     """
-    kept = set()
+    undecayed = set()
     if student.serialization is not None:
-        kept = {f"serialization.{name}" for name, _ in student.serialization.named_parameters()}
+        undecayed = {f"serialization.{name}" for name, _ in student.serialization.named_parameters()}
     if not cfg.SOLVER.DECAY_NORM_AND_BIAS:
-        kept |= {f"model.{name}" for name in getattr(student.model, "no_weight_decay", set)()}
+        undecayed |= {f"model.{name}" for name in getattr(student.model, "no_weight_decay", set)()}
     exclude_norms = not cfg.SOLVER.DECAY_NORM_AND_BIAS
-    return param_groups_weight_decay(student, cfg.SOLVER.WEIGHT_DECAY, exclude_norms, kept)
+    return param_groups_weight_decay(student, cfg.SOLVER.WEIGHT_DECAY, exclude_norms, undecayed)
 
 
 def build_scheduler(cfg: CfgNode, optimizer: Optimizer, steps_per_epoch: int) -> Scheduler:
-    """timm's schedule, stepped after each optimizer step: the rate is a pure function of the iteration."""
+    """timm's schedule, updated after each optimizer step: the learning rate is a pure function of the iteration."""
     schedule = cfg.SOLVER.SCHEDULE
-    # timm's multistep decays one step before a milestone (it compares with t + 1): half a step more makes it exact.
+    # timm's multistep compares milestones with t + 1, and so decays one step early: half a step more makes it exact.
     milestones = [milestone + 0.5 / steps_per_epoch for milestone in schedule.MILESTONES]
     scheduler, _ = create_scheduler_v2(
         optimizer,

@@ -26,9 +26,9 @@ from kd_cls.checks import mixes
 from kd_cls.data import Loaders, set_epoch
 from kd_cls.distributed import Process, seed_step
 from kd_cls.engine.cuda_graph import GraphedStep
+from kd_cls.engine.evaluation import evaluate
 from kd_cls.engine.meters import StepMeters
 from kd_cls.engine.writers import Writers
-from kd_cls.evaluate import evaluate
 from kd_cls.task.distillation import DistillationTask
 from kd_core.optim.gsnr import AutoMomenta
 from kd_core.train_step import TrainStep, clip_gradients

@@ -1,44 +1,17 @@
-"""Any network that timm can create, its input statistics, and torch.compile with a way back."""
+"""Any network that timm can create, and its input statistics."""
 
 import difflib
-import logging
-from typing import Any, NamedTuple
 
 import timm
-import yaml
 from fvcore.common.config import CfgNode
 from torch import nn
 
 import kd_cls.models  # noqa: F401  (registers the papers' networks with timm)
 from kd_cls.checkpoint.checkpoint import load_weights
+from kd_cls.config import parse_mapping
 from kd_cls.data import dataset_statistics
-from kd_core.utils.compiling import CompiledOrPlain
+from kd_cls.data.statistics import InputStats, check_stats
 from kd_core.utils.errors import UserError
-
-logger = logging.getLogger("kd_cls")
-
-
-class InputStats(NamedTuple):
-    """How a network wants its input: mean and std of each channel (white is 1) and the side length in pixels."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    size: int
-
-
-def parse_mapping(text: str, key: str) -> dict[str, Any]:
-    """The yaml mapping in a config string.
-
-    Raises:
-        UserError: the string holds anything else.
-    """
-    try:
-        value = yaml.safe_load(text) if text else {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{key} is {text!r}, which is no yaml: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{key} is {text!r}, expected a yaml mapping such as '{{drop_path_rate: 0.1}}'")
-    return value
 
 
 def create_network(name: str, num_classes: int, kwargs: str, pretrained: bool, key: str) -> nn.Module:
@@ -71,7 +44,7 @@ def create_network(name: str, num_classes: int, kwargs: str, pretrained: bool, k
 
 
 def build_student(cfg: CfgNode, num_classes: int) -> nn.Module:
-    """The network of MODEL with the weights it starts from; its input statistics are `input_stats(cfg, model)`."""
+    """The network of MODEL with its initial weights; its input statistics are `input_stats(cfg, model)`."""
     model = create_network(cfg.MODEL.NAME, num_classes, cfg.MODEL.KWARGS, cfg.MODEL.PRETRAINED, "MODEL")
     if cfg.MODEL.WEIGHTS:
         load_weights(model, cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS", new_classifier=True)
@@ -79,10 +52,10 @@ def build_student(cfg: CfgNode, num_classes: int) -> nn.Module:
 
 
 def input_stats(cfg: CfgNode, model: nn.Module) -> InputStats:
-    """What MODEL.MEAN, MODEL.STD and DATA.INPUT_SIZE say.
+    """The student's input: MODEL.MEAN, MODEL.STD and DATA.INPUT_SIZE.
 
-    Left empty: a network that starts from weights keeps its own mean and std (timm's pretrained_cfg), one from scratch
-    takes the data set's; the size is the network's own.
+    Where they are empty, a network that starts from weights keeps its own mean and std (timm's pretrained_cfg), and one
+    that starts from scratch takes the data set's. The size is the network's own.
 
     Raises:
         UserError: a mean or std that is not three numbers, or a std of 0.
@@ -94,17 +67,3 @@ def input_stats(cfg: CfgNode, model: nn.Module) -> InputStats:
     mean, std = cfg.MODEL.MEAN or mean, cfg.MODEL.STD or std
     check_stats(mean, std, "MODEL")
     return InputStats(tuple(mean), tuple(std), cfg.DATA.INPUT_SIZE or own["input_size"][-1])
-
-
-def check_stats(mean: Any, std: Any, key: str) -> None:
-    """Raise a ValueError unless both are three numbers, and no std is 0 or less."""
-    for name, values in (("MEAN", mean), ("STD", std)):
-        if len(values) != 3 or not all(isinstance(value, int | float) for value in values):
-            raise UserError(f"{key}.{name} is {list(values)}, expected three numbers, for red, green and blue")
-    if min(std) <= 0:
-        raise UserError(f"{key}.STD is {list(std)}, expected numbers above 0")
-
-
-def compile_or_plain(model: nn.Module, name: str, **options: Any) -> CompiledOrPlain:
-    """`torch.compile(model, **options)`; or, with a message, `model` itself once a call fails to compile."""
-    return CompiledOrPlain(model, name, log=logger, **options)

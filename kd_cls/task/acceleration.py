@@ -1,4 +1,4 @@
-"""A frozen teacher made faster: batch norms folded, channels last, less precision, torch.compile."""
+"""A frozen teacher made faster: batch norms folded, channels last, lower precision, torch.compile."""
 
 import copy
 import logging
@@ -12,24 +12,22 @@ from timm.layers import Conv2dSame, get_notrace_modules
 from torch import Tensor, nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
-from kd_cls.models.factory import compile_or_plain
+from kd_core.utils.compiling import CompiledOrPlain
 from kd_core.utils.errors import UserError
 from kd_core.utils.folding import CONVOLUTIONS, fold_batch_norms
 
 logger = logging.getLogger("kd_cls")
 
-VIEW_REFUSED = "view size is not compatible"  # how torch begins to say so
-
 
 @dataclass(frozen=True)
 class TeacherSpeed:
-    """How a teacher computes its logits; what its network is and how it is saved stays the same.
+    """How a teacher computes its logits. Its network, and what is saved of it, stay the same.
 
     Args:
-        fold_bn: batch norms become part of the convolutions before them: the same function, rounded otherwise.
-        channels_last: weights and images lie in memory with the channels last.
-        dtype: of weights and images, in place of the task's autocast; float32 leaves both, and the autocast, as they
-            are. The logits are float32 again.
+        fold_bn: fold batch norms into the convolutions before them: the same function up to rounding.
+        channels_last: memory format of weights and images.
+        dtype: of weights and images, without autocast; float32 keeps the network's dtype and the task's autocast. The
+            logits are float32 again.
     """
 
     fold_bn: bool = False
@@ -38,31 +36,32 @@ class TeacherSpeed:
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> "TeacherSpeed":
-        """What KD.TEACHER asks for."""
+        """The options of KD.TEACHER."""
         node = cfg.KD.TEACHER
         return cls(node.FOLD_BN, node.CHANNELS_LAST, getattr(torch, node.DTYPE))
 
     @property
     def casts(self) -> bool:
-        """Whether the teacher computes in a type of its own."""
+        """Whether the teacher computes in a dtype of its own."""
         return self.dtype != torch.float32
 
     @property
     def dtype_name(self) -> str:
-        """The type's name in KD.TEACHER.DTYPE."""
+        """The dtype as KD.TEACHER.DTYPE writes it."""
         return str(self.dtype).removeprefix("torch.")
 
 
 class FastTeacher:
-    """Logits (N, C) of a network for images (N, 3, H, W), from a copy of it that `speed` has changed.
+    """Logits (N, C) of a network for images (N, 3, H, W), computed by a copy that `speed` has changed.
 
-    No nn.Module, so that no state dict, optimizer or `.to()` sees the copy: whoever moves the network makes another.
+    It is not an nn.Module, so no state dict, optimizer or `.to()` sees the copy. After moving or loading the network,
+    build another one.
 
     Args:
-        network: in eval mode and frozen; it stays as it is. The copy has its device and, but for `speed`, its dtype.
-        speed: what changes.
+        network: in eval mode and frozen; it is not changed. The copy has its device and, but for `speed`, its dtype.
+        speed: what to change.
         compile_options: of torch.compile; None leaves it off.
-        example: a few images, on which the norms are tried: where the logits are others without them, they stay.
+        example: a few images to try the folded norms on. Where they change the logits, the norms are kept.
     """
 
     def __init__(
@@ -72,28 +71,12 @@ class FastTeacher:
         compile_options: dict[str, Any] | None = None,
         example: Tensor | None = None,
     ) -> None:
-        self.network, self.compile_options, self.example = network, compile_options, example
-        self.become(speed)
-
-    def become(self, speed: TeacherSpeed) -> None:
-        """Compute as `speed` says from now on."""
         self.speed = speed
-        self.forward: Callable[[Tensor], Tensor] = quicken(self.network, speed, self.example)
-        if self.compile_options is not None:
-            self.forward = compile_or_plain(self.forward, "teacher", **self.compile_options)
+        self.forward: Callable[[Tensor], Tensor] = accelerate_teacher(network, speed, example)
+        if compile_options is not None:
+            self.forward = CompiledOrPlain(self.forward, "teacher", log=logger, **compile_options)
 
     def __call__(self, images: Tensor) -> Tensor:
-        try:
-            return self.logits(images)
-        except RuntimeError as error:  # a network that takes a `view` of its maps is right in one layout only
-            if not self.speed.channels_last or VIEW_REFUSED not in str(error):
-                raise
-        logger.warning("teacher: its forward takes a view that channels last does not have; going on without it")
-        self.become(replace(self.speed, channels_last=False))
-        return self.logits(images.contiguous())
-
-    def logits(self, images: Tensor) -> Tensor:
-        """The logits, in the layout and type of `speed`."""
         if self.speed.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         if not self.speed.casts:
@@ -101,11 +84,11 @@ class FastTeacher:
         with torch.autocast(images.device.type, enabled=False):
             return self.forward(images.to(self.speed.dtype)).float()
 
-    def first(self, images: Tensor, network: nn.Module) -> Tensor:
-        """As a call, on the first batch; the log says how far `dtype` moves the logits from those of `network` itself.
+    def forward_and_log_drift(self, images: Tensor, network: nn.Module) -> Tensor:
+        """The logits, like a call; also logs how far `speed.dtype` moves them from those of the original `network`.
 
         Raises:
-            UserError: the network does not run in this type, or its logits overflow in it.
+            UserError: the network does not run in this dtype, or its logits overflow in it.
         """
         with torch.autocast(images.device.type, enabled=False):
             exact = network(images)
@@ -131,46 +114,48 @@ class FastTeacher:
         return logits
 
 
-def quicken(network: nn.Module, speed: TeacherSpeed, example: Tensor | None = None) -> nn.Module:
+def accelerate_teacher(network: nn.Module, speed: TeacherSpeed, example: Tensor | None = None) -> nn.Module:
     """A copy of a frozen network, changed as `speed` says; the network itself where nothing changes.
 
-    Norms stay where the copy's logits of the `example` images are others without them.
+    Where folding changes the logits of the `example` images, the batch norms are kept.
     """
     if speed == TeacherSpeed():
         return network
     try:
         fast = copy.deepcopy(network)
-    except (RuntimeError, TypeError) as error:  # tensors that were computed, such as weight_norm's, have no copies
+    except (RuntimeError, TypeError) as error:  # computed tensors, such as those of weight_norm, cannot be copied
         reason = " ".join(str(error).split())[:200]
-        logger.warning("teacher: %s cannot be copied (%s); it computes as loaded", type(network).__name__, reason)
+        logger.warning("teacher: %s cannot be copied (%s); it runs as loaded", type(network).__name__, reason)
         return network
     if speed.fold_bn:
         folded = fold_batch_norms(fast, (*CONVOLUTIONS, Conv2dSame), get_notrace_modules())
-        if folded and example is not None and not agree(fast, network, example):
-            logger.warning("teacher: %s gives other logits without its batch norms; they stay", type(network).__name__)
-            return quicken(network, replace(speed, fold_bn=False))
+        if folded and example is not None and not same_logits(fast, network, example):
+            logger.warning(
+                "teacher: folding the batch norms of %s changes its logits; they are kept", type(network).__name__
+            )
+            return accelerate_teacher(network, replace(speed, fold_bn=False))
         logger.info("teacher: %d batch norms folded into the convolutions before them", folded)
     if speed.casts:
         fast.to(speed.dtype)
     if speed.channels_last:
         convert_conv2d_weight_memory_format(fast, torch.channels_last)  # `.to` refuses networks with other convolutions
-    share_memory(fast, network)
+    share_unchanged_parameters(fast, network)
     return fast
 
 
 @torch.no_grad()
-def agree(fast: nn.Module, network: nn.Module, images: Tensor) -> bool:
-    """Whether two networks give the same logits, up to what any rounding does: a wrong layer is far above that.
+def same_logits(fast: nn.Module, network: nn.Module, images: Tensor) -> bool:
+    """Whether two networks give the same logits, up to rounding of any dtype. A wrong layer changes them far more.
 
-    Tracing a forward is right for what it sees of it: `isinstance(x, Tensor)` for one is False of what stands for x.
+    Folding traces the forward, which may see something else than a call: `isinstance(x, Tensor)` is False of a proxy.
     """
     with torch.autocast(images.device.type, enabled=False):
         found, exact = fast(images).float(), network(images).float()
     return not bool((found - exact).abs().max() > 0.2 * exact.std())
 
 
-def share_memory(fast: nn.Module, network: nn.Module) -> None:
-    """Let each parameter of the copy that nothing has changed lie where the network's does: a transformer has one."""
+def share_unchanged_parameters(fast: nn.Module, network: nn.Module) -> None:
+    """Let unchanged parameters of the copy share the network's memory, so that a transformer is stored once."""
     originals = dict(network.named_parameters())
     for name, parameter in fast.named_parameters():
         original = originals.get(name)

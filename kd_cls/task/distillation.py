@@ -1,5 +1,6 @@
 """Classification and distillation as one of timm's training tasks."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -7,19 +8,21 @@ import torch
 from timm.task import TrainingTask
 from torch import Tensor, nn
 
-from kd_cls.models.factory import compile_or_plain
 from kd_cls.task.student import Student
 from kd_cls.task.teacher import Teacher
+from kd_core.utils.compiling import CompiledOrPlain
+
+logger = logging.getLogger("kd_cls")
 
 
 class DistillationTask(TrainingTask):
     """loss = w_task · CE(task logits, target) + Σ terms(z, z_T, target, progress), in float32 under any autocast.
 
-    timm's own loops can train it: `loss` is the sum. Ours sends each stream's part to its own gradient
+    timm's own loops can train it through `loss`, the sum. Our loop takes the gradient of each stream separately
     (`stream_losses`).
 
     Args:
-        student: gives the logits z that are distilled and the task logits (the same, without a serialization layer).
+        student: gives the distilled logits z, and the task logits (the same without a serialization layer).
         teacher: frozen; None for plain training.
         loss: a loss of kd_core.losses; None for plain training.
         criterion: of the task, on logits and target (class indices, or soft targets (N, C) of a mixed batch).
@@ -46,12 +49,12 @@ class DistillationTask(TrainingTask):
         self.to(self.device)
 
     def compile(self, backend: str = "inductor", mode: str | None = None, **options: Any) -> None:
-        """torch.compile the training pass of the student, with a way back."""
+        """torch.compile the training pass of the student; falls back to eager where that fails."""
         options |= {"backend": backend, "mode": mode}
-        self.compiled_student = compile_or_plain(self.trainable_module, "student", **options)
+        self.compiled_student = CompiledOrPlain(self.trainable_module, "student", log=logger, **options)
 
     def autocast(self) -> torch.autocast:
-        """The context in which networks run."""
+        """The autocast context of the networks."""
         return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
 
     def forward(
@@ -68,8 +71,8 @@ class DistillationTask(TrainingTask):
             input: images (N, 3, H, W), normalised for the student.
             target: class indices (N,), or soft targets (N, C).
             progress: iteration / max_iter, for warm-up and top-k schedules; None: the end.
-            teacher_logits: (N, C), where they are known already.
-            warmup_weight: the loss's warm-up at `progress` as a tensor, for a step that is recorded.
+            teacher_logits: (N, C), if they are known already.
+            warmup_weight: the loss's warm-up at `progress` as a tensor, for a CUDA graph.
         Returns:
             `loss`, `output` (the task logits), and each weighted term: `task` and those of the distillation loss.
         """
@@ -81,12 +84,12 @@ class DistillationTask(TrainingTask):
         terms = {"task": self.task_weight * self.criterion(task_logits.float(), target)}
         if self.distillation is not None:
             labels = target.argmax(1) if target.ndim == 2 else target
-            recorded = {} if warmup_weight is None else {"warmup_weight": warmup_weight}
-            terms |= self.distillation(logits, teacher_logits, labels, progress, **recorded)
+            graph_options = {} if warmup_weight is None else {"warmup_weight": warmup_weight}
+            terms |= self.distillation(logits, teacher_logits, labels, progress, **graph_options)
         return {"loss": sum(terms.values()), "output": task_logits, **terms}
 
     def stream_losses(self, result: dict[str, Tensor], share: float = 1.0) -> dict[str, Tensor]:
-        """The sum of each stream's terms, times `share`: a micro-batch's part of the step."""
+        """The sum of each stream's terms, times `share`, the micro-batch's share of the batch."""
         losses: dict[str, Tensor] = {}
         for term, stream in self.streams.items():
             if term in result:
@@ -94,9 +97,9 @@ class DistillationTask(TrainingTask):
         return losses
 
     def teacher_logits(self, images: Tensor, epoch: int, indices: Tensor) -> Tensor | None:
-        """The teacher's logits (N, C), from its cache where they are in it; None without a teacher.
+        """The teacher's logits (N, C), from its cache if they are there; None without a teacher.
 
-        `indices` (N,) are the images' places in the data set.
+        `indices` (N,) are the images' indices in the data set.
         """
         if self.teacher is None:
             return None
@@ -104,12 +107,12 @@ class DistillationTask(TrainingTask):
             return self.teacher.cached(images, epoch, indices)
 
     def schedule(self, progress: float) -> dict[str, float]:
-        """What moves with progress, for the log: K of the top-k mask."""
+        """Scheduled values at `progress`, for the log: K of the top-k mask."""
         topk = getattr(self.distillation, "topk", None)
         return {} if topk is None else {"K": topk.k(progress, self.trainable_module.model.num_classes)}
 
     def weights(self, with_factors: bool) -> dict[str, Any]:
-        """Checkpoint entries: `model` and `model_ema` as plain timm loads them, `factors` of what is merged in them."""
+        """Checkpoint entries: `model` and `model_ema` as plain timm loads them, and the `factors` merged into them."""
         students = {"model": self.trainable_module}
         if self.has_ema():
             students["model_ema"] = self.trainable_module_ema.module
@@ -119,7 +122,7 @@ class DistillationTask(TrainingTask):
         return state
 
     def load(self, checkpoint: dict[str, Any]) -> None:
-        """Take over the networks of a checkpoint of this run, factors included."""
+        """Load the networks of a checkpoint of this run, factors included."""
         self.trainable_module.load(checkpoint["model"], checkpoint["factors"]["model"])
         if self.has_ema():
             self.trainable_module_ema.module.load(checkpoint["model_ema"], checkpoint["factors"]["model_ema"])

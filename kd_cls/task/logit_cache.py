@@ -1,8 +1,8 @@
 """The teacher's logits on disk: computed once for each augmented image, then read.
 
-One memory-mapped file per (augmentation) epoch holds a fixed-size record per image, with a checksum, so that a record
-half written when the machine went down counts as absent. `meta.json` says which teacher, data and augmentation they are
-of; a cache of any other is refused.
+One memory-mapped file per (augmentation) epoch holds a fixed-size record per image. Its checksum makes a record that
+was half written in a crash count as absent. `meta.json` names the teacher, data and augmentation of the logits;
+a cache of any other is refused.
 """
 
 import json
@@ -24,19 +24,19 @@ KINDS = ("full", "topk")
 class LogitCache:
     """Logits (N, C) of a teacher for the images of each epoch.
 
-    "full" keeps them in float32: training is the same to the bit. "topk" keeps the k largest log-probabilities in
-    float16 (relative error 2⁻¹¹) and the probability mass of all others, which reading spreads evenly over them (ours).
+    "full" stores float32: training is equal to the bit. "topk" stores the k largest log-probabilities in float16
+    (relative error 2⁻¹¹) and the total probability of all others, which is spread evenly over them when read (ours).
 
     Args:
-        folder: made where it does not exist.
+        folder: created if it does not exist.
         kind: "full" or "topk".
         num_images, num_classes: N and C.
-        epochs: after how many epochs the augmented images repeat; 1 where nothing is random.
-        identity: what the logits depend on: teacher, data, augmentation, seed. Plain values.
-        topk: classes kept by "topk".
+        epochs: after how many epochs the augmented images repeat; 1 without augmentation.
+        identity: what the logits depend on (teacher, data, augmentation, seed), as plain values.
+        topk: number of classes stored by "topk".
 
     Raises:
-        UserError: unknown kind, topk ≥ C, `folder` is a cache of something else, or the disk is too small.
+        UserError: unknown kind, topk ≥ C, `folder` holds another cache, or the disk is too small.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class LogitCache:
         self.maps: dict[int, np.memmap] = {}
 
     def check_identity(self, identity: dict[str, Any]) -> None:
-        """Write meta.json, or compare with the one there is."""
+        """Write meta.json, or compare it with the existing one."""
         path = self.folder / "meta.json"
         identity = json.loads(json.dumps(identity))
         if not path.is_file():
@@ -84,7 +84,7 @@ class LogitCache:
                 )
 
     def check_space(self) -> None:
-        """Refuse a cache that the disk cannot hold, before training starts."""
+        """Refuse a cache that does not fit on the disk, before training starts."""
         needed = self.num_images * self.epochs * self.record.itemsize
         present = sum(file.stat().st_blocks * 512 for file in self.folder.glob("epoch_*.bin"))
         free = shutil.disk_usage(self.folder).free
@@ -96,17 +96,17 @@ class LogitCache:
             )
 
     def records(self, epoch: int) -> np.memmap:
-        """The memory-mapped records of an epoch; zeros (a sparse file) where nothing has been written."""
+        """The memory-mapped records of an epoch, in a sparse file: zeros where nothing has been written."""
         slot = epoch % self.epochs
         if slot not in self.maps:
             path = self.folder / f"epoch_{slot:04d}.bin"
-            with open(path, "ab") as file:  # several processes may open it at once: nothing is cut off
+            with open(path, "ab") as file:  # other processes may have it open: nothing is cut off
                 file.truncate(self.num_images * self.record.itemsize)
             self.maps = {slot: np.memmap(path, dtype=self.record, mode="r+")}
         return self.maps[slot]
 
     def read(self, epoch: int, indices: torch.Tensor) -> torch.Tensor | None:
-        """Logits (n, C) of the images `indices` (n,) in `epoch`, or None where any is absent."""
+        """Logits (n, C) of the images `indices` (n,) in `epoch`, or None if any is absent."""
         rows = np.array(self.records(epoch)[indices.numpy()])
         if any(row["check"] != checksum(row) for row in rows):
             return None
@@ -115,7 +115,7 @@ class LogitCache:
         return spread_rest(rows, self.num_classes)
 
     def write(self, epoch: int, indices: torch.Tensor, logits: torch.Tensor) -> None:
-        """Keep the logits (n, C) of the images `indices` in `epoch`."""
+        """Store the logits (n, C) of the images `indices` in `epoch`."""
         rows = np.zeros(len(indices), dtype=self.record)
         logits = logits.detach().float().cpu()
         if self.kind == "full":
@@ -131,12 +131,12 @@ class LogitCache:
 
 
 def checksum(row: np.void) -> int:
-    """CRC-32 of a record without its checksum; never 0, which is what an absent record says."""
+    """CRC-32 of a record without its checksum field; never 0, the value of an absent record."""
     return zlib.crc32(row.tobytes()[4:]) or 1
 
 
 def spread_rest(rows: np.ndarray, num_classes: int) -> torch.Tensor:
-    """Log-probabilities (n, C) from the k largest and the mass of the rest, spread evenly."""
+    """Log-probabilities (n, C) from the k largest and the total of the rest, spread evenly."""
     index = torch.from_numpy(rows["index"].astype(np.int64))
     rest = torch.from_numpy(rows["rest"].copy()) - math.log(num_classes - index.shape[1])
     return rest[:, None].repeat(1, num_classes).scatter(1, index, torch.from_numpy(rows["value"].astype(np.float32)))

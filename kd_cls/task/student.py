@@ -1,4 +1,4 @@
-"""The student in training: its logits, and AEKT's serialization layer behind them, merged into one layer when saved."""
+"""The student in training. AEKT's serialization layer follows its classifier; saving merges the two into one layer."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from kd_core.utils.errors import UserError
 
 
 class Student(nn.Module):
-    """z = model(x), and the task logits W·z + b where there is a serialization layer (AEKT), else z itself.
+    """Distilled logits z = model(x), and task logits W·z + b with a serialization layer (AEKT), z without.
 
     Args:
         model: a timm network with a linear classifier.
@@ -30,7 +30,7 @@ class Student(nn.Module):
             check_mergeable(model)
 
     def train(self, mode: bool = True) -> "Student":
-        """As ever, but for frozen BatchNorm layers."""
+        """Like any module's, but frozen BatchNorm layers stay in eval mode."""
         super().train(mode)
         if self.freeze_bn:
             for layer in batch_norms(self.model):
@@ -38,16 +38,16 @@ class Student(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(logits z that are distilled, logits of the task), (N, C) each."""
+        """(distilled logits z, task logits), (N, C) each."""
         logits = self.model(images)
         return logits, logits if self.serialization is None else self.serialization(logits)
 
     def predict(self, images: Tensor) -> Tensor:
-        """The logits (N, C) that classify."""
+        """The task logits (N, C)."""
         return self(images)[1]
 
     def merged_state_dict(self) -> dict[str, Any]:
-        """The weights under the network's own names, W·classifier merged into one: it then predicts as `predict`."""
+        """The weights under the network's own names, W merged into the classifier: it then computes `predict`."""
         state = dict(self.model.state_dict())
         if self.serialization is not None:
             prefix = classifier_prefix(self.model)
@@ -55,19 +55,19 @@ class Student(nn.Module):
         return state
 
     def factors(self) -> dict[str, Any]:
-        """What `merged_state_dict` merges, by its names in `self`; empty without a serialization layer."""
+        """The weights that `merged_state_dict` merges, by their names in `self`; none without a serialization layer."""
         if self.serialization is None:
             return {}
         parts = ("serialization.", f"model.{classifier_prefix(self.model)}")
         return {name: tensor for name, tensor in self.state_dict().items() if name.startswith(parts)}
 
     def load(self, merged: dict[str, Any], factors: dict[str, Any]) -> None:
-        """Undo `merged_state_dict` and `factors`."""
+        """Load the outputs of `merged_state_dict` and `factors`."""
         self.load_state_dict({f"model.{name}": tensor for name, tensor in merged.items()} | factors)
 
 
 def check_mergeable(model: nn.Module) -> None:
-    """Raise a ValueError unless the network's last layer is linear with a bias, which W·z + b can be merged into."""
+    """Raise a UserError unless the last layer is linear with a bias: W·z + b can be merged into no other."""
     last = classifier(model)
     if not isinstance(last, nn.Linear) or last.bias is None:
         raise UserError(

@@ -1,4 +1,4 @@
-"""The frozen teacher: its own architecture, weights and input statistics, fed the images that the student sees."""
+"""The frozen teacher: its own architecture, weights and input statistics, on the same images as the student."""
 
 import hashlib
 import logging
@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from kd_cls.checkpoint.checkpoint import LAST, load_weights, read_metadata
 from kd_cls.config import load_cfg
-from kd_cls.models.factory import InputStats, check_stats, create_network
+from kd_cls.data.statistics import InputStats, check_stats
+from kd_cls.models.factory import create_network
 from kd_cls.task.acceleration import FastTeacher, TeacherSpeed
 from kd_cls.task.logit_cache import LogitCache
 from kd_core.utils.errors import UserError
@@ -25,16 +26,16 @@ logger = logging.getLogger("kd_cls")
 class Teacher(DistillationTeacher):
     """A network in eval mode without gradients, on images that were normalised for the student.
 
-    The images x are brought to the teacher's own statistics, x' = (x·σ_S + μ_S − μ_T) / σ_T, and to its own size
-    (bilinear, antialiased); both are left out where they are equal.
+    The images x are renormalised with the teacher's statistics, x' = (x·σ_S + μ_S − μ_T) / σ_T, and resized to its
+    input size (bilinear, antialiased). Both are skipped where they are equal.
 
     Args:
         model: the network.
         stats: its input statistics.
         student_stats: those that the images have been normalised with.
-        cache: where its logits are kept, or None.
-        speed: how it computes them. `model` stays as it was loaded: what is faster is a copy of it, made at the first
-            forward and again after `.to()` or `load_state_dict()`.
+        cache: of its logits, or None.
+        speed: how it computes them. `model` stays as it was loaded; the logits come from a faster copy, made at the
+            first forward and again after `.to()` or `load_state_dict()`.
     """
 
     def __init__(
@@ -60,17 +61,17 @@ class Teacher(DistillationTeacher):
             self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
 
     def train(self, mode: bool = True) -> "Teacher":
-        """Stay in eval mode whatever is asked: `task.train()` reaches every submodule."""
+        """Stay in eval mode: `task.train()` reaches every submodule."""
         return super().train(False)
 
     def compile(self, **options: Any) -> "Teacher":
-        """torch.compile the network, with a way back; `options` are torch.compile's."""
+        """torch.compile the network, falling back to eager; `options` are torch.compile's."""
         self.compile_options, self.fast = options, None
         return self
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Images normalised for the student → as this network wants them."""
-        if not self.same_statistics:  # timm's normalize_input compares the statistics on the device, in every step
+        """Images that were normalised for the student, as this network takes them."""
+        if not self.same_statistics:  # timm's normalize_input would compare them on the device in every step
             images = (images * self.student_std + self.student_mean - self.mean_kd) / self.std_kd
         if images.shape[-1] != self.stats.size:
             images = F.interpolate(images, size=(self.stats.size,) * 2, mode="bilinear", antialias=True)
@@ -78,7 +79,7 @@ class Teacher(DistillationTeacher):
 
     @torch.no_grad()
     def plain(self, images: Tensor) -> Tensor:
-        """As `forward`, by the network as it was loaded."""
+        """Logits like `forward`, from the network as it was loaded."""
         return self.model(self.prepare(images))
 
     @torch.no_grad()
@@ -90,7 +91,7 @@ class Teacher(DistillationTeacher):
             self.fast = FastTeacher(self.model, self.speed, self.compile_options, example)
         if not self.is_measured:
             self.is_measured = True
-            return self.fast.first(images, self.model)
+            return self.fast.forward_and_log_drift(images, self.model)
         return self.fast(images)
 
     def _apply(self, *args: Any, **kwargs: Any) -> "Teacher":
@@ -102,7 +103,7 @@ class Teacher(DistillationTeacher):
         super()._load_from_state_dict(*args, **kwargs)
 
     def cached(self, images: Tensor, epoch: int, indices: Tensor) -> Tensor:
-        """As `forward`, read from the cache where all rows are in it; `indices` (N,) are places in the data set."""
+        """Logits like `forward`, from the cache if it has all of them; `indices` (N,) are those in the data set."""
         if self.cache is None:
             return self(images)
         logits = self.cache.read(epoch, indices)
@@ -150,7 +151,7 @@ def build_teacher(
     """The teacher of KD.TEACHER.
 
     Raises:
-        UserError: no weights, a file that does not fit to the last key, or other classes than the student's.
+        UserError: no weights, a file that does not fit the network in every key, or other classes than the student's.
     """
     node = cfg.KD.TEACHER
     name, kwargs, weights, own = teacher_description(cfg)
@@ -178,7 +179,7 @@ def build_teacher(
 
 
 def check_pretrained_classes(name: str, num_classes: int) -> None:
-    """Refuse timm's weights of a network for other classes: timm would put a random classifier on them."""
+    """Refuse timm's weights for another number of classes: timm would add a random classifier."""
     found = getattr(timm.get_pretrained_cfg(name), "num_classes", num_classes)
     if found != num_classes:
         raise UserError(
@@ -188,7 +189,7 @@ def check_pretrained_classes(name: str, num_classes: int) -> None:
 
 
 def check_trained(weights: str, is_own: bool, metadata: dict[str, Any], config_file: str) -> None:
-    """Say what to do where the teacher of CONFIG_FILE has not been trained, or not to its end."""
+    """Refuse a teacher of CONFIG_FILE that has not been trained; warn of one whose training is incomplete."""
     if is_own and not Path(weights).is_file():
         raise UserError(
             f"KD.TEACHER.CONFIG_FILE: the teacher of {config_file} has not been trained, there is no {weights}: run "
@@ -207,9 +208,9 @@ def check_trained(weights: str, is_own: bool, metadata: dict[str, Any], config_f
 def teacher_stats(
     node: CfgNode, model: nn.Module, own: CfgNode | None, metadata: dict[str, Any], student: InputStats
 ) -> InputStats:
-    """The teacher's input: what KD.TEACHER says, else its checkpoint, else its config, else timm for this network.
+    """The teacher's input: from KD.TEACHER, else its checkpoint, else its config, else timm's `pretrained_cfg`.
 
-    A network that takes any size sees the student's images as they are, unless one of those names a size.
+    A network that takes any size gets the student's images unresized, unless one of those names a size.
     """
     written, timms = metadata.get("input", {}), model.pretrained_cfg
     mean = node.MEAN or written.get("mean") or (own and own.MODEL.MEAN) or timms["mean"]

@@ -12,6 +12,7 @@ from kd_cls.checks import check_config
 from kd_cls.config import load_cfg
 from kd_cls.data import AUGMENTATIONS, DATASETS
 from kd_cls.data.build import augmentation
+from kd_cls.distributed import Process
 from kd_cls.engine.solver import build_optimizer, build_scheduler
 from kd_cls.models.factory import create_network
 from kd_cls.task.student import Student
@@ -53,13 +54,13 @@ def network(name: str, num_classes: int) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=[f"{path.parent.name}/{path.stem}" for path in CONFIGS])
-def test_a_config_says_its_command_and_builds(path: Path) -> None:
+def test_a_config_says_its_command_and_builds(path: Path, process: Process) -> None:
     relative = path.relative_to(ROOT)
     text = path.read_text()
     assert f"--config-file {relative}\n" in text and "--config-file" in text.split("_BASE_")[0]
     cfg = load_cfg(str(relative))
     assert cfg.OUTPUT_DIR.split("/")[-1] == path.stem and cfg.OUTPUT_DIR.startswith("output/")
-    check_config(cfg, world_size=1)
+    check_config(cfg, process)
     assert not (cfg.MODEL.CHANNELS_LAST or cfg.KD.TEACHER.CHANNELS_LAST or cfg.SOLVER.CUDA_GRAPH), "opt-in on a GPU"
     assert cfg.DATA.NAME in DATASETS and augmentation(cfg) in AUGMENTATIONS
     classes = CLASSES[cfg.DATA.NAME]

@@ -68,4 +68,4 @@ def test_every_image_counts_once_in_an_evaluation(ranks: list[dict[str, Any]], a
 
 def test_a_batch_that_does_not_divide_is_refused(tiny: Callable) -> None:
     with pytest.raises(ValueError, match=r"SOLVER.IMS_PER_BATCH is 16, expected a multiple of 3 \(3 processes"):
-        check_config(tiny(), world_size=3)
+        check_config(tiny(), Process(torch.device("cpu"), world_size=3))

@@ -240,7 +240,10 @@ def test_the_keys_are_listed_with_their_values(tiny_yaml: Path, capsys: pytest.C
             ["KD.LOSS.NAME", "kd", "SOLVER.OPTIMIZER", "deepkd_sgd", "SOLVER.DEEPKD.DELTA_TOG", 0.2],
             r"SOLVER.OPTIMIZER deepkd_sgd, MOMENTUM .*DEEPKD .*: .*tog",
         ),
-        (["DATA.TIMM_OPTIONS", "{re_prob: 0.25}"], r"DATA.TIMM_OPTIONS has re_prob"),
+        (
+            ["DATA.AUGMENTATION", "imagenet", "DATA.TIMM_OPTIONS", "{re_prob: 0.25}"],
+            r"DATA.TIMM_OPTIONS has unknown options \['re_prob'\]",
+        ),
         (["DATA.NAME", "imagenet", "DATA.ROOT", "/nowhere"], r"/nowhere.*DATA.ROOT"),
         (["MODEL.PRETRAINED", True], r"MODEL.PRETRAINED: timm has no weights for cifar_resnet8"),
         (["DEVICE", "cuda"], r"DEVICE is 'cuda'"),

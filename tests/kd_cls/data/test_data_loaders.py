@@ -312,11 +312,11 @@ def test_every_augmentation_brings_any_image_to_the_input_size(name: str) -> Non
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"augmentation": "cifr"}, "unknown augmentation 'cifr': choose one of cifar, digits"),
-        ({"timm_options": {"hflip": 0.0}}, r"augmentation 'cifar' takes no options, got \['hflip'\]"),
+        ({"augmentation": "cifr"}, r"unknown augmentation 'cifr' \(DATA.AUGMENTATION\): choose one of cifar, digits"),
+        ({"timm_options": {"hflip": 0.0}}, r"'cifar' takes no options, but DATA.TIMM_OPTIONS has \['hflip'\]"),
         (
             {"augmentation": "imagenet", "timm_options": {"re_prob": 0.1}},
-            r"unknown options \['re_prob'\].* takes auto_aug",
+            r"DATA.TIMM_OPTIONS has unknown options \['re_prob'\].* takes auto_aug",
         ),
         (
             {"augmentation": "imagenet", "resident": True},

@@ -213,15 +213,16 @@ def test_after_resume_nothing_of_the_old_graph_is_left(tiny: Callable, process: 
 def test_what_a_graph_cannot_hold_is_refused_by_its_key(
     options: list, world_size: int, message: str, tiny: Callable
 ) -> None:
-    check_config(tiny(*options), world_size)
+    process = Process(torch.device("cuda"), world_size=world_size)
+    check_config(tiny(*options), process)
     with pytest.raises(ValueError, match=message) as refusal:
-        check_config(tiny(*options, "SOLVER.CUDA_GRAPH", True), world_size)
+        check_config(tiny(*options, "SOLVER.CUDA_GRAPH", True), process)
     assert str(refusal.value).startswith("SOLVER.CUDA_GRAPH True does not go with")
     assert str(refusal.value).endswith("or set SOLVER.CUDA_GRAPH False")
 
 
 def test_a_run_on_the_cpu_refuses(tiny: Callable, process: Process) -> None:
-    with pytest.raises(ValueError, match=r"SOLVER.CUDA_GRAPH is True, but this run is on cpu: set DEVICE cuda"):
+    with pytest.raises(ValueError, match=r"SOLVER.CUDA_GRAPH True does not go with a run on cpu: set DEVICE cuda"):
         train(tiny("SOLVER.CUDA_GRAPH", True), process)
 
 

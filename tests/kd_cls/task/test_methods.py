@@ -1,5 +1,6 @@
 """Every method trains: its terms, its streams, and what each option does."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ from timm.task import DistillationTeacher, TrainingTask
 from torch.nn import functional as F
 
 from kd_cls.build import build_trainer
+from kd_cls.checks import check_config
 from kd_cls.distributed import Process
 from kd_cls.engine.trainer import Trainer
-from kd_cls.models.factory import compile_or_plain
 from kd_cls.task.student import Student
 from kd_core.losses import SerializationLayer
 from kd_core.optim.gsnr import suggest_momenta
+from kd_core.utils.compiling import CompiledOrPlain
 
 METHODS: dict[str, tuple[list, set[str], int]] = {  # options, terms beside the task's, backward passes of a step
     "plain": ([], set(), 1),
@@ -217,7 +219,7 @@ def test_momenta_auto_sets_them_from_the_measured_ratio(tiny: Callable, process:
     assert trainer.optimizer.param_groups[0]["momenta"] == trainer.auto_momenta.momenta == measured
     for bad in (["SOLVER.OPTIMIZER", "adamw"], ["KD.LOSS.NAME", "none"]):
         with pytest.raises(ValueError, match=r"SOLVER.MOMENTA auto compares the gradient streams"):
-            build_trainer(tiny(*options, *bad), process)
+            check_config(tiny(*options, *bad), process)
     with pytest.raises(ValueError, match=r"SOLVER.GSNR: warmup 1 holds fewer than two samples"):
         build_trainer(tiny(*options, "SOLVER.GSNR.WINDOW", 1), process)
 
@@ -227,7 +229,7 @@ def test_a_compiler_that_fails_is_named_and_done_without(caplog: pytest.LogCaptu
         raise OSError("no C++ compiler at /nonexistent")
 
     model, images = torch.nn.Linear(3, 2), torch.randn(4, 3)
-    forward = compile_or_plain(model, "student", backend=broken)
+    forward = CompiledOrPlain(model, "student", log=logging.getLogger("kd_cls"), backend=broken)
     assert torch.equal(forward(images), model(images)) and torch.equal(forward(images), model(images))
     said = {record.getMessage() for record in caplog.records if record.name == "kd_cls"}
     assert len(said) == 1 and "torch.compile of the student failed" in said.pop()

@@ -13,8 +13,8 @@ from timm import create_model
 
 from kd_cls.build import build_trainer
 from kd_cls.checkpoint.checkpoint import load_weights
+from kd_cls.data.statistics import InputStats
 from kd_cls.distributed import Process
-from kd_cls.models.factory import InputStats
 from kd_cls.task.teacher import Teacher, build_teacher, digest
 
 STUDENT = InputStats((0.5, 0.4, 0.3), (0.2, 0.3, 0.4), 16)
