@@ -25,11 +25,12 @@ from kd_cls.models.factory import build_student, input_stats
 from kd_cls.task.distillation import DistillationTask
 from kd_cls.task.logit_cache import LogitCache
 from kd_cls.task.student import Student
-from kd_cls.task.teacher import Teacher, build_teacher, digest
+from kd_cls.task.teacher import Teacher, build_teacher
 from kd_core.losses import DistillationLoss, SerializationLayer
 from kd_core.losses.config import build_kd_loss
 from kd_core.optim.config import build_auto_momenta
 from kd_core.utils.errors import UserError
+from kd_core.utils.state_dict import weights_digest
 
 logger = logging.getLogger("kd_cls")
 
@@ -119,7 +120,7 @@ def build_cache(cfg: CfgNode, data: DataSets, teacher: Teacher) -> LogitCache:
     name = augmentation(cfg)
     epochs = 1 if name == "none" else cfg.DATA.AUGMENTATION_EPOCHS or math.ceil(cfg.SOLVER.EPOCHS)
     identity = {
-        "teacher": digest(teacher.model),
+        "teacher": weights_digest(teacher.model.state_dict())[:16],
         "teacher input": list(teacher.stats),
         "student input": list(teacher.student_stats),
         "data": fingerprint(data.train),

@@ -1,4 +1,4 @@
-"""Every config key of kd_cls, each with what it means."""
+"""Every config key of kd_cls with its meaning."""
 
 import hashlib
 from pathlib import Path
@@ -17,11 +17,11 @@ def get_cfg() -> CfgNode:
     cfg = CfgNode()
     # Everything a run leaves: config.yaml, log.txt, metrics.json, TensorBoard events, last.pth, best.pth.
     cfg.OUTPUT_DIR = "output/cls"
-    # One number that every random choice is drawn from. -1 draws one and notes it in OUTPUT_DIR/config.yaml.
+    # Seed of every random choice. -1 draws one and writes it to OUTPUT_DIR/config.yaml.
     cfg.SEED = 0
-    # Several seeds: one run each, in OUTPUT_DIR/seed_<n>, and mean ± std of their results in OUTPUT_DIR/summary.json.
+    # Several seeds: one run per seed in OUTPUT_DIR/seed_<n>; mean ± std of the results in OUTPUT_DIR/summary.json.
     cfg.SEEDS = []
-    # "auto" takes CUDA where there is one, else the CPU.
+    # "auto": CUDA if available, else the CPU.
     cfg.DEVICE = "auto"
     # Iterations between two lines of the log and of metrics.json.
     cfg.LOG_PERIOD = 20
@@ -41,18 +41,19 @@ def add_model_config(cfg: CfgNode) -> None:
     cfg.MODEL.NAME = "cifar_resnet8x4"
     # Further keyword arguments of timm.create_model, as a yaml mapping in a string: "{drop_path_rate: 0.1}".
     cfg.MODEL.KWARGS = ""
-    # Weights to start from: a local file or an URL. Empty: random, or timm's own where PRETRAINED is set.
+    # Weights to start from: a local file or a URL. Empty: random, or timm's own if PRETRAINED is set.
     cfg.MODEL.WEIGHTS = ""
-    # Start from timm's pretrained weights; the classifier is new where the number of classes differs.
+    # Start from timm's pretrained weights, with a new classifier if the number of classes differs.
     cfg.MODEL.PRETRAINED = False
-    # Mean and std of the input normalisation, image values in [0, 1]. Empty: the model's own (timm's pretrained_cfg).
+    # Mean and std of the input normalisation, for pixel values in [0, 1]. Empty: those of the data set, or with initial
+    # weights those of the network (timm's pretrained_cfg).
     cfg.MODEL.MEAN = []
     cfg.MODEL.STD = []
-    # Keep the BatchNorm layers in eval mode and their weights as they are.
+    # Freeze the BatchNorm layers: eval mode, and no gradients for their weights.
     cfg.MODEL.FREEZE_BN = False
     # Channels-last memory format of the student. Faster on the CPUs where it was measured; not measured on a GPU.
     cfg.MODEL.CHANNELS_LAST = False
-    # torch.compile the student; falls back to the plain one with a message where that fails.
+    # torch.compile the student; falls back to eager, with a message, if compilation fails.
     cfg.MODEL.COMPILE = False
 
 
@@ -61,30 +62,30 @@ def add_data_config(cfg: CfgNode) -> None:
     cfg.DATA = CfgNode()
     # digits (built in), cifar100, imagenet, tiny_imagenet, cub200, folder, or a prefixed name of timm's create_dataset.
     cfg.DATA.NAME = "digits"
-    # The folder that holds the images; digits needs none.
+    # Folder of the images; digits needs none.
     cfg.DATA.ROOT = ""
-    # Let torchvision fetch the data set where it can (cifar100).
+    # Let torchvision download the data set if it can (cifar100).
     cfg.DATA.DOWNLOAD = False
     # cifar, digits, imagenet, tiny_imagenet_64 or none. Empty: the data set's own.
     cfg.DATA.AUGMENTATION = ""
     # Keyword arguments of timm's create_transform for the augmentation imagenet, as a yaml mapping in a string.
     cfg.DATA.TIMM_OPTIONS = ""
-    # After how many epochs the same augmentations come again (for a teacher cache of finite size); 0: never.
+    # After how many epochs the augmentations repeat, which keeps a teacher cache finite; 0: never.
     cfg.DATA.AUGMENTATION_EPOCHS = 0
-    # Draw augmentations from (SEED, epoch, image). False: from each worker's own generator, which rules out a teacher
-    # cache and a resume to the bit.
+    # Draw augmentations from (SEED, epoch, image). False: from each worker's own generator, which excludes a teacher
+    # cache and a bitwise equal resume.
     cfg.DATA.REPRODUCIBLE = True
     # Side length of the student's input. 0: the model's own.
     cfg.DATA.INPUT_SIZE = 0
-    # Use this many images, evenly spaced over the split; 0: all.
+    # Number of images to use, evenly spaced over the split; 0: all.
     cfg.DATA.TRAIN_IMAGES = 0
     cfg.DATA.VAL_IMAGES = 0
     # Visit the training images in a new random order each epoch.
     cfg.DATA.SHUFFLE = True
-    # Keep all images on the device, cropped and flipped a batch at a time (augmentation cifar, digits or none): no
-    # worker can feed a small network on a GPU fast enough. The same distribution in other draws than without.
+    # Keep all images on the device and augment whole batches there (augmentation cifar, digits or none), since loader
+    # workers cannot feed a small network on a GPU fast enough. Same distribution, other draws.
     cfg.DATA.RESIDENT = False
-    # Processes that read images, per training process.
+    # Loader workers per training process.
     cfg.DATA.NUM_WORKERS = 4
     # Images per process and step of an evaluation; 0: as in training.
     cfg.DATA.VAL_BATCH = 0
@@ -102,46 +103,46 @@ def add_distillation_config(cfg: CfgNode) -> None:
     cfg.KD.LOSS.WARMUP_EPOCHS = 0.0
 
     cfg.KD.TEACHER = CfgNode()
-    # The teacher's own kd_cls config: its MODEL says what it is. A relative path starts at the folder one works in.
+    # The teacher's own kd_cls config, whose MODEL is the teacher. Relative paths start at the working directory.
     cfg.KD.TEACHER.CONFIG_FILE = ""
-    # Without a config file: a timm name, and keyword arguments as in MODEL.KWARGS.
+    # In place of a config file: a timm name, and keyword arguments as in MODEL.KWARGS.
     cfg.KD.TEACHER.NAME = ""
     cfg.KD.TEACHER.KWARGS = ""
-    # The teacher's weights: a local file or an URL. Empty with CONFIG_FILE: last.pth in the OUTPUT_DIR of that config.
+    # The teacher's weights: a local file or a URL. Empty with CONFIG_FILE: last.pth in the OUTPUT_DIR of that config.
     cfg.KD.TEACHER.WEIGHTS = ""
-    # Take timm's pretrained weights.
+    # Use timm's pretrained weights.
     cfg.KD.TEACHER.PRETRAINED = False
     # Mean, std and side length of the teacher's input. Empty and 0: those its weights were trained with.
     cfg.KD.TEACHER.MEAN = []
     cfg.KD.TEACHER.STD = []
     cfg.KD.TEACHER.INPUT_SIZE = 0
-    # Train the teacher of CONFIG_FILE first where its weights are not there yet.
+    # Train the teacher of CONFIG_FILE first if its weights are missing.
     cfg.KD.TEACHER.TRAIN_IF_MISSING = False
     # Accept a teacher with random weights. For tests only.
     cfg.KD.TEACHER.ALLOW_RANDOM = False
     # Report the teacher's accuracy before training starts.
     cfg.KD.TEACHER.EVALUATE = False
-    # torch.compile the teacher; falls back to the plain one with a message where that fails.
+    # torch.compile the teacher; falls back to eager, with a message, if compilation fails.
     cfg.KD.TEACHER.COMPILE = False
-    # Make its batch norms part of the convolutions before them: the same logits, to rounding.
+    # Fold its batch norms into the convolutions before them: the same logits up to rounding.
     cfg.KD.TEACHER.FOLD_BN = True
     # Channels-last memory format of the teacher, whatever MODEL.CHANNELS_LAST. Not measured on a GPU.
     cfg.KD.TEACHER.CHANNELS_LAST = False
-    # Type of its weights and images: "float32" (computed as SOLVER.AMP says), "bfloat16" or "float16". The log says how
-    # far the logits of the first batch move.
+    # Dtype of its weights and images: "float32" (with autocast as in SOLVER.AMP), "bfloat16" or "float16". The log says
+    # how far the logits of the first batch move.
     cfg.KD.TEACHER.DTYPE = "float32"
-    # Keep the teacher's logits on disk: "none", "full" (float32, exact) or "topk" (float16, the rest spread evenly).
+    # Cache the teacher's logits on disk: "none", "full" (float32, exact) or "topk" (float16, the rest spread evenly).
     cfg.KD.TEACHER.CACHE = "none"
     # Folder of the cache. Empty: teacher_cache in OUTPUT_DIR.
     cfg.KD.TEACHER.CACHE_DIR = ""
-    # Classes kept by CACHE "topk".
+    # Number of classes stored by CACHE "topk".
     cfg.KD.TEACHER.CACHE_TOPK = 20
 
 
 def add_solver_config(cfg: CfgNode) -> None:
-    """SOLVER: optimizer, schedule and what happens around a step."""
+    """SOLVER: optimizer, schedule, precision, moving average, mixup."""
     cfg.SOLVER = CfgNode()
-    # "sgd"; "dot_sgd" and "deepkd_sgd": a momentum per gradient stream (kd_core.optim); "stream_adamw".
+    # "sgd"; "dot_sgd", "deepkd_sgd" and "stream_adamw": one momentum per gradient stream (kd_core.optim); or timm's.
     cfg.SOLVER.OPTIMIZER = "sgd"
     cfg.SOLVER.BASE_LR = 0.05
     cfg.SOLVER.MOMENTUM = 0.9
@@ -155,17 +156,17 @@ def add_solver_config(cfg: CfgNode) -> None:
     cfg.SOLVER.DOT = CfgNode({"DELTA": 0.075})
     # "matched" (ours) scales every stream's step by (1−m)/(1−MOMENTUM): a learning rate found for SGD still holds.
     cfg.SOLVER.STEP = "paper"
-    # "auto": momenta drawn from the measured gradient signal-to-noise ratio. Empty: those of OPTIMIZER.
+    # "auto": momenta from the measured gradient signal-to-noise ratio. Empty: those of OPTIMIZER.
     cfg.SOLVER.MOMENTA = ""
     # For MOMENTA auto: iterations between two samples, iterations until the momenta are set, share of each tensor that
-    # is looked at, and how far momenta may go from MOMENTUM.
+    # is sampled, and the largest distance of a momentum from MOMENTUM.
     cfg.SOLVER.GSNR = CfgNode({"PERIOD": 200, "WINDOW": 4000, "SAMPLE": 1.0, "SPAN": 0.075})
 
     # Passes over the training images; may be a fraction.
     cfg.SOLVER.EPOCHS = 240.0
-    # Images of one optimizer step, over all processes and micro-batches.
+    # Images per optimizer step, over all processes and micro-batches.
     cfg.SOLVER.IMS_PER_BATCH = 64
-    # Micro-batches of one optimizer step.
+    # Micro-batches per optimizer step.
     cfg.SOLVER.ACCUMULATE_STEPS = 1
     # timm's schedule: multistep, cosine, step, poly, tanh, wsd, rsqrt, constant. MILESTONES and WARMUP in epochs.
     cfg.SOLVER.SCHEDULE = CfgNode(
@@ -179,21 +180,21 @@ def add_solver_config(cfg: CfgNode) -> None:
             "MIN_LR": 0.0,
         }
     )
-    # Scale the gradient, of all streams by one factor, to at most this norm.
+    # Clip the norm of the gradient to this value, with one factor for all streams.
     cfg.SOLVER.CLIP_GRADIENTS = CfgNode({"ENABLED": False, "CLIP_VALUE": 5.0})
     # Automatic mixed precision in float16 (with a loss scaler) or bfloat16.
     cfg.SOLVER.AMP = CfgNode({"ENABLED": False, "DTYPE": "float16"})
     # Moving average of the weights (timm's ModelEmaV3), evaluated beside the student and saved as model_ema.
     cfg.SOLVER.EMA = CfgNode({"ENABLED": False, "DECAY": 0.9998, "WARMUP": False})
-    # Replay the whole step as one CUDA graph: a small network's kernels are shorter than their launches. One process on
-    # a GPU, sgd, dot_sgd or deepkd_sgd, float32 or bfloat16. Never run on a GPU; see kd_cls/engine/cuda_graph.py.
+    # Replay the whole step as one CUDA graph, for small networks whose kernels are shorter than their launches. Needs
+    # one process on a GPU, sgd, dot_sgd or deepkd_sgd, float32 or bfloat16; see kd_cls/engine/cuda_graph.py.
     cfg.SOLVER.CUDA_GRAPH = False
     cfg.SOLVER.LABEL_SMOOTHING = 0.0
     # timm's Mixup: ALPHA of mixup, CUTMIX_ALPHA of cutmix, PROB of mixing a batch.
     cfg.SOLVER.MIXUP = CfgNode({"ALPHA": 0.0, "CUTMIX_ALPHA": 0.0, "PROB": 1.0})
     # BatchNorm statistics of several processes before evaluation and saving: "reduce" (mean) or "broadcast" (rank 0's).
     cfg.SOLVER.DISTRIBUTE_BN = "reduce"
-    # Iterations between two writings of last.pth; 0: at the end of each epoch.
+    # Iterations between two checkpoints (last.pth); 0: one per epoch.
     cfg.SOLVER.CHECKPOINT_PERIOD = 0
     # Epochs between two evaluations.
     cfg.SOLVER.EVAL_PERIOD = 1
@@ -203,7 +204,7 @@ def load_cfg(path: str, options: list[str] | None = None) -> CfgNode:
     """Read a config file with its `_BASE_` files, then the `KEY VALUE` words of a command line.
 
     Raises:
-        UserError: no such file, an unknown key (with the nearest there are), or a value of the wrong type.
+        UserError: no such file, an unknown key (the message suggests the nearest), or a value of the wrong type.
     """
     if not Path(path).is_file():
         raise UserError(f"--config-file: there is no file {path}")
@@ -229,7 +230,7 @@ def parse_mapping(text: str, key: str) -> dict[str, Any]:
 
 
 def config_hash(cfg: CfgNode) -> str:
-    """Twelve hex digits of the config without what does not change a result (where the output goes, what is logged)."""
+    """Twelve hex digits of the config, without keys that do not change a result (output folder, logging, device)."""
     clone = cfg.clone()
     clone.defrost()
     for key in ("OUTPUT_DIR", "LOG_PERIOD", "WANDB", "SEEDS", "DEVICE"):

@@ -1,10 +1,10 @@
-"""Checkpoints: written whole or not at all, made of tensors and plain values alone, readable by plain timm.
+"""Checkpoints of tensors and plain values, written whole or not at all, readable by plain timm.
 
 `last.pth` and `best.pth` hold
     model, model_ema   the student (and its moving average) under timm's own names, AEKT's serialization layer merged in
     metadata           method, architecture, classes, input statistics, config and its hash, iteration, metrics
 and last.pth, for --resume,
-    factors            what `model` and `model_ema` hold merged
+    factors            the two layers that `model` and `model_ema` hold merged
     training           iteration, optimizer streams, scheduler, scaler, best top-1
 """
 
@@ -18,6 +18,7 @@ from torch import nn
 
 from kd_core.utils.errors import UserError
 from kd_core.utils.files import unreadable_because, write_whole
+from kd_core.utils.state_dict import check_fit
 
 LAST, BEST = "last.pth", "best.pth"
 
@@ -34,16 +35,16 @@ def read_checkpoint(path: str | Path, key: str) -> dict[str, Any]:
         key: what named the file (a config key or an option), for the error message.
 
     Raises:
-        UserError: no such file, a truncated one, or one that is not of tensors and plain values alone.
+        UserError: no such file, a truncated one, or one with more than tensors and plain values.
     """
     if not Path(path).is_file():
         raise UserError(f"{key}: there is no file {path}")
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # every way to be broken raises another kind
+    except Exception as error:  # each kind of damage raises another exception
         raise UserError(
-            f"{key}: {path} is no checkpoint that can be read: it is truncated, or holds more than tensors and "
-            f"plain values ({unreadable_because(error)})"
+            f"{key}: {path} cannot be read as a checkpoint: it is truncated, or holds more than tensors and plain "
+            f"values ({unreadable_because(error)})"
         ) from error
     if not isinstance(loaded, dict):
         raise UserError(f"{key}: {path} holds a {type(loaded).__name__}, expected a dict of tensors")
@@ -54,13 +55,13 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     """The metadata of a checkpoint of ours; empty for any other file."""
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # another kind of file, or a broken one, which loading it will tell
+    except Exception:  # another kind of file, or a broken one, which loading will report
         return {}
     return dict(loaded.get("metadata", {})) if isinstance(loaded, dict) else {}
 
 
 def fetch(path: str, key: str) -> str:
-    """A local path for `path`, which may be an URL (kept in torch's hub cache).
+    """A local path for `path`, which may be a URL (downloaded to torch's hub cache).
 
     Raises:
         UserError: no such file, or the URL cannot be fetched.
@@ -76,22 +77,21 @@ def fetch(path: str, key: str) -> str:
 
 
 def load_weights(model: nn.Module, path: str, key: str, new_classifier: bool = False) -> None:
-    """Load the weights in `path` into `model`, every key of it: ours, timm's, the papers' files, or safetensors.
+    """Load the weights in `path` (ours, timm's, the papers' files, or safetensors) into every key of `model`.
 
     Args:
-        path: a local file or an URL. The moving average is taken where the file has one, as timm does.
+        path: a local file or a URL. If the file has a moving average, that is loaded, as timm does.
         key: the config key that named it, for error messages.
-        new_classifier: keep the model's own classifier where the file's is for another number of classes.
+        new_classifier: keep the model's own classifier if the file's has another number of classes.
 
     Raises:
-        UserError: the file cannot be had or read, or any weight is missing, unknown or of another shape.
+        UserError: the file is missing or cannot be read, or a weight is missing, unknown or of another shape.
     """
     local = fetch(path, key)
     try:
         weights = load_state_dict(local)
-    except Exception as error:  # every way to be broken raises another kind
-        reason = unreadable_because(error)
-        raise UserError(f"{key}: {path} is no file of weights that can be read ({reason})") from error
+    except Exception as error:  # each kind of damage raises another exception
+        raise UserError(f"{key}: {path} cannot be read as weights ({unreadable_because(error)})") from error
     own = model.state_dict()
     if new_classifier:
         weights = without_misfit_classifier(model, weights, own)
@@ -100,31 +100,13 @@ def load_weights(model: nn.Module, path: str, key: str, new_classifier: bool = F
 
 
 def without_misfit_classifier(model: nn.Module, weights: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """`weights` with the classifier's replaced by the model's own where the number of classes differs."""
+    """`weights`, with the classifier's replaced by the model's `own` if the number of classes differs."""
     names = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
     prefixes = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
     return {
         name: own[name] if name.startswith(prefixes) and name in own and own[name].shape != tensor.shape else tensor
         for name, tensor in weights.items()
     }
-
-
-def check_fit(weights: dict[str, Any], own: dict[str, Any], source: str) -> None:
-    """Raise a ValueError unless `weights` has the names and shapes of `own`, no more and no fewer."""
-    shapes = [name for name in own if name in weights and weights[name].shape != own[name].shape]
-    if shapes:
-        name = shapes[0]
-        raise UserError(
-            f"{source} does not fit the model: {len(shapes)} weights have another shape, the first is {name} with "
-            f"{tuple(weights[name].shape)}, expected {tuple(own[name].shape)}"
-        )
-    missing, unknown = own.keys() - weights.keys(), weights.keys() - own.keys()
-    if missing or unknown:
-        first = sorted(missing)[:1] or sorted(unknown)[:1]
-        raise UserError(
-            f"{source} is of another architecture: it lacks {len(missing)} of the model's {len(own)} weights and has "
-            f"{len(unknown)} that the model has not, such as {first[0]}"
-        )
 
 
 def written_for(path: str) -> str:

@@ -1,6 +1,6 @@
-"""Data sets, augmentation and loaders, timm's wherever timm has them.
+"""Data sets, augmentation and loaders; timm's where it has them.
 
-    data = create_datasets("digits")         # "cifar100", "imagenet", "tiny_imagenet", "cub200", "folder", timm's names
+    data = create_datasets("digits")  # or "cifar100", "imagenet", "tiny_imagenet", "cub200", "folder", timm's names
     train_set, val_set, num_classes = data
     loaders = create_loaders(train_set, val_set, augmentation="digits", input_size=(3, 32, 32), mean=mean, std=std,
                              batch_size=64, seed=1, reproducible=True)
@@ -15,14 +15,13 @@ is set; `dataset.classes` names the classes, the same list in both splits. `regi
 *Augmentation* is one of `AUGMENTATIONS`: "digits", "cifar", "imagenet", "tiny_imagenet_64", "none";
 `default_augmentation(name)` is a data set's own. Options of timm's `create_transform` refine "imagenet".
 
-*Order* is `EpochSampler`'s: a pure function of (seed, epoch), split between ranks without overlap, and it can start at
-any batch. `loaders.train.sampler.batch_indices(epoch, batch)` are the images of one batch, for a cache of teacher
-logits. Validation visits each image exactly once over all ranks: their batch counts may differ by one, so nothing
-collective may run inside that loop.
+*Order* comes from `EpochSampler`: a pure function of (seed, epoch), split between ranks without overlap. It can start
+at any batch. `loaders.train.sampler.batch_indices(epoch, batch)` are the images of one batch. Validation visits each
+image exactly once over all ranks. The ranks' batch counts may differ by one, so no collective call may run in it.
 
-*Randomness*: with `reproducible=True` an augmented image is a pure function of (seed, epoch, index), whatever the
-number of workers and ranks; `augmentation_epochs=n` repeats the augmentation after n epochs: a finite cache.
-`resident=True` keeps small images on the device and crops and flips whole batches there, just as reproducibly.
+*Randomness*: with `reproducible=True` an augmented image is a pure function of (seed, epoch, index), for any number of
+workers and ranks. `augmentation_epochs=n` repeats the augmentation after n epochs, so that a teacher cache is finite.
+`resident=True` keeps small images on the device and crops and flips whole batches there, also reproducibly.
 """
 
 from kd_cls.data.datasets import (

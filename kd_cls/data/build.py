@@ -15,7 +15,7 @@ def build_data(cfg: CfgNode) -> DataSets:
     """The training and validation images of DATA.
 
     Raises:
-        UserError: an unknown data set, missing files, an empty class, or more images asked for than there are.
+        UserError: an unknown data set, missing files, an empty class, or too few images for TRAIN_IMAGES or VAL_IMAGES.
     """
     data = create_datasets(cfg.DATA.NAME, cfg.DATA.ROOT, download=cfg.DATA.DOWNLOAD)
     return data._replace(
@@ -25,19 +25,19 @@ def build_data(cfg: CfgNode) -> DataSets:
 
 
 def take(dataset: Dataset, count: int, key: str) -> Dataset:
-    """`count` images of a data set; 0: all."""
+    """`count` evenly spaced images of a data set; 0: all."""
     if not 0 <= count <= len(dataset):
-        raise UserError(f"{key} is {count}, expected 0 (all) … {len(dataset)}, the images there are")
+        raise UserError(f"{key} is {count}, expected 0 (all) … {len(dataset)}, the size of the split")
     return EveryNth(dataset, count) if count else dataset
 
 
 def augmentation(cfg: CfgNode) -> str:
-    """The augmentation of DATA; empty: the data set's own."""
+    """DATA.AUGMENTATION, or the data set's own where it is empty."""
     return cfg.DATA.AUGMENTATION or default_augmentation(cfg.DATA.NAME)
 
 
 def build_loaders(cfg: CfgNode, data: DataSets, stats: InputStats, process: Process) -> Loaders:
-    """The loaders of both splits: images normalised for the student, on the device; a batch is one step's share."""
+    """The loaders of both splits: images on the device, normalised for the student; a batch is this process's share."""
     return create_loaders(
         data.train,
         data.val,

@@ -1,4 +1,4 @@
-"""Images of classes, looked at before hours are spent: every file is decoded, and no image is in two splits."""
+"""Checks a classification data set before training: every file decodes, and no image is in two splits."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -14,12 +14,12 @@ from kd_core.utils.data_check import DataReport, file_digest, in_parallel, repor
 def check_images(
     name: str, root: str | Path, workers: int = 0, progress: Callable[..., Iterable] | None = None
 ) -> tuple[DataReport, str]:
-    """Look at every image of both splits of a data set.
+    """Check every image of both splits of a data set.
 
     Args:
         name: DATA.NAME: "folder" for `root/train/<class>/` and `root/val/<class>/`, or another of `create_datasets`.
     Returns:
-        What is wrong, and one line that says what was found.
+        The problems, and a one-line description of the data set.
     Raises:
         ValueError: no such folder, no class in it, an empty class, or other classes in validation.
     """
@@ -27,28 +27,28 @@ def check_images(
     report, digests = DataReport(), {}
     for split, dataset in zip(("train", "val"), (sets.train, sets.val), strict=True):
         if (samples := getattr(dataset, "samples", None)) is None:
-            report.remark("split that is not made of image files (not looked at)", split)
+            report.remark("split that is not made of image files (not checked)", split)
             continue
-        digests[split] = look_at_all(split, samples, report, workers, progress)
+        digests[split] = check_split(split, samples, report, workers, progress)
         for label, count in Counter(dict.fromkeys(range(sets.num_classes), 0) | Counter(t for _, t in samples)).items():
             if not count:
                 report.problem("class without an image", f"{sets.train.classes[label]} in {split}")
     report_shared(report, digests)
-    for path in strangers(Path(root)) if digests else ():
-        report.remark("image file of a kind that is not read (ignored)", str(path))
+    for path in unread_images(Path(root)) if digests else ():
+        report.remark("image file of a format that is not read (ignored)", str(path))
     return report, describe(root, sets)
 
 
-def look_at_all(
+def check_split(
     split: str,
     samples: list[tuple[str, int]],
     report: DataReport,
     workers: int,
     progress: Callable[..., Iterable] | None,
 ) -> dict[str, str]:
-    """Decode the images of a split; returns {digest: path} of the good ones, and reports the others."""
+    """Decode the images of a split; returns {digest: path} of the valid ones, and reports the others."""
     paths, digests = [path for path, _ in samples], {}
-    for path, (error, digest) in zip(paths, in_parallel(look_at, paths, workers, progress), strict=True):
+    for path, (error, digest) in zip(paths, in_parallel(check_image, paths, workers, progress), strict=True):
         if error:
             report.problem("image that cannot be decoded", error)
         elif digest in digests:
@@ -58,8 +58,8 @@ def look_at_all(
     return digests
 
 
-def look_at(path: str) -> tuple[str, str]:
-    """(what is wrong with the image or "", its digest or "")."""
+def check_image(path: str) -> tuple[str, str]:
+    """(the problem with the image or "", its digest or "")."""
     try:
         read_rgb(path)
     except ValueError as error:
@@ -67,13 +67,13 @@ def look_at(path: str) -> tuple[str, str]:
     return "", file_digest(path)
 
 
-def strangers(root: Path) -> list[Path]:
-    """Files that look like images and have a suffix that torchvision does not read."""
+def unread_images(root: Path) -> list[Path]:
+    """Image files whose suffix torchvision does not read."""
     suffixes = {".heic", ".heif", ".avif", ".jfif", ".gif", ".jp2"} - set(IMG_EXTENSIONS)
     return sorted(path for path in root.rglob("*") if path.suffix.lower() in suffixes)
 
 
 def describe(root: str | Path, sets: DataSets) -> str:
-    """Images and classes in one line."""
+    """Number of images and classes in one line."""
     train, val = len(sets.train), len(sets.val)
     return f"{root}: {train} training and {val} validation images of {sets.num_classes} classes"

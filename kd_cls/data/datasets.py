@@ -1,4 +1,4 @@
-"""Data sets by name: the papers', the built-in digits, any folder of classes, and what timm's `create_dataset` has."""
+"""Data sets by name: the papers', the built-in digits, any folder of classes, and those of timm's `create_dataset`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ FOLDER_LAYOUT = "expected {root}/train/<class>/*.jpg and {root}/val/<class>/*.jp
 
 
 class DataSets(NamedTuple):
-    """Two map-style data sets over one list of classes."""
+    """Two map-style data sets with the same list of classes."""
 
     train: Dataset
     val: Dataset
@@ -70,12 +70,12 @@ def create_datasets(
 
     Args:
         name: a key of `DATASETS`, or a prefixed name of timm's `create_dataset` ("torch/…", "hfds/…").
-        root: the folder that holds it; "digits" needs none.
-        download: let torchvision fetch it where it can ("cifar100").
+        root: the folder of the images; "digits" needs none.
+        download: let torchvision download it if it can ("cifar100").
         train_split, val_split: names of the splits, for timm's names only.
 
     Raises:
-        UserError: an unknown name; files that are missing (says what is expected where); an empty class folder; a
+        UserError: an unknown name; missing files (the message says which layout is expected); an empty class folder; a
             validation set with other classes than the training set.
     """
     root = Path(root).expanduser()
@@ -93,12 +93,12 @@ def create_datasets(
 
 
 def default_augmentation(name: str) -> str:
-    """The papers' augmentation of a data set, a key of `AUGMENTATIONS`; "imagenet" for names only timm knows."""
+    """The papers' augmentation of a data set, a key of `AUGMENTATIONS`; "imagenet" for timm's names."""
     return DATASETS[name].augmentation if name in DATASETS else "imagenet"
 
 
 def dataset_statistics(name: str) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Channel (mean, std), white being 1, that the papers normalise a data set with; for timm's names ImageNet's."""
+    """The papers' channel (mean, std) of a data set, for pixel values in [0, 1]; ImageNet's for timm's names."""
     entry = DATASETS.get(name)
     return (entry.mean, entry.std) if entry else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
@@ -128,7 +128,7 @@ def _cub200(root: Path, download: bool) -> tuple[Dataset, Dataset]:
 @register_dataset("imagenet")
 @register_dataset("folder")
 def _folders(root: Path, download: bool) -> tuple[Dataset, Dataset]:
-    """`root/train` and `root/val`, also under the other names that timm knows for them."""
+    """`root/train` and `root/val`, or timm's other names for them."""
     expected = FOLDER_LAYOUT.format(root=root)
     train, val = (
         class_folder(next((root / name for name in names if (root / name).is_dir()), root / names[0]), expected)
@@ -138,16 +138,16 @@ def _folders(root: Path, download: bool) -> tuple[Dataset, Dataset]:
 
 
 def _timm_dataset(name: str, root: Path, split: str, download: bool, timms_name: str = "") -> Dataset:
-    """One split by timm's `create_dataset`, with its many ways to fail told in one; `name` is what DATA.NAME says."""
+    """One split by timm's `create_dataset`, whose various exceptions become one UserError; `name` is DATA.NAME."""
     try:
         dataset = create_dataset(timms_name or name, root=str(root), split=split, download=download)
     except (RuntimeError, AssertionError, OSError, ImportError, ValueError) as error:
         raise UserError(
-            f"DATA.NAME {name!r}, split {split!r}, is not to be had from DATA.ROOT {str(root)!r} ({error}). Point "
-            "DATA.ROOT at the folder that holds it, or set DATA.DOWNLOAD True"
+            f"DATA.NAME {name!r}: cannot read split {split!r} from DATA.ROOT {str(root)!r} ({error}). Set DATA.ROOT to "
+            "the folder that holds it, or DATA.DOWNLOAD True"
         ) from error
     if isinstance(dataset, IterableDataset):
-        raise UserError(f"DATA.NAME {name!r} is a stream: its order cannot be resumed. Use a data set with an index")
+        raise UserError(f"DATA.NAME {name!r} is a stream, whose order cannot be resumed: use a data set with an index")
     if not hasattr(dataset, "classes"):
         dataset.classes = _class_names(name, dataset)
     return dataset
@@ -157,12 +157,12 @@ def _class_names(name: str, dataset: Dataset) -> list[str]:
     """Class names of a timm `ImageDataset`, from its reader."""
     mapping = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
     if not mapping:
-        raise UserError(f"DATA.NAME {name!r} does not say which classes it has: use a data set with class names")
+        raise UserError(f"DATA.NAME {name!r} has no class names: use a data set that has them")
     return [label for label, _ in sorted(mapping.items(), key=lambda item: item[1])]
 
 
 def _check_classes(name: str, train: list[str], val: list[str]) -> None:
-    """Equal lists, or the class indices of the two splits would mean different things."""
+    """Refuse splits with different classes: their class indices would not agree."""
     if list(train) != list(val):
         lost, extra = sorted(set(train) - set(val)), sorted(set(val) - set(train))
         raise UserError(

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits as 32 px RGB images: the data set that needs no download."""
+"""scikit-learn's handwritten digits as 32 px RGB images: a data set without a download."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,18 +14,17 @@ TRAIN_IMAGES = 1198  # of 1797: two thirds
 class Digits(Dataset):
     """1797 digits of 8×8 pixels (UCI "optdigits", as shipped by scikit-learn), enlarged to 32×32 RGB.
 
-    The first two thirds are for training, the rest for validation (ours): no image is in both, and both hold about as
-    many of each digit.
+    The first two thirds are for training, the rest for validation (ours). Both hold about the same share of each digit.
     """
 
     classes = [str(digit) for digit in range(10)]
 
     def __init__(self, train: bool, transform: Callable | None = None) -> None:
-        from sklearn.datasets import load_digits  # here: only this data set needs scikit-learn
+        from sklearn.datasets import load_digits  # imported here because only this data set needs scikit-learn
 
         digits = load_digits()
         part = slice(None, TRAIN_IMAGES) if train else slice(TRAIN_IMAGES, None)
-        pixels = np.round(digits.images[part] * (255 / 16)).astype(np.uint8)  # shipped as 0 … 16
+        pixels = np.round(digits.images[part] * (255 / 16)).astype(np.uint8)  # the originals are 0 … 16
         self.images = [Image.fromarray(image).resize((SIZE, SIZE)).convert("RGB") for image in pixels]  # bicubic
         self.targets = [int(target) for target in digits.target[part]]
         self.transform = transform

@@ -1,4 +1,4 @@
-"""Images in class folders and in lists: RGB whatever the file holds, and an error that names what is broken."""
+"""Images in class folders and in lists, always read as RGB; errors name the broken file."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,18 +16,18 @@ def read_rgb(path: str | Path) -> Image.Image:
     """The image at `path` as RGB; grey, palette and CMYK images are converted.
 
     Raises:
-        UserError: the file cannot be read or decoded; the message names it. (timm's own data set would put the next
-            image in its place.)
+        UserError: the file cannot be read or decoded; the message names it. (timm's data set would silently return
+            the next image instead.)
     """
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL raises SyntaxError for a broken PNG
-        raise UserError(f"{path} is no readable image ({error}): replace it or take it out of the data set") from error
+        raise UserError(f"{path} is not a readable image ({error}): replace or remove it") from error
 
 
 class ImageList(Dataset):
-    """Images given by path and class index, for data sets whose split or labels stand in text files.
+    """Images given by path and class index, for data sets whose split or labels are in text files.
 
     Args:
         samples: (path, class index) pairs.
@@ -57,11 +57,11 @@ class ImageList(Dataset):
 def class_folder(path: Path, expected: str) -> Dataset:
     """The images under `path/<class>/`, at any depth, classes in alphabetical order (torchvision's `ImageFolder`).
 
-    `ImageFolder` and not timm's reader, which takes the innermost folder for the class: Tiny-ImageNet's is `images`.
+    Not timm's reader: it takes the innermost folder for the class, which in Tiny-ImageNet is `images`.
 
     Raises:
         UserError: `path` is missing or has no class folders (the message says what is `expected`), or a class folder
-            has no image (the message names it).
+            is empty (the message names it).
     """
     if not path.is_dir():
         raise UserError(f"no folder {path}: {expected}")

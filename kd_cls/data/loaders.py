@@ -1,4 +1,4 @@
-"""timm's loaders, in an order that is a function of (seed, epoch) and can be taken up again at any batch."""
+"""timm's loaders, in an order that is a function of (seed, epoch) and can be resumed at any batch."""
 
 from typing import Any, NamedTuple
 
@@ -50,12 +50,12 @@ def create_loaders(
 
     Args:
         augmentation, input_size, timm_options: see `build_transforms`.
-        mean, std: of the student, in units where a white pixel is 1; a teacher of other statistics renormalises.
+        mean, std: of the student, for pixel values in [0, 1]; a teacher with other statistics renormalises.
         batch_size: training images per rank and step; `val_batch_size` 0 means the same.
         seed: of the order and, with `reproducible`, of the augmentation.
         reproducible: draw augmentations from (seed, epoch, index), see `ReproducibleDataset`.
-        augmentation_epochs: after how many epochs the same augmentations come again; 0: never.
-        drop_last: drop a last training batch that is not full; the papers' code keeps it.
+        augmentation_epochs: after how many epochs the augmentations repeat; 0: never.
+        drop_last: drop an incomplete last training batch, which the papers' code keeps.
         resident: keep all images on the device and augment them there, see `ResidentLoader`.
 
     Raises:
@@ -80,7 +80,7 @@ def create_loaders(
     common |= {"num_workers": num_workers, "pin_memory": common["device"].type == "cuda"}
     train = create_loader(train_set, batch_size=batch_size, is_training=True, **common)
     val = create_loader(val_set, batch_size=val_batch_size, **common)
-    train_set.transform, val_set.transform = transforms  # in place of timm's own, which have no padded crop
+    train_set.transform, val_set.transform = transforms  # replaces timm's, which have no padded crop
     return Loaders(
         _with_sampler(train, order, mix_seed(seed, rank)), _with_sampler(val, val_order, mix_seed(seed, rank))
     )
@@ -91,15 +91,15 @@ def _check_sizes(train_set: Dataset, val_set: Dataset, batch_size: int, val_batc
         if len(images) == 0:
             raise UserError(f"the {split} split has no images")
     if batch_size < 1 or val_batch_size < 0:
-        raise UserError(f"a batch needs an image: batch_size is {batch_size}, val_batch_size {val_batch_size}")
+        raise UserError(f"batch_size is {batch_size} and val_batch_size {val_batch_size}, expected at least 1 and 0")
 
 
 def _with_sampler(loader: PrefetchLoader, sampler: Sampler | range, seed: int) -> PrefetchLoader:
-    """timm's loader, its inner `DataLoader` built once more with `sampler`, for which `create_loader` has no argument.
+    """timm's loader with `sampler`: `create_loader` has no argument for it, so the inner `DataLoader` is rebuilt.
 
-    timm's own samplers take their order from the global generator (one process) or from seed 0 (several), and count the
-    images that pad the validation set to a multiple of the ranks twice. A generator of its own keeps the start of an
-    epoch from moving the global one, so a resumed run draws what an undisturbed run draws.
+    timm's own samplers take their order from the global generator (one process) or from seed 0 (several), and count
+    images twice that pad the validation set to a multiple of the ranks. The loader gets its own generator, so that
+    starting an epoch does not advance the global one, and a resumed run draws the same numbers.
     """
     inner = loader.loader
     loader.loader = DataLoader(
@@ -117,7 +117,7 @@ def _with_sampler(loader: PrefetchLoader, sampler: Sampler | range, seed: int) -
 
 
 def set_epoch(loader: Loader, epoch: int, start_batch: int = 0) -> None:
-    """Make the next iteration over a training loader that of `epoch`, from its batch `start_batch` on."""
+    """Let the next iteration over a training loader be that of `epoch`, from batch `start_batch` on."""
     loader.sampler.set_epoch(epoch, start_batch)
     for part in (loader, loader.dataset):
         if isinstance(part, (ResidentLoader, ReproducibleDataset)):

@@ -1,4 +1,4 @@
-"""Data sets whose labels or splits stand in text files, read as published: Tiny-ImageNet and CUB-200-2011."""
+"""Tiny-ImageNet and CUB-200-2011 as published, with labels or splits in text files."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ CUB_LAYOUT = (
 def tiny_imagenet(root: Path) -> tuple[Dataset, Dataset]:
     """Training and validation images of Tiny-ImageNet; classes in alphabetical order of their WordNet ids.
 
-    `val/` sorted into class folders, as many people keep it, is read too.
+    A `val/` that has been sorted into class folders is read too.
     """
     train = class_folder(root / "train", TINY_LAYOUT)
     annotations = root / "val" / "val_annotations.txt"
@@ -37,7 +37,7 @@ def tiny_imagenet(root: Path) -> tuple[Dataset, Dataset]:
 
 
 def cub200(root: Path) -> tuple[Dataset, Dataset]:
-    """The 5,994 training and 5,794 test images of CUB-200-2011, by its train_test_split.txt; class numbers less 1."""
+    """The 5,994 training and 5,794 test images of CUB-200-2011, split by its train_test_split.txt."""
     if (root / "CUB_200_2011").is_dir():
         root = root / "CUB_200_2011"
     paths = _table(root / "images.txt")
@@ -52,7 +52,7 @@ def cub200(root: Path) -> tuple[Dataset, Dataset]:
                 raise UserError(f"{root / file} has no line for image {image} ({path}) of images.txt")
         if labels[image] not in order or is_train[image] not in splits:
             raise UserError(
-                f"image {image} ({path}) in {root}: class {labels[image]!r} must stand in classes.txt and its split "
+                f"image {image} ({path}) in {root}: class {labels[image]!r} must be in classes.txt and its split "
                 f"{is_train[image]!r} be 1 (training) or 0 (test)"
             )
         splits[is_train[image]].append((str(root / "images" / path), order[labels[image]]))

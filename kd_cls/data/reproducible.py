@@ -1,4 +1,4 @@
-"""Augmentation as a pure function of (seed, epoch, index), which workers, resuming and teacher caches can rely on."""
+"""Augmentation as a pure function of (seed, epoch, index), for any workers, for --resume and for teacher caches."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,24 +16,24 @@ class ReproducibleDataset(WrappedDataset):
     Args:
         dataset: any map-style data set.
         seed: of the augmentation.
-        augmentation_epochs: after how many epochs the same augmentations come again; 0: never.
+        augmentation_epochs: after how many epochs the augmentations repeat; 0: never.
     """
 
     def __init__(self, dataset: Dataset, seed: int, augmentation_epochs: int = 0) -> None:
         super().__init__(dataset)
         self.seed, self.augmentation_epochs = seed, augmentation_epochs
-        # Shared memory: workers that live through several epochs were given a copy of this object in the first.
+        # In shared memory: persistent workers hold a copy of this object from the first epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw from `epoch` from now on, in every worker too. Call it between epochs: workers fetch ahead."""
+        """Draw from `epoch` from now on, in every worker too. Call it between epochs, because workers prefetch."""
         self._epoch.fill_(epoch % self.augmentation_epochs if self.augmentation_epochs else epoch)
 
     def __getitem__(self, index: int) -> Any:
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        """The items of a batch, which torch's loader asks for at once: keeping the states takes longer than a crop."""
+        """The items of a batch at once: saving the generators' states takes longer than a crop."""
         epoch, items = int(self._epoch), []
         with preserved_rng():
             for index in indices:

@@ -1,4 +1,4 @@
-"""Small images kept on the device and augmented a batch at a time: no worker can feed a small network fast enough."""
+"""Small images kept on the device and augmented per batch: loader workers cannot feed a small network fast enough."""
 
 from collections.abc import Iterator
 
@@ -18,22 +18,22 @@ FLIPPED = ("cifar",)
 class ResidentLoader:
     """Yields (images (N, 3, H, W) normalised, target (N,)) as timm's `PrefetchLoader` does, from one uint8 tensor.
 
-    The augmentation is that of `transforms.cifar` or `transforms.digits`: the same distribution in other draws. These
-    come for all images of an epoch at once, so an augmented image is a pure function of (seed, epoch, index).
+    The augmentation has the distribution of `transforms.cifar` or `transforms.digits`, with other draws. An epoch is
+    drawn for all images at once, so an augmented image is a pure function of (seed, epoch, index).
 
     Args:
-        dataset: map-style, gives (RGB image, class index); all of it is read here.
+        dataset: map-style, yields (RGB image, class index); it is read completely here.
         sampler: the order: an `EpochSampler` for training, a range for validation.
         batch_size: images per batch.
         augmentation: a key of `PADDING`; "none" for validation.
         input_size: (3, H, W).
-        mean, std: of the student, white being 1.
+        mean, std: of the student, for pixel values in [0, 1].
         seed: of the augmentation.
-        augmentation_epochs: after how many epochs the same augmentations come again; 0: never.
-        device: where the images stay.
+        augmentation_epochs: after how many epochs the augmentations repeat; 0: never.
+        device: of the images.
 
     Raises:
-        UserError: an augmentation that works on single images only.
+        UserError: an augmentation that only works on single images.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class ResidentLoader:
         return top.to(device), left.to(device), flip.to(device)
 
     def _crop(self, batch: torch.Tensor, top: torch.Tensor, left: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
-        """(N, 3, H, W) uint8: of each image the window at (top, left), mirrored where flip."""
+        """(N, 3, H, W) uint8: the window of each image at (top, left), mirrored where `flip` is True."""
         height, width = (torch.arange(length, device=batch.device) for length in self.size)
         rows = top[:, None] + height  # (N, H)
         columns = left[:, None] + torch.where(flip[:, None], width.flip(0), width)  # (N, W)
@@ -99,7 +99,7 @@ class ResidentLoader:
 
 
 def _read(dataset: Dataset, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """All images (n, 3, H, W) uint8, fitted to `size`, and their classes (n,)."""
+    """All images (n, 3, H, W) as uint8, resized to `size`, and their classes (n,)."""
     dataset.transform = fit_size(size)
     images, targets = zip(*(dataset[index] for index in range(len(dataset))), strict=True)
     return torch.stack(images), torch.tensor(targets)

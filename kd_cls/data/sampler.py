@@ -1,4 +1,4 @@
-"""The order of the training images: a pure function of (seed, epoch), cut into ranks, that may start at any batch."""
+"""The order of the training images: a pure function of (seed, epoch), split between ranks, starting at any batch."""
 
 from collections.abc import Iterator
 
@@ -10,11 +10,11 @@ from kd_core.utils.rng import mix_seed
 
 
 class EpochSampler(Sampler[int]):
-    """Indices 0 … size−1 in an order drawn from (seed, epoch), of which rank r of W takes every W-th, from the r-th on.
+    """Indices 0 … size−1 in an order drawn from (seed, epoch). Rank r of W takes every W-th of them, from the r-th on.
 
-    Batch b of all ranks together is then batch b of one process with W times the batch, so a run on W ranks sees the
-    same images in the same steps as a run on one. torch's `RandomSampler` takes its order from the global generator,
-    and neither it nor `DistributedSampler` can go on in the middle of an epoch.
+    Batch b of all ranks together is therefore batch b of one process with W times the batch size: W ranks see the same
+    images in the same steps as one. torch's `RandomSampler` takes its order from the global generator, and neither it
+    nor `DistributedSampler` can start in the middle of an epoch.
 
     Args:
         size: images in the data set.
@@ -22,11 +22,11 @@ class EpochSampler(Sampler[int]):
         seed: of the order.
         rank, world_size: this process among all.
         shuffle: False keeps the data set's order.
-        drop_last: leave out a last batch that is not full. Otherwise it stays, and where the ranks do not divide the
-            images the first of the order fill up, fewer than there are ranks.
+        drop_last: leave out an incomplete last batch. Otherwise it is kept; where the number of images is no multiple
+            of the ranks, the first images of the order are repeated to fill it.
 
     Raises:
-        ValueError: with `drop_last`, where not one full batch remains.
+        UserError: with `drop_last`, if there is not one full batch.
     """
 
     def __init__(
@@ -44,11 +44,11 @@ class EpochSampler(Sampler[int]):
         self.rank, self.world_size = rank, world_size
         self.shuffle, self.drop_last = shuffle, drop_last
         self.epoch, self.start_batch = 0, 0
-        self._last: tuple[int, torch.Tensor] | None = None  # an epoch and its order: a cache asks batch by batch
+        self._last: tuple[int, torch.Tensor] | None = None  # the latest epoch and its order
         if drop_last and size < batch_size * world_size:
             raise UserError(
                 f"{size} training images do not fill one batch of {batch_size} on {world_size} rank(s), and the last, "
-                "smaller batch is to be dropped: use a smaller batch"
+                "smaller batch is dropped: use a smaller batch"
             )
 
     @property

@@ -1,6 +1,6 @@
-"""The papers' augmentations. timm's `create_transform` where it has them, torchvision's pad-and-crop where it does not.
+"""The papers' augmentations: timm's `create_transform` where it has them, else torchvision's pad-and-crop.
 
-They end in a uint8 tensor (3, H, W): timm's `fast_collate` and `PrefetchLoader` normalise whole batches, on the device.
+They return a uint8 tensor (3, H, W); timm's `fast_collate` and `PrefetchLoader` normalise whole batches on the device.
 """
 
 from collections.abc import Callable
@@ -37,12 +37,12 @@ TIMM_OPTIONS = (
 
 
 def fit_size(size: Size, *augmentations: Callable) -> T.Compose:
-    """Images that are not `size` yet are resized (bilinear) and cropped first; at their own size nothing is touched."""
+    """Resize (bilinear) and crop images that are not `size` yet, then augment. Others are not changed."""
     return T.Compose([_FitSize(size), *augmentations, MaybePILToTensor()])
 
 
 class _FitSize:
-    """Shorter side to `size`, centre crop; the identity for an image that has that size."""
+    """Resize the shorter side to `size` and crop the centre; the identity for an image of that size."""
 
     def __init__(self, size: Size) -> None:
         self.size = size
@@ -63,7 +63,7 @@ def cifar(size: Size, is_training: bool) -> Transform:
 
 
 def digits(size: Size, is_training: bool) -> Transform:
-    """Pad by 4, crop at random (ours): as for CIFAR, less the flip, which makes no digit of a digit."""
+    """Pad by 4, crop at random (ours): as for CIFAR, without the flip, since a mirrored digit is none."""
     return fit_size(size, T.RandomCrop(size, padding=4)) if is_training else fit_size(size)
 
 

@@ -1,4 +1,4 @@
-"""Data sets around a data set, whose transform and classes stay its own."""
+"""Wrappers of a data set that keep its transform and classes."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from torch.utils.data import Dataset
 
 
 class WrappedDataset(Dataset):
-    """`dataset`, for a subclass to read in another way."""
+    """Base class: `dataset`, read in another way by a subclass."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
@@ -30,7 +30,7 @@ class WrappedDataset(Dataset):
 
 
 class EveryNth(WrappedDataset):
-    """`count` images of a data set, evenly spaced, so that sorted classes keep their shares."""
+    """`count` evenly spaced images of a data set, so that sorted classes keep their shares."""
 
     def __init__(self, dataset: Dataset, count: int) -> None:
         super().__init__(dataset)

@@ -1,4 +1,4 @@
-"""Where metrics go: log.txt and the console, metrics.json, TensorBoard, Weights & Biases, and a progress bar."""
+"""Writers of metrics: log.txt and the console, metrics.json, TensorBoard, Weights & Biases, and a progress bar."""
 
 import json
 import logging
@@ -39,7 +39,7 @@ def setup_logging(output_dir: Path | None, is_main: bool) -> None:
 
 
 class ConsoleHandler(logging.Handler):
-    """Prints above a progress bar rather than through it."""
+    """Prints above the progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stdout)
@@ -47,16 +47,16 @@ class ConsoleHandler(logging.Handler):
 
 
 class Writers:
-    """Every place that metrics go, on the main process; elsewhere a thing that does nothing.
+    """All writers of metrics, on the main process; on others, every method does nothing.
 
     Args:
         cfg: the run's config (OUTPUT_DIR, WANDB).
         start_iter: lines of metrics.json after it, written before a kill, are cut.
-        max_iter: for the progress bar and the time that remains.
-        is_main: False makes every method do nothing.
+        max_iter: for the progress bar and the remaining time.
+        is_main: whether this is the main process.
 
     Raises:
-        ValueError: WANDB.ENABLED where the wandb package is missing.
+        UserError: WANDB.ENABLED without the wandb package.
     """
 
     def __init__(self, cfg: CfgNode, start_iter: int, max_iter: int, is_main: bool) -> None:
@@ -75,7 +75,7 @@ class Writers:
         )
 
     def write(self, metrics: dict[str, Any], iteration: int) -> None:
-        """Write the metrics after `iteration` steps everywhere but to the log."""
+        """Write the metrics after `iteration` steps to all writers but the log."""
         if not self.is_main:
             return
         line = {"iteration": iteration, **{name: round_float(value) for name, value in metrics.items()}}
@@ -93,7 +93,7 @@ class Writers:
             self.bar.update()
 
     def log_progress(self, metrics: dict[str, float], iteration: int) -> None:
-        """Write the metrics of a training step and a line about it, with the time that remains."""
+        """Write the metrics of a training step, and log them with the remaining time."""
         if not self.is_main:
             return
         self.write(metrics, iteration)

@@ -1,4 +1,4 @@
-"""What the CIFAR networks share: timm's classifier interface and the data they were made for."""
+"""Shared by the CIFAR networks: timm's classifier interface and the default config."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -13,7 +13,7 @@ from kd_cls.data.statistics import CIFAR100_MEAN, CIFAR100_STD
 def cifar_cfg(classifier: str, first_conv: str = "conv1") -> dict[str, Any]:
     """timm's `pretrained_cfg` of a CIFAR-100 network: 100 classes, 32 px, mean and std (timm's default is ImageNet's).
 
-    `classifier` and `first_conv` are the layers that other classes and other input channels replace.
+    `classifier` and `first_conv` name the layers that timm replaces for other classes or input channels.
     """
     return {
         "num_classes": 100,
@@ -30,13 +30,13 @@ def cifar_cfg(classifier: str, first_conv: str = "conv1") -> dict[str, Any]:
 class PooledClassifier(nn.Module):
     """A network that averages its last feature map over all positions and classifies the mean with one linear layer.
 
-    The papers' code averages with a window of the map's size at 32 px; the mean over all positions is the same number
-    there, and is defined for every other input size. Subclasses compute `forward_features`, (N, in_chans, H, W) →
-    (N, num_features, h, w), and name their last layer in `CLASSIFIER`: the published state dicts differ in its name.
+    The papers' code averages with a window of the map's size at 32 px. The mean over all positions is the same there,
+    and also works for other input sizes. Subclasses compute `forward_features`, (N, in_chans, H, W) →
+    (N, num_features, h, w), and name their last layer in `CLASSIFIER`, since the published state dicts differ in it.
 
     Args:
         num_features: channels of the last feature map.
-        num_classes: 0 leaves out the linear layer.
+        num_classes: 0 omits the linear layer.
         in_chans: input channels.
         drop_rate: dropout before the linear layer (timm's option; the papers use none).
     """
@@ -59,7 +59,7 @@ class PooledClassifier(nn.Module):
         """A new last layer for `num_classes` classes (0: none); `global_pool`, timm's argument, can only be "avg"."""
         if global_pool not in (None, "avg"):
             name = type(self).__name__
-            raise ValueError(f"{name} pools by the mean, global_pool {global_pool!r} is not to be had: use 'avg'")
+            raise ValueError(f"{name} pools by the mean and has no global_pool {global_pool!r}: use 'avg'")
         self.num_classes = num_classes
         setattr(self, self.CLASSIFIER, self._new_classifier(num_classes))
 

@@ -1,6 +1,5 @@
 """The frozen teacher: its own architecture, weights and input statistics, on the same images as the student."""
 
-import hashlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -112,19 +111,6 @@ class Teacher(DistillationTeacher):
         logits = self(images)
         self.cache.write(epoch, indices, logits)
         return logits
-
-
-def digest(model: nn.Module) -> str:
-    """Sixteen hex digits of a network's weights, names and values."""
-    sha = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        sha.update(name.encode())
-        sha.update(
-            tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-            if tensor.dim()
-            else str(tensor).encode()
-        )
-    return sha.hexdigest()[:16]
 
 
 def teacher_description(cfg: CfgNode) -> tuple[str, str, str, CfgNode | None]:

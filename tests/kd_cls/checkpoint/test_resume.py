@@ -136,7 +136,7 @@ def test_weights_alone_and_broken_files_are_not_resumed(tiny: Callable, process:
     with pytest.raises(ValueError, match=r"--resume: this checkpoint holds weights only"):
         train(cfg, process, resume=True)
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"--resume: .*last.pth is no checkpoint that can be read: it is truncated"):
+    with pytest.raises(ValueError, match=r"--resume: .*last.pth cannot be read as a checkpoint: it is truncated"):
         train(cfg, process, resume=True)
 
 

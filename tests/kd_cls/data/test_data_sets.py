@@ -121,7 +121,7 @@ def half_an_image(format: str) -> bytes:
 def test_a_broken_image_is_named(folders: Path, content: bytes) -> None:
     (folders / "train" / "ant" / "0.png").write_bytes(content)
     train = create_datasets("folder", folders).train
-    with pytest.raises(ValueError, match=r"train/ant/0\.png is no readable image \(.+\): replace it"):
+    with pytest.raises(ValueError, match=r"train/ant/0\.png is not a readable image \(.+\): replace or remove it"):
         train[0]
     assert train[1][1] == 0
 
