@@ -149,7 +149,7 @@ def test_a_missing_folder_says_what_is_expected_where(tmp_path: Path, name: str)
 
 
 def test_missing_cifar100_says_how_to_get_it(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"'cifar100', .* DATA.ROOT .* \(Dataset not found .* set DATA.DOWNLOAD True"):
+    with pytest.raises(ValueError, match=r"'cifar100', .* DATA.ROOT .* \(Dataset not found .* or DATA.DOWNLOAD True"):
         create_datasets("cifar100", tmp_path)
 
 
@@ -210,7 +210,7 @@ def test_cub_is_split_by_its_own_file(cub: Path) -> None:
     [
         ("train_test_split.txt", "1 1\n2 0\n3 1\n", r"train_test_split.txt has no line for image 4 \(002.Wren/b.jpg\)"),
         ("train_test_split.txt", "1 1\n2 0\n3 7\n4 0\n", "its split '7' be 1"),
-        ("image_class_labels.txt", "1 1\n2 1\n3 2\n4 3\n", "class '3' must stand in classes.txt"),
+        ("image_class_labels.txt", "1 1\n2 1\n3 2\n4 3\n", "class '3' must be in classes.txt"),
         (
             "images.txt",
             "1 001.Crow/a.jpg\n2 001.Crow/lost.jpg\n",

@@ -8,6 +8,7 @@ import pytest
 from kd_cls.build import build_trainer
 from kd_cls.data import ResidentLoader
 from kd_cls.distributed import Process
+from kd_cls.engine import evaluate
 from kd_cls.train import train
 
 RESIDENT = ["DATA.RESIDENT", True]
@@ -27,7 +28,7 @@ def test_evaluation_from_the_device_is_that_of_the_loader(tiny: Callable, proces
     read, resident = (build_trainer(tiny("DATA.RESIDENT", on), process) for on in (False, True))
     assert isinstance(resident.loaders.train, ResidentLoader) and isinstance(resident.loaders.val, ResidentLoader)
     student = read.task.trainable_module.eval()
-    first, second = (trainer.evaluate_student(student.predict) for trainer in (read, resident))
+    first, second = (evaluate(student.predict, trainer.loaders.val, process) for trainer in (read, resident))
     assert first.pop("loss") == pytest.approx(second.pop("loss"), rel=1e-5) and first == second
 
 
