@@ -98,14 +98,9 @@ def check_batch(cfg: CfgNode, process: Process) -> None:
 
 
 def check_loss(cfg: CfgNode, process: Process) -> None:
-    """Refuse a loss for detectors, and two lengths of one warm-up."""
-    node = cfg.KD.LOSS
-    if node.NAME == "gdkds":
+    """Refuse the loss that mixes foreground and background rows of a detector."""
+    if cfg.KD.LOSS.NAME == "gdkds":
         raise UserError("KD.LOSS.NAME gdkds is a mix for foreground and background, as detectors have: use gdkd3")
-    if node.WARMUP and node.WARMUP_EPOCHS:
-        raise UserError(
-            f"KD.LOSS.WARMUP is {node.WARMUP} (a share) and KD.LOSS.WARMUP_EPOCHS {node.WARMUP_EPOCHS}: set one of them"
-        )
 
 
 def check_streams(cfg: CfgNode, process: Process) -> None:

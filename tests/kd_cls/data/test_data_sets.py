@@ -149,7 +149,7 @@ def test_a_missing_folder_says_what_is_expected_where(tmp_path: Path, name: str)
 
 
 def test_missing_cifar100_says_how_to_get_it(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"'cifar100', .* DATA.ROOT .* \(Dataset not found .* or DATA.DOWNLOAD True"):
+    with pytest.raises(ValueError, match=r"'cifar100': .* DATA.ROOT .* \(Dataset not found .* or DATA.DOWNLOAD True"):
         create_datasets("cifar100", tmp_path)
 
 
