@@ -1,8 +1,9 @@
 """What kd_core costs, beside what it replaces:  python benchmarks/core.py [--only losses] [--json FILE]
 
 Losses: forward and backward against a plain transcription of the same formula (transcriptions.py), at the sizes of a
-detector's ROI head, of ImageNet, of LVIS and of ImageNet-21k; and compiled, beside themselves. Optimizers: one update
-of a network's parameters. Exit code 1 where a bound does not hold.
+detector's ROI head, of ImageNet, of LVIS and of ImageNet-21k; and compiled, beside themselves. Vocabulary: the same of
+a language model's logits, by chunks of rows, with KD beside F.kl_div. Optimizers: one update of a network's parameters.
+Exit code 1 where a bound does not hold.
 """
 
 import copy
@@ -34,6 +35,9 @@ LOSSES = {
     "gdkds": ForegroundBackground(GDKD3Loss(), DKDLoss()),
     "aekt": AEKTLoss(),
 }
+VOCABULARY = 151_936  # of Qwen2 and its successors
+VOCABULARY_ROWS = 32  # times and memory grow with the rows: 4,096 would need 40 GB for the transcriptions
+CHUNK_ROWS = 4
 TIME_BOUNDS = {"kd": 1.1}
 TIME_BOUND, MEMORY_BOUND = 0.5, 0.7
 
@@ -46,15 +50,28 @@ def losses(device: str, seconds: float) -> Iterator[Comparison]:
             yield compare_loss(name, *inputs, seconds)
 
 
-def compare_loss(name: str, student: Tensor, teacher: Tensor, target: Tensor, seconds: float) -> Comparison:
+def vocabulary(device: str, seconds: float) -> Iterator[Comparison]:
+    """Losses by chunks of rows over a language model's vocabulary; the transcriptions widen half precision first."""
+    student, teacher, target = logits(VOCABULARY_ROWS, VOCABULARY, device)
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = student.detach().to(dtype).requires_grad_(), teacher.to(dtype), target
+        for name in ("kd", "dkd", "gdkd", "aekt"):
+            loss = copy.deepcopy(LOSSES[name])
+            loss.chunk_rows = CHUNK_ROWS
+            yield compare_loss(name, *inputs, seconds, loss)
+
+
+def compare_loss(
+    name: str, student: Tensor, teacher: Tensor, target: Tensor, seconds: float, loss: DistillationLoss | None = None
+) -> Comparison:
     """Forward and backward of one loss, in time and in peak memory."""
-    loss, transcription = LOSSES[name], getattr(transcriptions, name)
+    loss, transcription = loss or LOSSES[name], getattr(transcriptions, name)
 
     def ours() -> Tensor:
         return sum(loss(student, teacher, target, 0.0).values())
 
     def theirs() -> Tensor:
-        return transcription(student, teacher, target)
+        return transcription(student.float(), teacher.float(), target)
 
     torch.testing.assert_close(ours(), theirs(), rtol=1e-3, atol=1e-5)
     steps = with_backward(ours, student), with_backward(theirs, student)
@@ -64,7 +81,8 @@ def compare_loss(name: str, student: Tensor, teacher: Tensor, target: Tensor, se
         student.grad = None
         memory.append(peak_bytes(step))
     bound = TIME_BOUNDS.get(name, TIME_BOUND)
-    return Comparison(name, "{} × {}".format(*student.shape), *times, bound, memory[0] / memory[1], MEMORY_BOUND)
+    size = "{} × {}".format(*student.shape) + ("" if student.dtype == torch.float32 else " bfloat16")
+    return Comparison(name, size, *times, bound, memory[0] / memory[1], MEMORY_BOUND)
 
 
 def compiled(device: str, seconds: float) -> Iterator[Comparison]:
@@ -101,7 +119,7 @@ def with_backward(forward: Callable[[], Tensor], student: Tensor) -> Callable[[]
     return step
 
 
-SECTIONS = {"losses": losses, "compiled": compiled, "optimizers": optimizers}
+SECTIONS = {"losses": losses, "vocabulary": vocabulary, "compiled": compiled, "optimizers": optimizers}
 
 
 def main() -> int:
