@@ -1,4 +1,4 @@
-"""What a benchmark leaves: a JSON file with its tables, its bounds, and the machine, commit and command they are of."""
+"""The JSON file of a benchmark: its tables and bounds, and the machine, commit and command that gave them."""
 
 import argparse
 import json
@@ -39,7 +39,7 @@ class Table:
 
 @dataclass
 class Bound:
-    """A figure and the most that it may be."""
+    """A figure and its upper bound."""
 
     name: str
     found: float
@@ -60,7 +60,7 @@ def cell(value: Any) -> str:
 
 
 def judged(found: float | None, bound: float | None, digits: int = 2) -> str:
-    """A figure with its bound; above it, it is marked. Without a bound it is reported and not judged."""
+    """A figure with its bound, marked where it exceeds it. A bound of None: reported, not judged."""
     if found is None or bound is None:
         return "" if found is None else f"{found:.{digits}f}"
     return f"{found:.{digits}f} (≤ {bound:g})" + ("" if found <= bound else " **above**")
@@ -73,7 +73,7 @@ def write_figures(path: Path, tables: Mapping[str, Table], bounds: Sequence[Boun
         path: `<name of the benchmark>.json`.
         tables: by the names that docs/performance.md gives them (report.py).
         bounds: what was judged.
-        figures: whatever else is worth keeping.
+        figures: further figures to keep.
     Returns:
         The exit code: 1 where a bound does not hold, else 0.
     """
@@ -91,7 +91,7 @@ def write_figures(path: Path, tables: Mapping[str, Table], bounds: Sequence[Boun
 
 
 def machine() -> dict[str, Any]:
-    """Where and with what the figures are measured."""
+    """The machine and the versions that the figures are measured with."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "processor": processor(),
@@ -103,7 +103,7 @@ def machine() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's name, where the system tells it, and its widest vector instructions that torch uses."""
+    """The processor's name, if the system reports it, and the widest vector instructions that torch uses."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -129,7 +129,7 @@ def commit() -> str:
 
 
 def command(words: Sequence[str]) -> str:
-    """The command line as another would type it: of paths outside of the checkout, their last part; no --json."""
+    """The command line without --json; paths outside of the checkout are shortened to their last part."""
     shown = []
     for before, word in zip(["", *words], words, strict=False):
         if "--json" in (before, word):
@@ -142,7 +142,7 @@ def command(words: Sequence[str]) -> str:
 
 
 def options(usage: str, name: str) -> argparse.ArgumentParser:
-    """The command line that every benchmark has. What it measures by hand is kept apart from what run.py measures."""
+    """The options of every benchmark. A run by hand writes to another folder than run.py."""
     parser = argparse.ArgumentParser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = OUTPUT / "by_hand" / f"{name}.json"
     parser.add_argument("--json", type=Path, default=default, help="where the figures go (%(default)s)")
@@ -150,7 +150,7 @@ def options(usage: str, name: str) -> argparse.ArgumentParser:
 
 
 def step_options(usage: str, name: str, peer: str) -> argparse.ArgumentParser:
-    """That of a benchmark of training steps; `peer` says whose checkout `--peer` names."""
+    """The options of a benchmark of training steps; `peer` describes the checkout that `--peer` names."""
     parser = options(usage, name)
     parser.add_argument("--peer", type=Path, help=f"a checkout of {peer}, read and never kept")
     parser.add_argument("--rounds", type=int, default=15, help="steps of every side that count")
@@ -158,7 +158,7 @@ def step_options(usage: str, name: str, peer: str) -> argparse.ArgumentParser:
 
 
 def parts_of_step(whole: Sequence[float], parts: Mapping[str, Sequence[float]]) -> Table:
-    """What a step is made of: medians of its measured parts over the rounds, their share, and what none of them has."""
+    """The parts of a step: medians over the rounds, shares of the whole, and the unmeasured rest."""
     total = statistics.median(whole)
     medians = {name: statistics.median(seconds) for name, seconds in parts.items()}
     medians |= {"the rest": total - sum(medians.values()), "the whole step": total}
@@ -170,10 +170,10 @@ def report_steps(seconds: dict[str, list[float]], rows: list[list[Any]], path: P
     """Print and write a benchmark of steps; the exit code.
 
     Args:
-        seconds: of every side in every round.
+        seconds: for each side, one per round.
         rows: [name, ms, ms of the other side, ratio, bound or None].
         path: of the JSON file.
-        parts: what a step is made of.
+        parts: the table of `parts_of_step`.
     """
     milliseconds = {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
     ratios = [[name, ours, other, judged(found, bound)] for name, ours, other, found, bound in rows]

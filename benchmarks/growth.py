@@ -4,12 +4,12 @@
     StreamSGD   a step with two sets: 1 M … 300 M parameters in tensors of ResNet-50's shapes; its memory is that of
                 gradients, their sum and buffers
 
-Time is a median, memory what torch's allocator gives out at once. Judged is the slope of the last decade, in
-logarithms: 1 is linear. Small sizes are not judged: there a call costs more than what it computes. Exit code 1 where
-growth is faster than its bound.
+Time is a median; memory is the peak of torch's allocator. The slope over the last decade, in logarithms, is judged: 1
+is linear. Small sizes are not judged, because the overhead of a call dominates there. Exit code 1 if growth is faster
+than its bound.
 
-On the CPU the C library is told to keep freed memory, as torch's CUDA allocator does: otherwise glibc may return blocks
-of tens of MiB to the system one by one, and fresh pages then cost more than the loss that is computed in them.
+On the CPU glibc is set to keep freed memory, as torch's CUDA allocator does. Otherwise it may return blocks of tens of
+MiB to the system, and mapping fresh pages then costs more than the loss that is computed in them.
 """
 
 import ctypes
@@ -74,7 +74,7 @@ def last_slope(sizes: list[int], values: list[float]) -> float:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed; other C libraries stay as they are."""
+    """Let glibc keep freed memory; no effect with other C libraries."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
@@ -101,7 +101,7 @@ def loss_step(loss: nn.Module, rows: int, classes: int, device: str) -> Callable
 
 
 def optimizer_curve(sizes: tuple[int, ...], rounds: int, device: str) -> Curve:
-    """StreamSGD's step, one size after the other: all at once would not fit."""
+    """StreamSGD's step, one size after the other, because all at once would not fit in memory."""
     curve = Curve("StreamSGD, 2 sets", "parameters", [], [], [])
     for count in sizes:
         if BYTES_PER_PARAMETER * count > 0.9 * free_bytes(device):
@@ -117,13 +117,13 @@ def optimizer_curve(sizes: tuple[int, ...], rounds: int, device: str) -> Curve:
 
 
 def first_step(params: list[nn.Parameter], optimizer: StreamSGD) -> None:
-    """Fills the gradients of both sets, and makes the buffers."""
+    """Fill the gradients of both sets and create the buffers."""
     backward_streams({"tog": sum(p.sum() for p in params), "tcg": sum(p.sum() for p in params)}, optimizer)
     optimizer.step()
 
 
 def realistic_parameters(count: int, device: str) -> list[nn.Parameter]:
-    """`count` parameters in tensors of ResNet-50's shapes, over and over; the last one is cut."""
+    """`count` parameters in tensors of ResNet-50's shapes, repeated as needed; the last one is cut."""
     with torch.device("meta"):
         shapes = [p.shape for p in torchvision.models.resnet50().parameters()]
     params = []
@@ -137,7 +137,7 @@ def realistic_parameters(count: int, device: str) -> list[nn.Parameter]:
 
 
 def free_bytes(device: str) -> int:
-    """Memory that is to be had; without limit where the system does not tell."""
+    """Available memory; infinite if the system does not report it."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     try:
@@ -178,7 +178,7 @@ def bounds(curve: Curve) -> list[Bound]:
 
 
 def plot(curves: list[dict[str, Any]], path: Path) -> None:
-    """Time and memory over each axis, in logarithms, with a line of slope 1 beside the first curve's end.
+    """Time and memory over each axis, in logarithms, with a line of slope 1 for comparison.
 
     Args:
         curves: as in the JSON file.

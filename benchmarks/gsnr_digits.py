@@ -2,9 +2,9 @@
 
     python benchmarks/gsnr_digits.py [--seeds 3] [--epochs 20] [--lr 0.02]
 
-A convolutional teacher is trained, then a student of 2,410 parameters under DKD with plain SGD. After some epochs its
-weights are held while the gradients of 400 random batches of 64 give the GSNR ("held"); beside it stands what
-`AutoMomenta` would see while they move ("running"): one sample in 5 iterations of the epochs since the row before.
+A convolutional teacher is trained, then a student of 2,410 parameters under DKD with plain SGD. After some epochs the
+GSNR is measured twice. "held": from the gradients of 400 random batches of 64 at fixed weights. "running": as
+`AutoMomenta` sees it during training, one sample every 5 iterations since the previous row.
 """
 
 import argparse
@@ -79,7 +79,7 @@ class Distillation:
         return gsnr.overall()
 
     def measure(self, epochs: int, lr: float) -> list[tuple[int, float, dict[str, float], dict[str, float]]]:
-        """(epoch, test accuracy, GSNR with the weights held, GSNR while they move) after the epochs to be measured."""
+        """(epoch, test accuracy, GSNR at fixed weights, GSNR during training) after the epochs to be measured."""
         optimizer = torch.optim.SGD(self.student.parameters(), lr, momentum=0.9, weight_decay=5e-4)
         rows_of_table, iteration = [], 0
         running = GradientSNR(self.student.named_parameters(), STREAMS, every=5)

@@ -4,10 +4,10 @@ ResNet-8x4 ← ResNet-32x4, 64 images of 32 px, 100 classes, float32, random wei
 channels last (MODEL.CHANNELS_LAST, KD.TEACHER.CHANNELS_LAST), which is opt-in. The sides take turns in one process on
 the same batch; the figures are medians over the rounds.
 
-    KD        beside its floor: the teacher's forward pass, the student's and its backward pass, each alone
-    DeepKD    (over KD, the paper's momenta) beside KD, and beside its floor: that of KD + a second backward pass
+    KD        against its floor: the teacher's forward pass, the student's and its backward pass, each alone
+    DeepKD    (over KD, the paper's momenta) against KD, and against its floor: that of KD + a second backward pass
     DeepKD, its teacher in bfloat16: KD.TEACHER.DTYPE, for hardware that is fast at it
-    all       beside the papers' own steps (--peer: a checkout of DeepKD's released code, read and never kept)
+    all       against the papers' own steps (--peer: a checkout of DeepKD's released code, which is only read)
 
 Exit code 1 where a bound does not hold.
 """
@@ -38,14 +38,14 @@ from kd_cls.engine.trainer import Trainer
 ROOT = Path(__file__).resolve().parents[1]
 BATCH, CLASSES = 64, 100
 BFLOAT16 = "DeepKD, its teacher in bfloat16"
-# The bounds of the project: KD beside its floor, DeepKD beside our KD, and beside the papers' DeepKD; beside
-# their KD 1 is the aim, and no bound.
+# Upper bounds of KD over its floor, of DeepKD over our KD, and of DeepKD over the papers' DeepKD. KD should cost no
+# more than the papers' KD, but that is an aim and no bound.
 KD_BOUND, DEEPKD_BOUND, PAPERS_DEEPKD_BOUND = 1.05, 1.35, 0.75
 Side = Callable[[], object]
 
 
 class Noise(Dataset):
-    """One batch of random images, a class each."""
+    """One batch of random images, each of a random class."""
 
     classes = [str(number) for number in range(CLASSES)]
     transform = None
@@ -103,7 +103,7 @@ def step_of(method: str, output: str, more: str = "") -> Step:
 
 
 def papers_steps(peer: Path, ours: Step) -> dict[str, Side]:
-    """One step of the released code's KD and one of its DeepKD, by its own losses and optimizer."""
+    """One step of the released code's KD and one of its DeepKD, with its own losses and optimizer."""
     sys.path.insert(0, str(peer))
     networks, distillers = load(peer, "mdistiller/models/cifar/resnet.py"), load(peer, "mdistiller/distillers/KD.py")
     optimizers = load(peer, "mdistiller/engine/deepkd.py")
@@ -143,7 +143,7 @@ def papers_steps(peer: Path, ours: Step) -> dict[str, Side]:
 
 
 def load(peer: Path, file: str) -> ModuleType:
-    """A module of the released code under its own name, without the packages' __init__, which need much more."""
+    """A module of the released code under its own name, without the packages' __init__, which import much more."""
     name = file.removesuffix(".py").replace("/", ".")
     package = name.rpartition(".")[0]
     if package not in sys.modules:
@@ -156,7 +156,7 @@ def load(peer: Path, file: str) -> ModuleType:
 
 
 def table_rows(seconds: dict[str, list[float]]) -> list[list[Any]]:
-    """[name, ours in ms, what it stands beside in ms, median ratio of a round, bound] of each pair."""
+    """[name, ours in ms, the reference in ms, median ratio over the rounds, bound] of each pair."""
     parts = [seconds[name] for name in ("teacher forward", "student forward", "student backward")]
     floor = [sum(part) for part in zip(*parts, strict=True)]
     pairs = [

@@ -1,13 +1,13 @@
 """How long a detector's training waits for images:  python benchmarks/kd_det_loader.py [--images JSON DIR]
 
     digits    the step of kd_det_step.py (ResNet-18 ← ResNet-50, 192 px, 4 images), NUM_WORKERS as the config says
-    --images  configs/COCO/dkd_r18_r101.yaml at its own input size on a COCO-format data set of one's own, one image a
-              step (the config's 8 images on 8 GPUs), random weights
+    --images  configs/COCO/dkd_r18_r101.yaml at its own input size on your COCO-format data set, one image
+              per step (the config's 8 images on 8 GPUs), random weights
 
-Waiting is the trainer's own `data_time`; on the CPU the loader's processes and the step share the same cores. Then what
-one process maps, part by part: `reading` (decoding included), `augmentation` and `rest` are detectron2's mapper; `ours`
-is everything around it: the record's copy, the seeds, the sampler. Exit code 1 where the step waits for more than 10 %
-of its time.
+Waiting is the trainer's own `data_time`; on the CPU the loader's processes and the step share the same cores. The
+second table gives the parts of mapping one image in one process: `reading` (with decoding), `augmentation` and `rest`
+are detectron2's mapper; `ours` is the copy of the record, the seeds and the sampler. Exit code 1 if the step waits for
+more than 10 % of its time.
 """
 
 import math
@@ -42,7 +42,7 @@ PARTS = ("reading", "augmentation", "rest", "ours")
 
 
 class Stopwatch:
-    """A function that counts the seconds it takes."""
+    """A function that adds up the seconds spent in it."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function, self.seconds = function, 0.0
@@ -66,7 +66,7 @@ def coco_cfg(json_file: str, folder: str) -> CfgNode:
 
 
 def live_iteration(cfg: CfgNode) -> Iteration:
-    """The iteration of `cfg` on batches that its loader maps meanwhile."""
+    """The iteration of `cfg` on batches that its loader prepares meanwhile."""
     choose_device(cfg, num_gpus=1)
     iteration = build_iteration(cfg, batches=1)
     silence_random_blocks(iteration.model)
@@ -76,7 +76,7 @@ def live_iteration(cfg: CfgNode) -> Iteration:
 
 
 def waiting(iteration: Iteration, rounds: int) -> tuple[float, float]:
-    """Seconds of an iteration, and how many of them it waits for images: means, after two that do not count."""
+    """Mean seconds of an iteration and of its wait for images, after two warm-up iterations."""
     seconds, waits = [], []
     for _ in range(rounds + 2):
         seconds.append(timed(iteration))
@@ -85,7 +85,7 @@ def waiting(iteration: Iteration, rounds: int) -> tuple[float, float]:
 
 
 def mapped(cfg: CfgNode, images: int) -> dict[str, float]:
-    """Seconds an image in every part of mapping, in one process."""
+    """Seconds per image in each part of mapping, in one process."""
     mapper = build_train_mapper(cfg)
     augmentation = mapper.augmentations = Stopwatch(mapper.augmentations)
     with stopwatch_in(detection_utils, "read_image") as reading:
@@ -102,7 +102,7 @@ def mapped(cfg: CfgNode, images: int) -> dict[str, float]:
 
 
 def read(loader: TrainLoader, images: int) -> None:
-    """What the loader's processes do, for the first so many images."""
+    """The work of the loader's processes, for the first `images` images."""
     for item in islice(chain.from_iterable(loader.batches), images):
         loader.dataset[item]
 

@@ -3,9 +3,9 @@
 On the built-in digits, ResNet-18 FPN ← ResNet-50 FPN with random weights, 4 images of 192 px. The sides take turns in
 one process on the same batches:
 
-    KD                beside its floor: the plain student's step + the teacher's backbone and box head alone
-    DeepKD (DKD)      beside its floor: KD's step + a second backward pass + the difference of the optimizers
-    DKD               beside the papers' own detection step (--peer: a checkout of mdistiller, read and never kept);
+    KD                against its floor: the plain student's step + the teacher's backbone and box head alone
+    DeepKD (DKD)      against its floor: KD's step + a second backward pass + the difference of the optimizers
+    DKD               against the papers' own detection step (--peer: a checkout of mdistiller, which is only read);
                       ours, and ours with KD.CHANNELS_LAST
 
 Our teachers run with KD.TEACHER.CHANNELS_LAST, which pays on a CPU; it is off by default.
@@ -61,7 +61,7 @@ def main() -> int:
 
 
 def build_sides(peer: Path | None) -> dict[str, Callable[[], object]]:
-    """Every side, one step a call."""
+    """Every side, as a function that runs one step."""
     plain, kd, dkd, deepkd = (iteration_of(name) for name in ("baseline", "kd", "dkd", "deepkd"))
     sides = {
         "plain": plain,
@@ -91,7 +91,7 @@ def iteration_of(name: str, words: Sequence[str] = FAST_TEACHER) -> Iteration:
 
 
 def step_cfg(path: Path, folder: Path) -> CfgNode:
-    """The config in `path` with that student and, where there is a loss, that teacher, whose yaml goes to `folder`."""
+    """The config in `path` with that student and, if it has a loss, that teacher, whose yaml is written to `folder`."""
     cfg = read_config(str(path), list(chain(*STUDENT.items())))
     if cfg.KD.LOSS.NAME != "none":
         teacher = folder / "teacher.yaml"
@@ -120,7 +120,7 @@ def teacher_alone(iteration: Iteration) -> Callable[[], object]:
 
 
 def second_backward(iteration: Iteration) -> Callable[[], float]:
-    """The backward pass of DeepKD's `tcg` set alone; its forward pass is not in the time, which it returns."""
+    """The backward pass of DeepKD's `tcg` set alone; the returned time excludes the forward pass."""
     model, batch = iteration.model, iteration.batches[0]
 
     def run() -> float:
@@ -133,7 +133,7 @@ def second_backward(iteration: Iteration) -> Callable[[], float]:
 
 
 def stream_step(iteration: Iteration) -> Callable[[], float]:
-    """The stream optimizer's step with all its gradients there."""
+    """The stream optimizer's step alone, its gradients given."""
     model, optimizer, batch = iteration.model, iteration.step.optimizer, iteration.batches[0]
 
     def run() -> float:
@@ -172,7 +172,7 @@ def papers_step(peer: Path, ours: Iteration) -> Callable[[], None]:
 
 
 class Endless:
-    """A list of batches without an end."""
+    """A list of batches, repeated forever."""
 
     def __init__(self, batches: list[Any]) -> None:
         self.batches = batches
@@ -183,7 +183,7 @@ class Endless:
 
 
 def table_rows(seconds: dict[str, list[float]], peer: bool) -> list[list[Any]]:
-    """Each measured side, what it stands beside, and the median over the rounds of their ratio."""
+    """Each measured side, its reference, and the median over the rounds of their ratio."""
 
     def total(*names: str) -> list[float]:
         return [sum(parts) for parts in zip(*(seconds[name] for name in names), strict=True)]

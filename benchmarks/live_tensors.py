@@ -1,4 +1,4 @@
-"""How many bytes of tensors are alive, counted one storage at a time."""
+"""Bytes of the tensors that are alive, counted by storage."""
 
 import weakref
 from collections.abc import Callable, Iterable
@@ -10,14 +10,14 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveTensors(TorchDispatchMode):
-    """While active, counts the storages that are made, until each is freed; backward passes included.
+    """While active, counts every new storage until it is freed, in backward passes too.
 
         with LiveTensors() as live:
             losses = model(batch)
             live.bytes, live.peak
 
-    What was there before (weights) and views of it do not count, nor does memory that an operator frees before it
-    returns. It is exact where an allocator's figure has rounding and the process's has everything else.
+    Tensors from before (weights) and their views do not count, nor does memory that an operator frees before it
+    returns. The count is exact: an allocator's figure is rounded, and the process's includes everything else.
     """
 
     def __init__(self) -> None:

@@ -1,9 +1,9 @@
 """Memory of a distilled detector's training step:  python benchmarks/memory.py [--config-file YAML] [--size 320]
 
-Counts bytes of tensors (`live_tensors`), random weights, random images, one training step each of the plain student,
-of its teacher's part alone, and of both: what is alive when the student's backward pass begins, and the peak. Weights
-do not count; the teacher's are named below the table. Exit code 1 where the distilled step, on the student's proposals,
-keeps more than logits come to.
+Counts bytes of tensors (`live_tensors`) in one training step of the plain student, of its teacher's part alone, and of
+both, with random weights and images: what is alive when the student's backward pass begins, and the peak. Weights do
+not count; the teacher's are printed below the table. Exit code 1 if distillation, on the student's proposals, keeps
+more than the logits.
 """
 
 import sys
@@ -65,8 +65,8 @@ def build(cfg: CfgNode, loss: str) -> nn.Module:
 
 
 def silence_random_blocks(model: DistilledRCNN) -> None:
-    """Let the last convolution of every block give 0: random blocks, one after the other, overflow, and the RPN has
-    nothing to propose.
+    """Let the last convolution of every block return 0: else the activations of random blocks overflow, and the RPN
+    proposes nothing.
     """
     for detector in (model, *(teacher.model for teacher in model.teachers)):
         for name, tensor in detector.state_dict().items():
@@ -75,7 +75,7 @@ def silence_random_blocks(model: DistilledRCNN) -> None:
 
 
 def random_batch(images: int, size: int, num_classes: int) -> list[dict[str, Any]]:
-    """Noise with five boxes an image."""
+    """Noise images with five boxes each."""
     generator = torch.Generator().manual_seed(0)
     batch = []
     for _ in range(images):
@@ -89,7 +89,7 @@ def random_batch(images: int, size: int, num_classes: int) -> list[dict[str, Any
 
 
 def measure_step(model: nn.Module, batch: list[dict[str, Any]]) -> tuple[int, int]:
-    """Bytes alive between forward and backward, and the peak of both; gradients are there before."""
+    """Bytes alive between forward and backward pass, and the peak of both; gradients are allocated before."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     torch.manual_seed(0)
@@ -103,7 +103,7 @@ def measure_step(model: nn.Module, batch: list[dict[str, Any]]) -> tuple[int, in
 
 
 def measure_teacher(model: DistilledRCNN, batch: list[dict[str, Any]]) -> tuple[int, int]:
-    """Bytes that the teachers' part leaves, and its peak, on as many boxes as a step has."""
+    """Bytes that are alive after the teachers' part, and its peak, on as many boxes as a step has."""
     count = model.roi_heads.batch_size_per_image
     boxes = [Boxes(torch.tensor([[0.0, 0, *item["image"].shape[:0:-1]]]).repeat(count, 1)) for item in batch]
     with LiveTensors() as live:

@@ -1,8 +1,8 @@
 """Fill docs/performance.md with what was measured:  python benchmarks/report.py [--page FILE] [--figures DIR]
 
-Between the lines `<!-- bench: NAME.TABLE -->` and `<!-- /bench -->` of the page comes that table of NAME.json, and for
-`growth.plot` the picture; below the first of a benchmark, the command, the commit and the machine they are of. A block
-without figures says how to get them. No figure on the page is typed.
+Writes the table TABLE of NAME.json between the lines `<!-- bench: NAME.TABLE -->` and `<!-- /bench -->` of the page,
+and the picture for `growth.plot`. Below the first block of each benchmark stand its command, commit and machine. A
+block without figures says how to get them.
 """
 
 import argparse
@@ -22,23 +22,23 @@ MISSING = "*Not measured yet: run `make bench`, then `python benchmarks/report.p
 
 
 def fill(text: str, figures: Path, pictures: Path) -> str:
-    """The page with every block's content made anew.
+    """The page with the content of every block replaced.
 
     Args:
         text: the page.
         figures: the folder of the JSON files.
-        pictures: the folder beside the page where the plot goes.
+        pictures: the folder of the plot, next to the page.
     Raises:
-        ValueError: a block names a table that its file has not; the page has an opening line without its closing one.
+        ValueError: a block names a table that its file does not have, or has no closing line.
     """
     blocks = list(BLOCK.finditer(text))
     if len(blocks) != text.count("<!-- bench: ") or any(block[0].count("<!-- bench: ") > 1 for block in blocks):
         raise ValueError("a line <!-- bench: NAME.TABLE --> has no <!-- /bench --> after it")
-    told: set[str] = set()  # benchmarks whose command and machine the page has already
+    named: set[str] = set()  # benchmarks whose command and machine are already on the page
 
     def renewed(block: re.Match[str]) -> str:
-        first = block["name"] not in told
-        told.add(block["name"])
+        first = block["name"] not in named
+        named.add(block["name"])
         return f"{block[1]}{content(block, figures, pictures, with_origin=first)}\n{block[4]}"
 
     return BLOCK.sub(renewed, text)

@@ -1,13 +1,13 @@
 """Every benchmark, one after the other:  python benchmarks/run.py [--quick] [--only NAME …]
 
-Each writes its figures to output/bench/<name>.json; report.py makes docs/performance.md's tables of them. All run,
-whatever an earlier one found; exit code 1 where one failed or missed a bound. From the environment:
+Each writes its figures to output/bench/<name>.json; report.py writes them into docs/performance.md. All of them run,
+also after a failure; exit code 1 if one failed or missed a bound. Environment variables:
 
-    PEER_DEEPKD, PEER_MDISTILLER    checkouts of the papers' code, to be measured beside ours
+    PEER_DEEPKD, PEER_MDISTILLER    checkouts of the papers' code, to be compared with ours
     IMAGES_JSON, IMAGES_DIR         a data set in COCO's format, for the loader's share
 
-Nothing else should run on the machine. --quick sees that everything runs: few rounds, small sizes, figures in
-output/bench/quick that are worth nothing, and bounds that do not count.
+Nothing else should run on the machine. --quick only checks that everything runs: few rounds, small sizes, bounds that
+do not count. Its figures, in output/bench/quick, mean nothing.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from figures import OUTPUT, ROOT, Bound, Table
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A script of this folder: its arguments in full and in a hurry, and options whose values the environment has."""
+    """A script of this folder: its arguments for --quick and for a full run, and options that the environment sets."""
 
     name: str
     quick: tuple[str, ...] = ()
@@ -59,7 +59,7 @@ BENCHMARKS = (
 
 @dataclass
 class Outcome:
-    """How one benchmark ended; `bounds` is None where it wrote no figures."""
+    """The result of one benchmark; `bounds` is None if it wrote no figures."""
 
     name: str
     seconds: float
@@ -87,7 +87,7 @@ def run_one(name: str, words: Sequence[str], folder: Path, scripts: Path) -> Out
     path.unlink(missing_ok=True)
     print(f"\n== {name} {' '.join(words)}\n", flush=True)
     start = time.perf_counter()
-    # The figures are the judge: an exit code of 1 may be a bound or a traceback.
+    # The figures decide: exit code 1 may mean a missed bound or a traceback.
     subprocess.run([sys.executable, str(scripts / f"{name}.py"), *words, "--json", str(path)], cwd=ROOT, check=False)
     seconds = time.perf_counter() - start
     if not path.exists():
@@ -96,7 +96,7 @@ def run_one(name: str, words: Sequence[str], folder: Path, scripts: Path) -> Out
 
 
 def run_all(benchmarks: Sequence[Benchmark], quick: bool, folder: Path, scripts: Path = Path(__file__).parent) -> int:
-    """Run them all and print what became of each; the exit code."""
+    """Run them all and print a summary; returns the exit code."""
     folder.mkdir(parents=True, exist_ok=True)
     outcomes = [run_one(b.name, b.words(quick, os.environ), folder, scripts) for b in benchmarks]
     print(f"\n{Table(['', 'seconds', 'bounds that hold', 'missed'], [outcome.row() for outcome in outcomes])}\n")
@@ -107,7 +107,7 @@ def run_all(benchmarks: Sequence[Benchmark], quick: bool, folder: Path, scripts:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="see that everything runs")
+    parser.add_argument("--quick", action="store_true", help="only check that everything runs")
     parser.add_argument("--only", nargs="+", choices=[b.name for b in BENCHMARKS], default=[], metavar="NAME")
     args = parser.parse_args(arguments)
     chosen = [b for b in BENCHMARKS if not args.only or b.name in args.only]

@@ -1,8 +1,8 @@
 """The share of the distillation loss in a training step:  python benchmarks/share.py [--rounds N] [--json FILE]
 
-Forward and backward pass of the loss alone, on the logits that the step gave it, beside the whole step of the same
+Compares the forward and backward pass of the loss alone, on the logits of a step, with the whole step of the same
 config: kd_cls's ResNet-8x4 ← ResNet-32x4 (kd_cls_step.py) and kd_det's ResNet-18 ← ResNet-50 (kd_det_step.py). Exit
-code 1 where a loss takes more than 1 % of its step.
+code 1 if a loss takes more than 1 % of its step.
 """
 
 import statistics
@@ -34,7 +34,7 @@ def steps(output: str) -> Iterator[tuple[str, Step, nn.Module]]:
 
 
 def loss_alone(loss: nn.Module, step: Step) -> tuple[Step, str]:
-    """Forward and backward of `loss` with the arguments that it has in `step`, and the size of its logits."""
+    """Forward and backward of `loss` with the arguments that `step` passes to it, and the size of its logits."""
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     handle = loss.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
     try:
@@ -53,7 +53,7 @@ def loss_alone(loss: nn.Module, step: Step) -> tuple[Step, str]:
 
 
 def measure(name: str, step: Step, loss: nn.Module, rounds: int) -> list[Any]:
-    """[name, size, ms of the loss, ms of the step, median share of a round]."""
+    """[name, size, ms of the loss, ms of the step, median share over the rounds]."""
     alone, size = loss_alone(loss, step)
     seconds = by_turns({"loss": alone, "step": step}, rounds)
     share = statistics.median(a / b for a, b in zip(*seconds.values(), strict=True))

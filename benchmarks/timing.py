@@ -1,4 +1,4 @@
-"""Times and peak memory of two ways to do the same thing, measured by turns."""
+"""Times and peak memory of two ways to do the same thing, measured in turn."""
 
 import os
 import statistics
@@ -28,20 +28,20 @@ class Comparison:
 
     @property
     def bounds(self) -> list[Bound]:
-        """What of it is judged."""
+        """The bounds that are judged."""
         name = f"{self.name}, {self.size}"
         pairs = ((name, self.time_ratio, self.time_bound), (f"{name}, memory", self.memory_ratio, self.memory_bound))
         return [Bound(name, ratio, bound) for name, ratio, bound in pairs if ratio is not None and bound is not None]
 
 
 def alternate(ours: Step, theirs: Step, seconds: float = 1.0, least: int = 7) -> tuple[float, float, float]:
-    """Milliseconds of either side and the ratio ours / theirs, each the median over pairs.
+    """Milliseconds of both sides and the ratio ours / theirs, each the median over pairs.
 
-    The sides take turns, so that what else the machine does falls on both, and each pair gives one ratio.
+    The sides take turns, so that other load on the machine affects both, and each pair gives one ratio.
 
     Args:
         ours, theirs: one step each.
-        seconds: time to spend on pairs, after two that do not count.
+        seconds: time to spend on pairs, after two warm-up pairs.
         least: number of pairs even where they take longer.
     """
     pairs: list[tuple[float, float]] = []
@@ -55,9 +55,9 @@ def alternate(ours: Step, theirs: Step, seconds: float = 1.0, least: int = 7) ->
 
 
 def by_turns(sides: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every side in every round, after two that do not count.
+    """Seconds of every side in every round, after two warm-up rounds.
 
-    A side that has `times_itself` returns its seconds: what it must do before is then not in them.
+    A side with the attribute `times_itself` returns its own seconds, without its preparation.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds + 2):
@@ -76,13 +76,13 @@ def timed(step: Step) -> float:
 
 
 def peak_bytes(step: Step) -> int:
-    """The most memory that torch's allocator gives out at once during `step`, above what it gave out before."""
+    """Peak memory of torch's allocator during `step`, above what was allocated before."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's remarks about itself
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the profiler's own messages
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step()
     events = recorded.profiler.kineto_results.events()

@@ -1,7 +1,7 @@
-"""The losses as one would write their formulas down: softmax, masks, logarithm, a large constant to leave classes out.
+"""The losses as a direct transcription of their formulas: softmax, masks, logarithm, a large constant as a mask.
 
-This is what the papers' code does too. It is here to be measured against, and is no part of the product: it gives
-infinities where kd_core.losses does not.
+The papers' code does the same. These are references for the benchmarks only: they return infinities where
+kd_core.losses does not.
 """
 
 import torch
@@ -47,7 +47,7 @@ def dkd(student: Tensor, teacher: Tensor, target: Tensor, temperature: float = 4
 
 
 def dkd_top1(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-    """DKD by the teacher's largest logit."""
+    """DKD with the teacher's top class as the target."""
     return dkd(student, teacher, teacher.argmax(1))
 
 

@@ -1,6 +1,7 @@
 """What README.md and docs/ name is there: links, configs, tools and their options, targets of make."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -55,8 +56,14 @@ def test_options_that_the_readme_gives_a_tool_are_ones_it_has(tool: str):
     assert [option for option in re.findall(r"--[a-z][\w-]*", commands(tool)) if option not in source] == []
 
 
-def test_every_tool_is_named_in_the_readme():
-    assert [path.name for path in sorted((ROOT / "tools").glob("*.py")) if path.name not in README] == []
+@pytest.mark.parametrize("tool", sorted(path.name for path in (ROOT / "tools").glob("*.py")))
+def test_every_tool_answers_help_with_what_it_does_and_an_example(tool: str, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [tool, "--help"])
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "tools" / tool), run_name="__main__")
+    text = capsys.readouterr().out
+    assert not ended.value.code and text.startswith(f"usage: {tool}") and f"tools/{tool}" in text
 
 
 def test_keys_in_commands_exist():

@@ -5,7 +5,7 @@
     tools/profile_step.py configs/Digits/cls_deepkd.yaml --steps 20 --trace output/trace.json
 
 Detection and classification configs alike. The trace opens in chrome://tracing and in Perfetto. `backward and the rest`
-is what no other row has: the backward passes, and the Python around them.
+is the time outside the other rows: the backward passes and the Python around them.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def classification_step(config: str, options: list[str]) -> Iterator[tuple[Calla
 
 @contextmanager
 def marked(parts: Parts) -> Iterator[None]:
-    """Give the forward pass of each part a range of its own in the profile."""
+    """Mark the forward pass of each part as a range in the profile."""
     handles = [handle for name, module in parts.items() for handle in mark(PREFIX + name, module)]
     try:
         yield
@@ -140,7 +140,7 @@ def activities() -> list[ProfilerActivity]:
 
 
 def wait() -> None:
-    """Let the device finish."""
+    """Wait for the device to finish."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

@@ -3,8 +3,8 @@
 
     python tools/run_cls_table.py [--methods baseline kd …] [--seeds 0 1 2] [--output output/digits] [KEY VALUE …]
 
-Trains the teacher once, then configs/Digits/cls_<method>.yaml with each seed. What is finished is not trained again
-and a run that was killed is resumed: repeat the command until it prints the table (also in OUTPUT/cls_table.md).
+Trains the teacher once, then configs/Digits/cls_<method>.yaml with each seed. Finished runs are skipped and
+interrupted ones resumed: repeat the command until it prints the table (also in OUTPUT/cls_table.md).
 """
 
 import argparse
@@ -35,7 +35,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "Digits"
 
 
 def run(method: str, seed: int, output: Path, words: Sequence[str], process: Process) -> dict[str, float]:
-    """One run, or what it ended with; a teacher that is missing is trained into `output`/cls_teacher first."""
+    """Metrics and number of parameters of one run, which is trained or resumed unless it is finished."""
     cfg = load_cfg(str(CONFIGS / f"cls_{method}.yaml"), list(words))
     cfg.SEED, cfg.OUTPUT_DIR = seed, str(output / f"cls_{method}" / f"seed_{seed}")
     if method == "teacher":
@@ -53,7 +53,7 @@ def is_parameter(name: str) -> bool:
 
 
 def row(name: str, results: list[dict[str, float]], unit: float) -> list[str]:
-    """One line of the table; `unit` seconds are 1.00."""
+    """One line of the table; times are relative to `unit` seconds."""
     loss, seconds = (summarise([result[key] for result in results])["mean"] for key in ("loss", "seconds"))
     parameters = f"{results[0]['parameters'] / 1000:.0f} k"
     top1 = accuracy([result["top1"] for result in results])
@@ -61,7 +61,7 @@ def row(name: str, results: list[dict[str, float]], unit: float) -> list[str]:
 
 
 def accuracy(values: list[float]) -> str:
-    """Mean ± std; one value stands alone."""
+    """Mean ± std; of one value, only the value."""
     found = summarise(values)
     return f"{found['mean']:.2f} ± {found['std']:.2f}" if len(values) > 1 else f"{found['mean']:.2f}"
 
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
     """The command; returns the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--methods", choices=METHODS, nargs="+", default=list(METHODS), help="the first is what 1.00 is"
+        "--methods", choices=METHODS, nargs="+", default=list(METHODS), help="the first has relative time 1.00"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=Path("output/digits"))

@@ -13,6 +13,7 @@ import torch
 
 from helpers.processes import run as run_process
 from helpers.processes import started
+from kd_det.engine.launch import argument_parser, run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN_NET = [sys.executable, str(ROOT / "tools" / "train_net.py")]
@@ -195,12 +196,19 @@ def test_a_loss_that_is_not_finite_names_iteration_and_terms_and_keeps_the_last_
     ],
     ids=["unknown key", "beta", "data set", "teacher config", "frozen stem", "meta architecture"],
 )
-def test_bad_input_is_one_clear_error_before_training(tmp_path, environment, options, message):
-    done = run_process(command(tmp_path, *options), cwd=ROOT, env=environment)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("train_net: ") and message in last
+def test_bad_input_is_one_clear_error_before_training(load_tool, monkeypatch, tmp_path, options, message):
+    monkeypatch.chdir(ROOT)
+    arguments = argument_parser("").parse_args(command(tmp_path, *options)[len(TRAIN_NET) :])
+    with pytest.raises(SystemExit) as ended:
+        run_command("train_net", load_tool("train_net").main, arguments)
+    assert ended.value.code.startswith("train_net: ") and message in ended.value.code and "\n" not in ended.value.code
     assert not list(tmp_path.glob("model_*.pth"))
+
+
+def test_bad_input_ends_the_process_in_one_line_and_exit_code_1(tmp_path, environment):
+    done = run_process(command(tmp_path, "KD.LOSS.DKD.BTEA", "8"), cwd=ROOT, env=environment)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("train_net: the command line: unknown key KD.LOSS.DKD.BTEA")
 
 
 def test_the_help_names_the_ways_to_start_and_the_keys_are_listed_with_their_values(environment):
@@ -213,65 +221,43 @@ def test_the_help_names_the_ways_to_start_and_the_keys_are_listed_with_their_val
     ]  # fmt: skip
 
 
-def test_several_machines_without_gpus_are_refused_with_the_right_command():
-    done = run_process([*TRAIN_NET, "--num-machines", "2", "--num-gpus", "0"], cwd=ROOT)
-    assert done.returncode != 0
-    assert "would run 2 separate trainings" in done.stderr and "torchrun --nnodes 2" in done.stderr
+def test_several_machines_without_gpus_are_refused_with_the_right_command(load_tool):
+    arguments = argument_parser("").parse_args(["--num-machines", "2", "--num-gpus", "0"])
+    with pytest.raises(SystemExit, match=r"would run 2 separate trainings: .*torchrun --nnodes 2"):
+        run_command("train_net", load_tool("train_net").main, arguments)
 
 
 def test_real_coco_images_train_and_evaluate(shared_dir, tmp_path, environment):
-    datasets = tmp_path / "datasets"
-    datasets.mkdir()
-    (datasets / "coco").symlink_to(shared_dir / "data" / "coco-mini")
-    environment = environment | {"DETECTRON2_DATASETS": str(datasets), "OMP_NUM_THREADS": "2"}
-    small = [
-        "INPUT.MIN_SIZE_TRAIN",
-        "(192,)",
-        "INPUT.MIN_SIZE_TEST",
-        "192",
-        "INPUT.MAX_SIZE_TEST",
-        "256",
-        "INPUT.MAX_SIZE_TRAIN",
-        "256",
-        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE",
-        "64",
-        "MODEL.RPN.POST_NMS_TOPK_TEST",
-        "50",
-        "MODEL.ROI_HEADS.SCORE_THRESH_TEST",
-        "0.0",
-    ]
+    coco, images = shared_dir / "data" / "coco-mini", tmp_path / "datasets" / "coco"
+    (images / "annotations").mkdir(parents=True)
+    for split in ("train2017", "val2017"):
+        (images / split).symlink_to(coco / split)
+        few_images(coco / "annotations" / f"instances_{split}.json", images / "annotations", 8)
+    environment = environment | {"DETECTRON2_DATASETS": str(images.parent)}
     base = [*TRAIN_NET, "--config-file", "configs/COCO/dkd_r18_r101.yaml", "--num-gpus", "0"]
-    options = [*small, "OUTPUT_DIR", str(tmp_path / "output"), *RANDOM_TEACHER, "DATALOADER.NUM_WORKERS", "1"]
-    run(
-        [
-            *base,
-            *options,
-            "SOLVER.MAX_ITER",
-            "10",
-            "SOLVER.IMS_PER_BATCH",
-            "2",
-            "SOLVER.STEPS",
-            "()",
-            "SEED",
-            "0",
-            "MODEL.WEIGHTS",
-            "",
-            "MODEL.BACKBONE.FREEZE_AT",
-            "0",
-            "DATASETS.TEST",
-            "()",
-            "DATALOADER.FILTER_EMPTY_ANNOTATIONS",
-            "False",
-        ],
-        environment,
-    )
+    options = [
+        "INPUT.MIN_SIZE_TRAIN", "(96,)", "INPUT.MIN_SIZE_TEST", "96", "INPUT.MAX_SIZE_TRAIN", "128",
+        "INPUT.MAX_SIZE_TEST", "128", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "32", "DATALOADER.NUM_WORKERS", "1",
+        "MODEL.RPN.POST_NMS_TOPK_TEST", "20", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0",
+        "OUTPUT_DIR", str(tmp_path / "output"), *RANDOM_TEACHER,
+    ]  # fmt: skip
+    training = [
+        "SOLVER.MAX_ITER", "3", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.STEPS", "()", "SEED", "0", "MODEL.WEIGHTS", "",
+        "MODEL.BACKBONE.FREEZE_AT", "0", "DATASETS.TEST", "()", "DATALOADER.FILTER_EMPTY_ANNOTATIONS", "False",
+    ]  # fmt: skip
+    run([*base, *options, *training], environment)
     entries = metrics(tmp_path / "output")
-    assert entries[-1]["iteration"] == 9 and entries[-1]["loss_kd_nckd"] > 0
-    no_teacher = [
-        "KD.TEACHER.CONFIG_FILE",
-        "no/such.yaml",
-        "MODEL.WEIGHTS",
-        str(tmp_path / "output" / "model_final.pth"),
-    ]
+    assert entries[-1]["iteration"] == 2 and entries[-1]["loss_kd_nckd"] > 0
+    weights = str(tmp_path / "output" / "model_final.pth")
+    no_teacher = ["KD.TEACHER.CONFIG_FILE", "no/such.yaml", "MODEL.WEIGHTS", weights]
     done = run([*base, "--eval-only", *options, *no_teacher], environment)
     assert "Evaluation results for bbox" in done.stdout + done.stderr
+
+
+def few_images(annotations, folder, count):
+    """Write the first images of a COCO json, with their objects, into a folder."""
+    content = json.loads(annotations.read_text())
+    content["images"] = content["images"][:count]
+    kept = {image["id"] for image in content["images"]}
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
+    (folder / annotations.name).write_text(json.dumps(content))
