@@ -1,4 +1,4 @@
-"""A fast teacher against the network as it was loaded, and what else of a run its options touch."""
+"""An accelerated teacher against the network as it was loaded, and the other parts of a run that its keys affect."""
 
 import logging
 import re
@@ -82,7 +82,7 @@ def test_timms_networks_are_the_same_functions_without_their_norms(name: str) ->
     check_accelerated(network(name), left=0, size=32)
 
 
-def test_what_nothing_changes_is_not_kept_twice() -> None:
+def test_unchanged_parameters_are_stored_once() -> None:
     model = network("test_vit")
     fast = accelerate_teacher(model, FAST)
     own = {p.data_ptr() for p in fast.parameters()} - {p.data_ptr() for p in model.parameters()}
@@ -175,7 +175,7 @@ def test_a_network_that_does_not_run_in_a_type_is_named() -> None:
         Teacher(Fixed(), STATS, STATS, speed=BFLOAT16)(torch.randn(2, 3, 16, 16))
 
 
-def test_norms_without_which_the_logits_are_others_stay(caplog: pytest.LogCaptureFixture) -> None:
+def test_norms_are_kept_where_folding_changes_the_logits(caplog: pytest.LogCaptureFixture) -> None:
     class Asking(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -188,10 +188,10 @@ def test_norms_without_which_the_logits_are_others_stay(caplog: pytest.LogCaptur
                 return (self.norm(maps) + maps).mean((2, 3))
             return self.norm(maps).mean((2, 3))
 
-    fast, images = Teacher(Asking(), STATS, STATS, speed=FAST), torch.randn(4, 3, 16, 16)
+    model, images = Asking().eval().requires_grad_(False), torch.randn(4, 3, 16, 16)
     with caplog.at_level(logging.WARNING):
-        logits = fast(images)
-    assert distance(logits, fast.plain(images)) < 1e-4 and norms(fast.fast.forward) == 1
+        fast = accelerate_teacher(model, FAST, images)
+    assert distance(fast(images), model(images)) < 1e-4 and norms(fast) == 1
     assert "teacher: folding the batch norms of Asking changes its logits; they are kept" in caplog.text
 
 
@@ -247,7 +247,7 @@ def test_evaluate_reports_the_teacher_as_loaded_and_in_its_type(
     assert found[0][1] == f"{100 * right:.2f}"
 
 
-def test_a_run_goes_on_with_another_speed_and_not_with_another_type(tiny: Callable, run: Callable) -> None:
+def test_a_run_resumes_with_another_layout_and_not_with_another_dtype(tiny: Callable, run: Callable) -> None:
     options = ["KD.LOSS.NAME", "kd", "SOLVER.EPOCHS", 1]
     checkpoint = run(*options)
     check_resumable(checkpoint, tiny(*options, "KD.TEACHER.FOLD_BN", False, "KD.TEACHER.CHANNELS_LAST", True))
