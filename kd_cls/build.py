@@ -50,7 +50,9 @@ def build_trainer(cfg: CfgNode, process: Process) -> Trainer:
     loaders = build_loaders(cfg, data, stats, process)
     teacher = None if loss is None else attach_teacher(cfg, data, stats, process)
     criterion = create_classification_loss(smoothing=cfg.SOLVER.LABEL_SMOOTHING, soft_targets=mixes(cfg))
-    task = DistillationTask(student, teacher, loss, criterion, cfg.KD.TASK_WEIGHT, autocast_dtype(cfg), process.device)
+    task = DistillationTask(
+        student, teacher, loss, criterion, cfg.KD.TASK_WEIGHT, autocast_dtype(cfg), process.device, cfg.DATA.VIEWS
+    )
     broadcast_weights(student)
     prepare_networks(cfg, task)
     if teacher is not None and cfg.KD.TEACHER.EVALUATE:
@@ -69,7 +71,7 @@ def build_distillation_loss(cfg: CfgNode, num_classes: int) -> DistillationLoss 
         UserError: an unknown name, a parameter that the loss refuses for this number of classes, or mixed labels with a
             loss that needs a single target class.
     """
-    loss = build_kd_loss(cfg.KD.LOSS, num_classes, "WARMUP_EPOCHS", cfg.SOLVER.EPOCHS)
+    loss = build_kd_loss(cfg.KD.LOSS, num_classes, "WARMUP_EPOCHS", cfg.SOLVER.EPOCHS, cfg.DATA.VIEWS)
     if loss is not None and mixes(cfg):
         check_mixed_labels(cfg, loss)
     return loss

@@ -40,6 +40,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "DATA.AUGMENTATION_EPOCHS": at_least(0),
     "DATA.INPUT_SIZE": at_least(0),
     "DATA.NUM_WORKERS": at_least(0),
+    "DATA.VIEWS": ((lambda value: value in (1, 2)), "1 or 2"),
     "KD.TASK_WEIGHT": at_least(0),
     "KD.LOSS.WARMUP_EPOCHS": at_least(0),
     "KD.TEACHER.CACHE": one_of("none", "full", "topk"),
@@ -129,6 +130,24 @@ def check_cache(cfg: CfgNode, process: Process) -> None:
     )
 
 
+def check_views(cfg: CfgNode, process: Process) -> None:
+    """Refuse what knows one view of an image only."""
+    if cfg.DATA.VIEWS == 1:
+        return
+    cached = cfg.KD.LOSS.NAME != "none" and cfg.KD.TEACHER.CACHE != "none"
+    refused = {
+        "SOLVER.MIXUP": (
+            mixes(cfg),
+            "a mixed image has no label and no confidence of its own: set ALPHA and CUTMIX_ALPHA to 0",
+        ),
+        "DATA.RESIDENT": (cfg.DATA.RESIDENT, "RandAugment works on single images: set it False"),
+        f"KD.TEACHER.CACHE {cfg.KD.TEACHER.CACHE}": (cached, "it keeps the logits of one view: set it to none"),
+    }
+    for key, (found, reason) in refused.items():
+        if found:
+            raise UserError(f"DATA.VIEWS 2 does not go with {key}, {reason}, or set DATA.VIEWS 1")
+
+
 def check_graph(cfg: CfgNode, process: Process) -> None:
     """Refuse what a CUDA graph of the whole step cannot hold: work of the host between its kernels."""
     if not cfg.SOLVER.CUDA_GRAPH:
@@ -166,6 +185,7 @@ CHECKS: tuple[Callable[[CfgNode, Process], None], ...] = (
     check_loss,
     check_streams,
     check_cache,
+    check_views,
     check_graph,
     check_wandb,
 )

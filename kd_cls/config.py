@@ -75,6 +75,9 @@ def add_data_config(cfg: CfgNode) -> None:
     # Draw augmentations from (SEED, epoch, image). False: from each worker's own generator, which excludes a teacher
     # cache and a bitwise equal resume.
     cfg.DATA.REPRODUCIBLE = True
+    # Views of each training image: 1, or 2 for mlkd and crld, a weak and a strong one (the augmentation, then
+    # RandAugment and cutout). With 2 the classification loss is the sum over both.
+    cfg.DATA.VIEWS = 1
     # Side length of the student's input. 0: the model's own.
     cfg.DATA.INPUT_SIZE = 0
     # Number of images to use, evenly spaced over the split; 0: all.

@@ -57,5 +57,6 @@ def build_loaders(cfg: CfgNode, data: DataSets, stats: InputStats, process: Proc
         augmentation_epochs=cfg.DATA.AUGMENTATION_EPOCHS,
         shuffle=cfg.DATA.SHUFFLE,
         drop_last=mixes(cfg),
+        views=cfg.DATA.VIEWS,
         timm_options=parse_mapping(cfg.DATA.TIMM_OPTIONS, "DATA.TIMM_OPTIONS"),
     )

@@ -11,6 +11,7 @@ from kd_cls.data.reproducible import ReproducibleDataset
 from kd_cls.data.resident import ResidentLoader
 from kd_cls.data.sampler import EpochSampler
 from kd_cls.data.transforms import build_transforms
+from kd_cls.data.views import TwoViews
 from kd_core.utils.errors import UserError
 from kd_core.utils.rng import mix_seed
 
@@ -45,6 +46,7 @@ def create_loaders(
     drop_last: bool = False,
     resident: bool = False,
     timm_options: dict[str, Any] | None = None,
+    views: int = 1,
 ) -> Loaders:
     """The loaders of both splits.
 
@@ -57,6 +59,7 @@ def create_loaders(
         augmentation_epochs: after how many epochs the augmentations repeat; 0: never.
         drop_last: drop an incomplete last training batch, which the papers' code keeps.
         resident: keep all images on the device and augment them there, see `ResidentLoader`.
+        views: of each training image; two are one image of six channels, see `TwoViews`.
 
     Raises:
         UserError: an unknown augmentation, a batch size < 1, an empty split, or no full batch under `drop_last`.
@@ -78,9 +81,12 @@ def create_loaders(
     if reproducible:
         train_set = ReproducibleDataset(train_set, seed, augmentation_epochs)
     common |= {"num_workers": num_workers, "pin_memory": common["device"].type == "cuda"}
-    train = create_loader(train_set, batch_size=batch_size, is_training=True, **common)
+    stacked = {"input_size": (3 * views, *input_size[1:]), "mean": views * tuple(mean), "std": views * tuple(std)}
+    train = create_loader(train_set, batch_size=batch_size, is_training=True, **common | stacked)
     val = create_loader(val_set, batch_size=val_batch_size, **common)
     train_set.transform, val_set.transform = transforms  # replaces timm's, which have no padded crop
+    if views == 2:
+        train_set.transform = TwoViews(transforms[0])
     return Loaders(
         _with_sampler(train, order, mix_seed(seed, rank)), _with_sampler(val, val_order, mix_seed(seed, rank))
     )

@@ -29,6 +29,8 @@ class DistillationTask(TrainingTask):
         task_weight: w_task.
         amp_dtype: of autocast around the networks; None leaves it off.
         device: of the task.
+        views: of each image. Two, weak and strong, come as one image of six channels; each takes a forward pass of its
+            own, since BatchNorm shall see one view at a time. CE is then the sum over both.
     """
 
     def __init__(
@@ -40,10 +42,12 @@ class DistillationTask(TrainingTask):
         task_weight: float = 1.0,
         amp_dtype: torch.dtype | None = None,
         device: torch.device | None = None,
+        views: int = 1,
     ) -> None:
         super().__init__(device=device, verbose=False)
         self.trainable_module, self.teacher, self.criterion = student, teacher, criterion
         self.distillation, self.task_weight, self.amp_dtype = loss, task_weight, amp_dtype
+        self.views = views
         self.streams = {"task": "tog"} | (dict(loss.streams) if loss is not None else {})
         self.compiled_student: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
         self.to(self.device)
@@ -62,31 +66,46 @@ class DistillationTask(TrainingTask):
         input: Tensor,
         target: Tensor,
         progress: float | None = None,
-        teacher_logits: Tensor | None = None,
+        teacher_logits: Tensor | tuple[Tensor, ...] | None = None,
         warmup_weight: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Loss, output and terms of a batch.
 
         Args:
-            input: images (N, 3, H, W), normalised for the student.
+            input: images (N, 3, H, W), normalised for the student; two views of them are (N, 6, H, W).
             target: class indices (N,), or soft targets (N, C).
             progress: iteration / max_iter, for warm-up and top-k schedules; None: the end.
-            teacher_logits: (N, C), if they are known already.
+            teacher_logits: as `teacher_logits` returns them, if they are known already.
             warmup_weight: the loss's warm-up at `progress` as a tensor, for a CUDA graph.
         Returns:
-            `loss`, `output` (the task logits), and each weighted term: `task` and those of the distillation loss.
+            `loss`, `output` (the task logits of the first view), and each weighted term: `task` and those of the
+            distillation loss.
         """
-        if self.teacher is not None and teacher_logits is None:
-            with self.autocast():
-                teacher_logits = self.teacher(input)
+        views = self.split_views(input)
         with self.autocast():
-            logits, task_logits = (self.compiled_student or self.trainable_module)(input)
-        terms = {"task": self.task_weight * self.criterion(task_logits.float(), target)}
+            if self.teacher is not None and teacher_logits is None:
+                teacher_logits = self.one_or_both([self.teacher(view) for view in views])
+            outputs = [(self.compiled_student or self.trainable_module)(view) for view in views]
+        logits = self.one_or_both([distilled for distilled, _ in outputs])
+        task_losses = [self.criterion(task_logits.float(), target) for _, task_logits in outputs]
+        terms = {"task": self.task_weight * sum(task_losses[1:], task_losses[0])}
         if self.distillation is not None:
             labels = target.argmax(1) if target.ndim == 2 else target
             graph_options = {} if warmup_weight is None else {"warmup_weight": warmup_weight}
             terms |= self.distillation(logits, teacher_logits, labels, progress, **graph_options)
-        return {"loss": sum(terms.values()), "output": task_logits, **terms}
+        return {"loss": sum(terms.values()), "output": outputs[0][1], **terms}
+
+    def split_views(self, images: Tensor) -> list[Tensor]:
+        """The views (N, 3, H, W) of a batch, in its memory format."""
+        if self.views == 1:
+            return [images]
+        last = images.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if last else torch.contiguous_format
+        return [view.contiguous(memory_format=layout) for view in images.chunk(self.views, 1)]
+
+    def one_or_both(self, of_views: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
+        """What a loss of as many views takes."""
+        return of_views[0] if self.views == 1 else tuple(of_views)
 
     def stream_losses(self, result: dict[str, Tensor], share: float = 1.0) -> dict[str, Tensor]:
         """The sum of each stream's terms, times `share`, the micro-batch's share of the batch."""
@@ -96,15 +115,16 @@ class DistillationTask(TrainingTask):
                 losses[stream] = losses.get(stream, 0) + result[term] * share
         return losses
 
-    def teacher_logits(self, images: Tensor, epoch: int, indices: Tensor) -> Tensor | None:
-        """The teacher's logits (N, C), from its cache if they are there; None without a teacher.
+    def teacher_logits(self, images: Tensor, epoch: int, indices: Tensor) -> Tensor | tuple[Tensor, ...] | None:
+        """The teacher's logits (N, C) of each view, from its cache if they are there; None without a teacher.
 
         `indices` (N,) are the images' indices in the data set.
         """
         if self.teacher is None:
             return None
         with self.autocast():
-            return self.teacher.cached(images, epoch, indices)
+            views = self.split_views(images)
+            return self.one_or_both([self.teacher.cached(view, epoch, indices) for view in views])
 
     def schedule(self, progress: float) -> dict[str, float]:
         """Scheduled values at `progress`, for the log: K of the top-k mask."""

@@ -35,6 +35,9 @@ METHODS = {
         *["KD.LOSS.NAME", "dkd", "SOLVER.MOMENTA", "auto", "SOLVER.GSNR.PERIOD", 1, "SOLVER.GSNR.WINDOW", 6],
     ],
     "images on the device": ["DATA.RESIDENT", True, "DATA.AUGMENTATION", "cifar"],
+    "two views": [
+        *["KD.LOSS.NAME", "mlkd", "DATA.VIEWS", 2, "SOLVER.OPTIMIZER", "deepkd_sgd", "DATA.AUGMENTATION", "cifar"],
+    ],
     "adamw": ["KD.LOSS.NAME", "kd", "SOLVER.OPTIMIZER", "stream_adamw", "SOLVER.BASE_LR", 1e-3],
 }
 

@@ -39,6 +39,15 @@ METHODS: dict[str, tuple[list, set[str], int]] = {  # options, terms beside the 
         3,
     ),
     "stream_adamw": (["KD.LOSS.NAME", "dkd", "SOLVER.OPTIMIZER", "stream_adamw"], {"tckd", "nckd"}, 2),
+    "mlkd": (["KD.LOSS.NAME", "mlkd", "DATA.VIEWS", 2], {"tckd", "nckd", "class", "batch"}, 1),
+    "deepkd over crld": (
+        [
+            *["KD.LOSS.NAME", "crld", "DATA.VIEWS", 2, "KD.LOSS.CRLD.WITHIN_THRESHOLD", 0.0],
+            *["SOLVER.OPTIMIZER", "deepkd_sgd", "KD.LOSS.TWO_VIEW.DECOUPLED", True],
+        ],
+        {"within_tckd", "within_nckd", "cross_tckd", "cross_nckd"},
+        2,
+    ),
     "timm's lamb": (["KD.LOSS.NAME", "dkd", "SOLVER.OPTIMIZER", "lamb"], {"tckd", "nckd"}, 1),
 }
 
