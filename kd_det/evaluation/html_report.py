@@ -1,0 +1,137 @@
+"""The report of detectors: AP by size and by class, cost, curves, and pictures of what they find."""
+
+import logging
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, median
+
+from kd_core.utils.report.page import Section, render_page
+from kd_core.utils.report.runs import Run, complete_groups, finite, lookup, read_run
+from kd_core.utils.report.sections import (
+    common_notes,
+    curves_section,
+    origin_section,
+    results_section,
+    seconds_text,
+    seeds_section,
+)
+from kd_core.utils.report.tables import Cell, Metric, Number, Table, group_cell
+
+logger = logging.getLogger(__name__)
+AP = "bbox/AP"
+NAMES = {
+    "AP": "AP",
+    "AP50": "AP50",
+    "AP75": "AP75",
+    "APs": "AP small (below 32² px)",
+    "APm": "AP medium",
+    "APl": "AP large (above 96² px)",
+}
+CURVES = {
+    "Average precision": r"(.+/)?bbox/AP(50|75)?",
+    "Losses": r"total_loss|loss_(?!scale).+",
+    "Distillation and optimizer": r"topk/K|momentum/.+|grad_norm/.+|gsnr/.+|loss_scale|lr",
+}
+LATENCY = re.compile(r"Total inference pure compute time: .* \(([0-9.]+) s / (?:iter|img) per device")
+
+
+def read_detector_run(folder: Path) -> Run:
+    """A detector's training."""
+    run = read_run(folder)
+    run.max_iter = lookup(run.config, "SOLVER", "MAX_ITER", default=0)
+    return run
+
+
+def detector_page(runs: Sequence[Run], title: str, baseline: str | None = None, reload_seconds: int = 0) -> str:
+    """The page about `runs`, whose roles are assigned."""
+    prefixes = evaluation_prefixes(runs)
+    main = f"{prefixes[0]}/AP" if prefixes else AP
+    metrics = [metric for prefix in prefixes for metric in precision_metrics(prefix)]
+    text = ["AP in per cent, COCO's definition."] if metrics else ["No run has been evaluated yet."]
+    groups = complete_groups(runs, main)
+    sections = [results_section(groups, metrics + COST, text)]
+    sections += [section for prefix in prefixes if (section := class_section(groups, prefix))]
+    sections += [
+        curves_section(groups, CURVES),
+        seeds_section(runs, metrics[:3], main, baseline),
+        origin_section(runs),
+    ]
+    return render_page(title, sections, common_notes(runs, main, "AP"), reload_seconds)
+
+
+def evaluation_prefixes(runs: Sequence[Run]) -> list[str]:
+    """What stands before /AP: "bbox"; "ema/bbox" for the moving average; a data set's name where there are several."""
+    keys = dict.fromkeys(key for run in runs for key in run.scalars() if key.endswith(AP))
+    return sorted(
+        (key.removesuffix("/AP") for key in keys), key=lambda prefix: ("ema/" in prefix, prefix != "bbox")
+    )
+
+
+def precision_metrics(prefix: str) -> list[Metric]:
+    where = prefix.removesuffix("bbox").strip("/").replace("ema", "moving average")
+    return [Metric(f"{label}, {where}" if where else label, f"{prefix}/{name}") for name, label in NAMES.items()]
+
+
+def class_section(groups: dict[str, list[Run]], prefix: str) -> Section | None:
+    """AP by class, the largest remaining gap to the teacher first; without a teacher the lowest AP first."""
+    runs = [run for group in groups.values() for run in group]
+    start = f"{prefix}/AP-"
+    keys = dict.fromkeys(key for run in runs for key in run.scalars())
+    names = [key.removeprefix(start) for key in keys if key.startswith(start)]
+    if not names:
+        return None
+    teacher = next((group for group in groups.values() if group[0].role == "teacher"), None)
+    students = [group for group in groups.values() if group[0].role != "teacher"] or list(groups.values())
+    best = max(students, key=lambda group: mean_of(group, f"{prefix}/AP", -math.inf))
+    rows = []
+    for name in names:
+        metric = Metric(name, start + name)
+        own = mean_of(best, metric.key, math.nan)
+        gap = mean_of(teacher, metric.key, math.nan) - own if teacher else -own
+        cells: list[Cell] = [group_cell(metric, group) for group in groups.values()]
+        if teacher:
+            cells.append([Number(gap, f"{gap:+.2f}")] if math.isfinite(gap) else ["–"])
+        rows.append((-gap if math.isfinite(gap) else math.inf, name, cells))
+    rows.sort(key=lambda row: row[0])
+    if teacher:
+        order = f"The gap is the teacher's AP less that of {best[0].title}; the largest stands first."
+    else:
+        order = f"The lowest AP of {best[0].title} stands first."
+    header = ["class", *groups, *(["gap"] if teacher else [])]
+    absent = " NaN: the class has no ground truth, or nothing was detected."
+    table = Table(header, [(name, cells) for _, name, cells in rows], order + absent, paged=20)
+    return Section("By class" if prefix == "bbox" else f"By class, {prefix}", [], [table])
+
+
+def mean_of(runs: Sequence[Run], key: str, otherwise: float) -> float:
+    values = finite(run.last(key) for run in runs)
+    return mean(values) if values else otherwise
+
+
+def latency(run: Run) -> float | None:
+    """Seconds of the model for one image in the last evaluation, from log.txt."""
+    path = run.folder / "log.txt"
+    found = LATENCY.findall(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else []
+    return float(found[-1]) if found else None
+
+
+def iteration_seconds(run: Run) -> float | None:
+    times = run.series("time")[1]
+    return median(times) if times else None
+
+
+def training_seconds(run: Run) -> float | None:
+    """Time in iterations, without evaluation and start-up."""
+    times = run.series("time")[1]
+    return mean(times) * (min(run.iteration + 1, run.max_iter) or run.iteration + 1) if times else None
+
+
+COST = [
+    Metric("parameters", value=lambda run: run.info.get("parameters"), show=lambda count: f"{count / 1e6:.2f} M"),
+    Metric("GFLOPs (multiply-adds of an image)", value=lambda run: run.info.get("gflops"), digits=1),
+    Metric("latency of an image, ms", value=lambda run: (s := latency(run)) and 1000 * s, digits=1),
+    Metric("seconds per iteration (median)", value=iteration_seconds, digits=3),
+    Metric("training time, in iterations", value=training_seconds, show=seconds_text),
+]

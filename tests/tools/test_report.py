@@ -1,0 +1,167 @@
+"""The page about trainings: its figures are those of metrics.json, it needs no network, and it says what is missing."""
+
+import base64
+import json
+import math
+import statistics
+
+import pytest
+
+from helpers.report_runs import Page, write_run
+
+
+@pytest.fixture
+def report(load_tool, tmp_path):
+    """`report(folder, …, *options)`: the page that the command writes."""
+    tool = load_tool("report")
+
+    def make(*words: object) -> Page:
+        html = tmp_path / "page" / "report.html"
+        tool.main([*map(str, words), "--html", str(html)])
+        return Page(html.read_text(encoding="utf-8"))
+
+    return make
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Teacher, plain student and DKD student."""
+    teacher = write_run(tmp_path / "teacher", 60)
+    return teacher, write_run(tmp_path / "plain", 40), write_run(tmp_path / "dkd", 45, teacher=teacher)
+
+
+def last_values(folder) -> dict[str, float]:
+    values: dict[str, float] = {}
+    for line in (folder / "metrics.json").read_text().splitlines():
+        values |= json.loads(line)
+    return values
+
+
+def test_every_number_of_a_run_equals_metrics_json_to_the_last_digit(report, three):
+    page = report(*three)
+    compared = 0
+    for (key, folder), shown in page.numbers.items():
+        if not folder:
+            continue
+        expected = next(last_values(run)[key] for run in three if str(run) == folder)
+        for value, text in shown:
+            assert value == expected or (math.isnan(value) and math.isnan(expected))
+            assert text == ("NaN" if math.isnan(expected) else f"{expected:.2f}")
+            compared += 1
+    assert compared == 3 * 9  # AP, AP50, AP75, by size and three classes of three runs
+
+
+def test_teacher_plain_and_student_stand_side_by_side(report, three):
+    page = report(*three)
+    assert page.rows[0] == ["", "teacher", "plain", "DKD"]
+    assert page.rows[1] == ["AP", "60.14", "40.14", "45.14"]
+
+
+def test_classes_are_sorted_by_the_gap_that_remains_to_the_teacher(report, three, tmp_path):
+    lines = [json.loads(line) for line in (three[2] / "metrics.json").read_text().splitlines()]
+    lines[-1] |= {"bbox/AP-zero": 50.0, "bbox/AP-one": 20.0, "bbox/AP-two": math.nan}
+    student = write_run(tmp_path / "other" / "dkd", teacher=three[0], lines=lines)
+    rows = report(three[0], student).rows
+    first = next(index for index, row in enumerate(rows) if row[0] == "class")
+    assert [row[0] for row in rows[first + 1 : first + 4]] == ["one", "zero", "two"]
+    assert [row[-1] for row in rows[first + 1 : first + 4]] == ["+42.72", "+10.14", "–"]
+
+
+def test_the_page_loads_nothing_from_elsewhere_and_every_picture_is_a_whole_svg(report, three):
+    page = report(*three)
+    assert all(address.startswith(("data:", "#")) for address in page.addresses)
+    assert len(page.images) >= 6
+    for image in page.images:
+        svg = base64.b64decode(image.removeprefix("data:image/svg+xml;base64,")).decode()
+        assert svg.rstrip().endswith("</svg>") and "prefers-color-scheme:dark" in svg
+
+
+def test_there_is_a_curve_of_ap_of_every_term_of_k_and_of_the_momenta(report, three):
+    text = report(*three).text
+    assert all(key in text for key in ("bbox/AP", "total_loss", "loss_cls", "loss_kd_tckd", "topk/K", "momentum/tcg"))
+
+
+def test_the_teacher_of_a_student_joins_it(report, three):
+    assert report(three[2]).rows[0] == ["", "teacher", "DKD"]
+
+
+def test_seeds_give_mean_std_and_paired_differences(report, three, tmp_path):
+    levels = {"plain": (40, 41, 43), "dkd": (44, 47, 46)}
+    folders = [
+        write_run(tmp_path / "seeds" / f"{name}_{seed}", level, seed, teacher=three[0] if name == "dkd" else None)
+        for name, of_seed in levels.items()
+        for seed, level in enumerate(of_seed)
+    ]
+    page = report(*folders)
+    assert page.rows[0] == ["", "teacher", "plain (3 runs)", "DKD (3 runs)"]
+    spread = statistics.stdev(levels["plain"])
+    assert page.rows[1][2] == f"{statistics.mean(levels['plain']) + math.sqrt(2) / 10:.2f} ± {spread:.2f}"
+    paired = next(row for row in page.rows if row[1:2] == ["3 (0, 1, 2)"])
+    assert paired[0] == "DKD" and paired[2].startswith("+4.33 ± 1.53 · 3 of 3")
+    assert "paired" not in page.text and "Difference to plain with the same seed" in page.text
+    with pytest.raises(SystemExit, match="--baseline KD: the runs' methods are teacher, plain, DKD"):
+        report(*folders, "--baseline", "KD")
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(report, tmp_path):
+    folders = [write_run(tmp_path / "short", 40), write_run(tmp_path / "long", 41, 1, max_iter=80)]
+    assert report(*folders).rows[0] == ["", "plain [short]", "plain [long]"]
+
+
+def test_an_unfinished_run_is_said_to_be_one_and_left_out_of_the_mean(report, tmp_path):
+    lines = [{"iteration": 9, "total_loss": 1.0}, {"iteration": 19, "total_loss": 0.9}]
+    folders = [write_run(tmp_path / f"plain_{seed}", 40, seed) for seed in range(2)]
+    stopped = write_run(tmp_path / "plain_2", seed=2, lines=lines)
+    page = report(*folders, stopped)
+    assert page.rows[0][1] == "plain (2 runs)"
+    assert "plain, plain_2 is unfinished: 20 of 40 iterations. It has no AP yet." in page.text
+    alone = report(stopped)
+    assert "No run has been evaluated yet." in alone.text and "No teacher is among the runs" in alone.text
+
+
+def test_a_run_without_a_line_still_gives_a_page(report, tmp_path):
+    page = report(write_run(tmp_path / "new", lines=[]))
+    assert "is nothing logged" not in page.text and "has logged nothing" in page.text
+
+
+def test_nan_is_said(report, tmp_path):
+    lines = [
+        {"iteration": 9, "loss_cls": 1.0},
+        {"iteration": 19, "loss_cls": math.nan},
+        {"iteration": 40, "loss_cls": 1.0, "bbox/AP": math.nan},
+    ]
+    page = report(write_run(tmp_path / "plain", lines=lines))
+    assert "AP is NaN. Not one detection" in page.text and "not finite at some iteration: loss_cls" in page.text
+    assert page.rows[1] == ["AP", "NaN"]
+
+
+def test_a_line_that_is_being_written_is_no_obstacle(report, three):
+    with open(three[1] / "metrics.json", "a") as file:
+        file.write('{"iteration": 41, "bbox/AP": 1')
+    assert report(*three).rows[1] == ["AP", "60.14", "40.14", "45.14"]
+
+
+def test_command_versions_seed_and_commit_are_named(report, tmp_path):
+    info = {"command": "python tools/train_net.py --x", "commit": "0123abc", "versions": {"torch": "2.9"}}
+    text = report(write_run(tmp_path / "plain", seed=7, info=info)).text
+    assert all(word in text for word in ("python tools/train_net.py --x", "0123abc", "torch 2.9", "seed 7"))
+
+
+def test_of_an_older_run_the_log_says_it(report, tmp_path):
+    folder = write_run(tmp_path / "plain")
+    (folder / "log.txt").write_text("Python      3.11.7 (main)\nPyTorch     2.9.1+cpu\nCommand line arguments: Space(a=1)\n")
+    text = report(folder).text
+    assert "Space(a=1)" in text and "python 3.11.7, torch 2.9.1+cpu" in text and "not recorded" in text
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: folder / "nowhere", "there is no folder .*nowhere"),
+        (lambda folder: folder, "is no OUTPUT_DIR of a training: it has no config.yaml"),
+    ],
+    ids=["no folder", "another folder"],
+)
+def test_what_is_no_training_is_said_in_one_line(report, tmp_path, make, message):
+    with pytest.raises(SystemExit, match=f"^report: .*{message}"):
+        report(make(tmp_path))

@@ -1,0 +1,89 @@
+#!/usr/bin/env python
+"""One HTML page about trainings, finished or running: results, curves, pictures, and how they were made.
+
+    tools/report.py output/digits/teacher output/digits/baseline output/digits/dkd --html report.html
+    tools/report.py output/table/* --baseline KD --html table.html   # methods × seeds: mean ± std, paired differences
+    tools/report.py output/digits/cls_dkd --html classifier.html     # a classifier's; with SEEDS all of its seeds
+
+Every OUTPUT is an OUTPUT_DIR, all of detectors or all of classifiers; a student's teacher joins them where its own
+OUTPUT_DIR still lies beside its weights. The page needs no network and can be sent on as it is.
+"""
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+
+from kd_core.utils.errors import UserError, exit_on_user_error
+from kd_core.utils.report.page import write_page
+from kd_core.utils.report.runs import Run, assign_roles, by_title, lookup, read_run, teacher_folder
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("outputs", nargs="+", type=Path, metavar="OUTPUT", help="a training's OUTPUT_DIR")
+    parser.add_argument("--html", type=Path, required=True, help="the page to write")
+    parser.add_argument("--title", help="default: the runs' names")
+    parser.add_argument("--baseline", help="method that the others are compared with, as the page calls it: plain, DKD")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+    exit_on_user_error("report", lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> None:
+    warnings.filterwarnings("ignore", category=UserWarning)
+    folders = with_teachers(each_run(options.outputs))
+    kinds = {kind_of(read_run(folder)) for folder in folders}
+    if len(kinds) > 1:
+        raise UserError("detectors and classifiers are among the runs: make a report of each")
+    # detectron2 takes seconds to import, and a machine for classifiers may not have it
+    if kinds == {"detector"}:
+        from kd_det.analysis.flops import measure_cost
+        from kd_det.evaluation.html_report import detector_page as make_page
+        from kd_det.evaluation.html_report import read_detector_run as read
+    else:
+        from kd_cls.report import classifier_page as make_page
+        from kd_cls.report import read_classifier_run as read
+    runs = assign_roles(read(folder) for folder in folders)
+    if kinds == {"detector"}:
+        measure_cost(runs)
+    title = options.title or ", ".join(by_title(runs))
+    write_page(options.html, make_page(runs, title, options.baseline))
+    print(f"{len(runs)} runs: {options.html} ({options.html.stat().st_size / 1e6:.1f} MB)")
+
+
+def each_run(outputs: list[Path]) -> list[Path]:
+    """The folders, that of a training with SEEDS replaced by those of its seeds.
+
+    Raises:
+        UserError: there is no such folder, or no training in it.
+    """
+    folders = []
+    for output in outputs:
+        if not output.is_dir():
+            raise UserError(f"there is no folder {output}")
+        seeds = sorted(path.parent for path in output.glob("seed_*/config.yaml"))
+        folders += seeds or [output]
+    return list(dict.fromkeys(folders))
+
+
+def with_teachers(folders: list[Path]) -> list[Path]:
+    """The folders, and before them those of the students' teachers that are trainings of ours."""
+    found = list(folders)
+    for folder in folders:
+        teacher = teacher_folder(read_run(folder))
+        if teacher and (teacher / "metrics.json").is_file() and teacher not in {each.resolve() for each in found}:
+            found.insert(0, teacher)
+    return found
+
+
+def kind_of(run: Run) -> str:
+    """Which package trained it: detectron2's configs have META_ARCHITECTURE."""
+    return "detector" if lookup(run.config, "MODEL", "META_ARCHITECTURE") else "classifier"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
