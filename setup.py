@@ -40,6 +40,6 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["kd_core*", "kd_det*", "kd_cls*"]),
     package_data={"kd_core.utils.report": ["page.html"]},
-    install_requires=["torch>=2.6", "fvcore", "numpy"],
+    install_requires=["torch>=2.6", "fvcore", "numpy", "PyYAML"],
     extras_require={"det": DET, "cls": CLS, "dev": DET + CLS + DEV, **EXTRA},
 )

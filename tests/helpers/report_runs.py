@@ -42,7 +42,7 @@ def finished_lines(level: float, max_iter: int, distilled: bool = False) -> list
     """metrics.json of a training that was evaluated at its half and at its end."""
     terms = {"loss_kd_tckd": 0.123456789, "topk/K": 3.0, "momentum/tcg": 0.825} if distilled else {}
     lines = [
-        {"iteration": i, "time": 0.25, "lr": 0.01, "total_loss": 2 - i / max_iter, "loss_cls": 1 - i / max_iter, **terms}
+        {"iteration": i, "time": 0.25, "total_loss": 2 - i / max_iter, "loss_cls": 1 - i / max_iter, **terms}
         for i in range(9, max_iter, 10)
     ]
     lines[len(lines) // 2]["bbox/AP"] = level / math.pi

@@ -149,7 +149,8 @@ def test_command_versions_seed_and_commit_are_named(report, tmp_path):
 
 def test_of_an_older_run_the_log_says_it(report, tmp_path):
     folder = write_run(tmp_path / "plain")
-    (folder / "log.txt").write_text("Python      3.11.7 (main)\nPyTorch     2.9.1+cpu\nCommand line arguments: Space(a=1)\n")
+    log = "Python      3.11.7 (main)\nPyTorch     2.9.1+cpu\nCommand line arguments: Space(a=1)\n"
+    (folder / "log.txt").write_text(log)
     text = report(folder).text
     assert "Space(a=1)" in text and "python 3.11.7, torch 2.9.1+cpu" in text and "not recorded" in text
 

@@ -74,7 +74,8 @@ def group_cell(metric: Metric, runs: Sequence[Run]) -> Cell:
         return ["–"]
     if len(values) == 1:
         run, value = values[0]
-        return [Number(value, metric.text(value), metric.key, str(run.folder))]
+        source = (metric.key, str(run.folder)) if metric.key else ()
+        return [Number(value, metric.text(value), *source)]
     numbers = finite(value for _, value in values)
     if len(numbers) < len(values):
         return [f"NaN in {len(values) - len(numbers)} of {len(values)} runs" if numbers else "NaN"]
