@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint bench verify-gpu clean
 
 setup: $(INSTALLED)
 
@@ -28,6 +28,10 @@ lint: setup
 # PEER_DEEPKD, PEER_MDISTILLER, IMAGES_JSON, IMAGES_DIR: benchmarks/run.py says what they are.
 bench: setup
 	$(BIN)/python benchmarks/run.py
+
+# On a machine with a GPU: which keys that change only speed are safe there, and what they gain. At most 20 minutes.
+verify-gpu: setup
+	$(BIN)/python tools/verify_gpu.py
 
 clean:
 	rm -rf .venv build *.egg-info

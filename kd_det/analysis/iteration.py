@@ -16,10 +16,7 @@ from kd_det.engine.trainer import DistillationTrainer
 
 @dataclass
 class Iteration:
-    """The training step of a config on a few batches that stay in memory; calling it runs one iteration.
-
-    The learning rate is 0: every iteration does all its work, and the weights cannot diverge without a schedule.
-    """
+    """The training step of a config on a few batches that stay in memory; calling it runs one iteration."""
 
     model: nn.Module
     batches: list[list[dict[str, Any]]]
@@ -38,11 +35,14 @@ class Iteration:
             return function()
 
 
-def build_iteration(cfg: CfgNode, batches: int = 4) -> Iteration:
-    """The iteration of `cfg`, with `batches` micro-batches of its training data in memory."""
+def build_iteration(cfg: CfgNode, batches: int = 4, learning_rate: float = 0.0) -> Iteration:
+    """The iteration of `cfg`, with `batches` micro-batches of its training data in memory.
+
+    There is no schedule. At learning rate 0 every iteration does all its work, and the weights cannot diverge.
+    """
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.SOLVER.BASE_LR = 0.0
+    cfg.SOLVER.BASE_LR = learning_rate
     data = list(itertools.islice(iter(DistillationTrainer.build_train_loader(cfg)), batches))
     model = DistillationTrainer.build_model(cfg).train()
     if hasattr(model, "load_teacher"):

@@ -123,7 +123,7 @@ def test_twenty_recorded_steps_are_twenty_steps(method: str, tiny: Callable, pro
     assert graph.captures >= 1 and graph.recorder.warm_ups + graph.captures < STEPS
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("method", METHODS)
 def test_twenty_steps_of_cuda_graphs_are_twenty_steps(method: str, tiny: Callable, tmp_path: Path) -> None:
     graphed, eager = graphed_and_eager(tiny, tmp_path, Process(torch.device("cuda")), METHODS[method])

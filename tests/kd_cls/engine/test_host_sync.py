@@ -250,7 +250,7 @@ def test_what_reads_by_design_is_known_by_name(tiny: Callable, process: Process)
     assert (readers(adamw) | readers(lamb)) - ON_THE_CPU_ALONE == BY_DESIGN
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("method", METHODS)
 def test_cuda_itself_sees_no_wait_in_a_step(method: str, settings: str, tiny: Callable) -> None:

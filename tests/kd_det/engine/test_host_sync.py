@@ -117,7 +117,7 @@ def test_losses_of_several_micro_batches_are_averaged_on_the_host():
     assert means == {"a": 0.75, "b": 1.0} and not means["a"].requires_grad
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.gpu
 def test_on_cuda_a_copy_is_of_the_values_at_the_time_and_reading_it_waits_for_no_more():
     loss = torch.full((), 3.0, device="cuda")
     copied = AsyncScalars({"loss": loss})

@@ -19,7 +19,7 @@ def test_the_teacher_comes_after_the_student_on_the_cpu_and_its_maps_are_made_on
     assert order == ["student", "teacher"]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("proposals", ["student", "student+teacher"])
 def test_on_cuda_the_losses_and_gradients_are_those_without_a_second_stream(
     tiny_model, batch, storage, monkeypatch, proposals
@@ -40,7 +40,7 @@ def test_on_cuda_the_losses_and_gradients_are_those_without_a_second_stream(
     torch.testing.assert_close(ours_grad, plain_grad, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.gpu
 def test_on_cuda_features_of_the_second_stream_are_those_of_the_current_one(tiny_model, batch):
     model = tiny_model(*DKD).cuda()
     model.load_teacher()
