@@ -12,7 +12,7 @@ README = PAGES[0].read_text(encoding="utf-8")
 LINK = re.compile(r"\]\((?!https?://|#|mailto:)([^)#\s]+)")
 CONFIG = re.compile(r"(?<![\w/])configs/[\w/.-]+\.yaml\b")
 SCRIPT = re.compile(r"(?<![\w/])(?:tools|kd_cls|benchmarks)/\w+\.py\b")
-MAKE = re.compile(r"^ +make (\w+)", re.MULTILINE)
+MAKE = re.compile(r"^ +make ([\w-]+)", re.MULTILINE)
 
 
 def ids(path: Path) -> str:

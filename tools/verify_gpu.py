@@ -20,6 +20,7 @@ Exit status: 0, 1 if a test fails or a fast path fails or differs, 2 without a G
 import argparse
 import json
 import logging
+import math
 import statistics
 import subprocess
 import sys
@@ -152,7 +153,6 @@ class ClassifierRun:
         from kd_cls.checks import check_config
         from kd_cls.config import load_cfg
         from kd_cls.distributed import Process
-        from kd_cls.engine.cuda_graph import check_device
 
         pixels, images = self.sizes[device]
         common = f"DEVICE {device} OUTPUT_DIR {work} MODEL.NAME cifar_resnet8x4 KD.TEACHER.NAME cifar_resnet32x4"
@@ -160,10 +160,9 @@ class ClassifierRun:
         common += f" DATA.AUGMENTATION none KD.TEACHER.ALLOW_RANDOM True KD.LOSS.WARMUP_EPOCHS 0 SOLVER.BASE_LR {lr}"
         common += " SOLVER.SCHEDULE.NAME constant SOLVER.EPOCHS 1e6"
         cfg = load_cfg(str(self.config), ["KD.TEACHER.CONFIG_FILE", "", *common.split(), *words])
-        check_config(cfg, world_size=1)
-        if cfg.SOLVER.CUDA_GRAPH:
-            check_device(torch.device(device))
-        self.trainer = build_trainer(cfg, Process(torch.device(device)))
+        process = Process(torch.device(device))
+        check_config(cfg, process)
+        self.trainer = build_trainer(cfg, process)
         self.task = self.trainer.task.train()
         self.model = self.task.trainable_module
         self.batches = [(images.clone(), target.clone()) for images, target in self.trainer.loaders.train]
@@ -247,7 +246,8 @@ class Differences:
         logits = max(float((a.logits[k] - z).abs().max() / z.std()) for k, z in b.logits.items())
         losses = [abs(x - y) / abs(y) for x, y in zip(a.losses, b.losses, strict=True)]
         moved = (b.end - b.start).norm()
-        return cls(logits, losses[0], max(losses), float((a.end - b.end).norm() / moved))
+        finite = all(math.isfinite(loss) for loss in losses)  # max() may pass over a NaN
+        return cls(logits, losses[0], max(losses) if finite else math.nan, float((a.end - b.end).norm() / moved))
 
     def within(self, tolerance: float, noise: "Differences") -> bool:
         """Whether rounding explains them; False for NaN."""
