@@ -106,6 +106,29 @@ def test_every_pair_of_the_papers_has_its_five_configs_with_their_numbers(teache
             assert (1, w1, w2, 5) == (loss.GDKD.W0, loss.GDKD.W1, loss.GDKD.W2, loss.GDKD.K)
 
 
+@pytest.mark.parametrize(("teacher", "student"), PAIRS)
+def test_every_pair_has_its_configs_of_two_views_with_the_released_numbers(teacher: str, student: str) -> None:
+    light = student in ("mobilenetv2", "shufflev1", "shufflev2")
+    for method in ("mlkd", "crld", "deepkd_mlkd", "deepkd_crld"):
+        cfg = load_cfg(f"configs/CIFAR100/{method}_{teacher}_{student}.yaml")
+        assert f"cifar_{student}" == cfg.MODEL.NAME and cfg.KD.TEACHER.CONFIG_FILE.endswith(f"/teacher_{teacher}.yaml")
+        solver, loss = cfg.SOLVER, cfg.KD.LOSS
+        assert (2, method.split("_")[-1], 64) == (cfg.DATA.VIEWS, loss.NAME, solver.IMS_PER_BATCH)
+        deep = method.startswith("deepkd")
+        assert ("deepkd_sgd" if deep else "sgd") == solver.OPTIMIZER
+        assert deep == loss.TOPK.ENABLED == loss.TWO_VIEW.DECOUPLED
+        if loss.NAME == "mlkd":
+            assert (solver.EPOCHS, solver.SCHEDULE.MILESTONES) == (480, [300, 360, 420])
+            assert loss.MLKD.TEMPERATURES == [4, 3, 5, 2, 6]
+        else:
+            assert (240, 0.01 if light else 0.05) == (solver.EPOCHS, solver.BASE_LR)
+            assert (loss.TEMPERATURE, loss.CRLD.WITHIN_THRESHOLD, loss.CRLD.CROSS_THRESHOLD) == (4, 0.9, 0.2)
+        if method == "mlkd":
+            assert (0.01 if light else 0.025, 0.5, 0.5) == (solver.BASE_LR, cfg.KD.TASK_WEIGHT, loss.MLKD.WEIGHT)
+        if method == "crld":
+            assert (cfg.KD.TASK_WEIGHT, loss.CRLD.WITHIN_WEIGHT, loss.CRLD.CROSS_WEIGHT) == (1, 2, 0.5)
+
+
 @pytest.mark.parametrize(("student", "beta", "w"), [("resnet34_resnet18", 0.5, 1), ("resnet50_mobilenetv1", 2, 2)])
 def test_imagenet_has_the_papers_numbers(student: str, beta: float, w: float) -> None:
     for method in ("kd", "dkd", "gdkd", "deepkd", "deepkd_kd", "aekt", "dot"):
@@ -121,7 +144,7 @@ def test_imagenet_has_the_papers_numbers(student: str, beta: float, w: float) ->
 
 
 def test_no_config_sets_a_key_of_another_loss() -> None:
-    groups = {"dkd": "DKD", "gdkd": "GDKD", "gdkd3": "GDKD3", "aekt": "AEKT"}
+    groups = {"dkd": "DKD", "gdkd": "GDKD", "gdkd3": "GDKD3", "aekt": "AEKT", "mlkd": "MLKD", "crld": "CRLD"}
     for path in CONFIGS:
         own = groups.get(load_cfg(str(path)).KD.LOSS.NAME)
         for group in set(groups.values()) - {own}:
