@@ -1,6 +1,5 @@
 """The report of detectors: AP by size and by class, cost, curves, and pictures of what they find."""
 
-import logging
 import math
 import re
 from collections.abc import Sequence
@@ -18,8 +17,8 @@ from kd_core.utils.report.sections import (
     seeds_section,
 )
 from kd_core.utils.report.tables import Cell, Metric, Number, Table, group_cell
+from kd_det.evaluation.pictures import pictures_section
 
-logger = logging.getLogger(__name__)
 AP = "bbox/AP"
 NAMES = {
     "AP": "AP",
@@ -54,6 +53,7 @@ def detector_page(runs: Sequence[Run], title: str, baseline: str | None = None, 
     sections = [results_section(groups, metrics + COST, text)]
     sections += [section for prefix in prefixes if (section := class_section(groups, prefix))]
     sections += [
+        pictures_section(groups, best_student(groups, main)),
         curves_section(groups, CURVES),
         seeds_section(runs, metrics[:3], main, baseline),
         origin_section(runs),
@@ -83,8 +83,7 @@ def class_section(groups: dict[str, list[Run]], prefix: str) -> Section | None:
     if not names:
         return None
     teacher = next((group for group in groups.values() if group[0].role == "teacher"), None)
-    students = [group for group in groups.values() if group[0].role != "teacher"] or list(groups.values())
-    best = max(students, key=lambda group: mean_of(group, f"{prefix}/AP", -math.inf))
+    best = groups[best_student(groups, f"{prefix}/AP")]
     rows = []
     for name in names:
         metric = Metric(name, start + name)
@@ -103,6 +102,12 @@ def class_section(groups: dict[str, list[Run]], prefix: str) -> Section | None:
     absent = " NaN: the class has no ground truth, or nothing was detected."
     table = Table(header, [(name, cells) for _, name, cells in rows], order + absent, paged=20)
     return Section("By class" if prefix == "bbox" else f"By class, {prefix}", [], [table])
+
+
+def best_student(groups: dict[str, list[Run]], key: str) -> str:
+    """The method with the highest mean of `key` among those that are not teachers, if there are any."""
+    titles = [title for title, group in groups.items() if group[0].role != "teacher"] or list(groups)
+    return max(titles, key=lambda title: mean_of(groups[title], key, -math.inf))
 
 
 def mean_of(runs: Sequence[Run], key: str, otherwise: float) -> float:

@@ -1,6 +1,5 @@
 """Pictures of detections: ground truth and several models on one image, side by side."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,17 +12,16 @@ from detectron2.data import transforms as T
 from detectron2.data.detection_utils import read_image
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import Instances
-from detectron2.utils.visualizer import Visualizer
 from PIL import Image, ImageDraw, ImageFont
 
 from kd_core.utils.errors import UserError
 from kd_core.utils.files import write_whole
-from kd_core.utils.rng import preserved_rng, seed_rng
 from kd_det.data import check_datasets, register_datasets
+from kd_det.evaluation.drawing import Canvas
+from kd_det.evaluation.matching import Box, coco_detections, coco_of_records, match_detections
 from kd_det.export import read_student
 from kd_det.modeling.teacher.build import each_teacher, teacher_builders, teacher_config
 
-SMALL_SIDE = 400  # pixels: smaller images are drawn twice as large, for the labels to be read
 TITLE_HEIGHT, TITLE_SIZE, GAP = 24, 14, 6  # pixels
 
 
@@ -79,23 +77,19 @@ def records_of(cfg: CfgNode, name: str, count: int) -> tuple[list[dict[str, Any]
 def side_by_side(
     record: dict[str, Any], metadata: Metadata, detectors: list[Detector], threshold: float
 ) -> Image.Image:
-    """A row of panels: ground truth, then each detector's detections of a score above `threshold`."""
-    rgb = read_image(record["file_name"], "RGB")
-    scale = 2 if max(rgb.shape[:2]) < SMALL_SIDE else 1
-
-    def panel(draw: Callable[[Visualizer], Any]) -> np.ndarray:
-        with preserved_rng():
-            seed_rng(0)  # it draws random colours: the same in every panel
-            return draw(Visualizer(rgb, metadata, scale=scale)).get_image()
-
-    panels = {"ground truth": panel(lambda canvas: canvas.draw_dataset_dict(record))}
+    """A row of panels: ground truth, then each detector's detections of a score above `threshold`: those that are
+    right, those that are wrong, and what it missed.
+    """
+    rgb, names = read_image(record["file_name"], "RGB"), metadata.thing_classes
+    truth = coco_of_records([record], len(names))
+    objects = [Box(tuple(one["bbox"]), one["category_id"]) for one in truth.anns.values() if not one["iscrowd"]]
+    panels = {"ground truth": Canvas(rgb, names).draw_truth(objects)}
     for detector in detectors:
         found = detector.detect(record["file_name"])
-        found = found[found.scores > threshold]
-        panels[f"{detector.title}: {len(found)} above {threshold:g}"] = panel(
-            lambda canvas, found=found: canvas.draw_instance_predictions(found)
-        )
-    return in_a_row(panels)
+        detections = coco_detections(record["image_id"], found[found.scores > threshold])
+        match = match_detections(truth, detections, [record["image_id"]])[record["image_id"]]
+        panels[f"{detector.title}: {match}"] = Canvas(rgb, names).draw_match(match)
+    return in_a_row({title: np.asarray(panel) for title, panel in panels.items()})
 
 
 def in_a_row(panels: dict[str, np.ndarray]) -> Image.Image:

@@ -1,0 +1,177 @@
+"""Pictures of a report: the images on which student and teacher differ most, and how often they agree by class."""
+
+import contextlib
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from PIL import Image
+from pycocotools.coco import COCO
+
+from kd_core.utils.report.page import Figure, Gallery, Section, data_uri
+from kd_core.utils.report.runs import Run, lookup
+from kd_core.utils.report.tables import Cell, Number, Table
+from kd_det.data import register_datasets
+from kd_det.evaluation.drawing import Canvas
+from kd_det.evaluation.matching import Match, match_detections
+
+IMAGES = 6  # pictures
+MATCHED = 500  # of a large data set, the first images
+THRESHOLD = 0.5  # lowest score that counts
+COLUMNS = 4  # models beside each other
+JPEG_WIDTH, JPEG_QUALITY = 480, 85
+RESULTS = Path("inference", "coco_instances_results.json")
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """The images and objects of a data set in COCO's format."""
+
+    truth: COCO
+    folder: Path
+
+    @property
+    def images(self) -> list[int]:
+        return sorted(self.truth.imgs)[:MATCHED]
+
+    @property
+    def names(self) -> list[str]:
+        return [self.truth.cats[number]["name"] for number in sorted(self.truth.cats)]
+
+
+def pictures_section(groups: dict[str, list[Run]], student: str) -> Section:
+    """What each method's first run finds, on the images on which teacher and `student` differ most.
+
+    Without a teacher: the images with most errors of `student`.
+    """
+    section = Section("Pictures")
+    shown, missing = {}, []
+    for title, runs in groups.items():
+        run = next((run for run in runs if (run.folder / RESULTS).is_file()), None)
+        if run is None:
+            missing.append(f"{title}: no detections are saved: {runs[0].folder / RESULTS} is written by an evaluation.")
+        else:
+            shown[title] = run
+    section.text += missing
+    test_set = open_test_set(next(iter(shown.values()))) if shown else None
+    if test_set is None:
+        section.text += ["The test set is not on this machine, so nothing can be drawn."] if shown else []
+        return section
+    titles = [title for title in shown if title == student or shown[title].role != "student"]
+    titles += [title for title in shown if title not in titles]
+    titles = titles[:COLUMNS]
+    matches = {title: matches_of(shown[title], test_set) for title in titles}
+    teacher = next((title for title in titles if shown[title].role == "teacher"), None)
+    student = student if student in matches else titles[-1]
+    section.blocks.append(counts_table(matches, len(test_set.images)))
+    if teacher and teacher != student:
+        section.blocks.append(agreement_table(matches[teacher], matches[student], test_set, student))
+    section.text.append(legend(teacher if teacher != student else None, student))
+    for image in most_telling(matches, teacher, student):
+        gallery = draw_image(test_set, image, {title: matches[title][image] for title in titles})
+        section.blocks += [gallery] if gallery else []
+    return section
+
+
+def legend(teacher: str | None, student: str) -> str:
+    which = f"the images on which teacher and {student} differ most" if teacher else f"{student}'s worst images"
+    return (
+        f"Shown: {which}. Solid: right. Vermilion with ×: wrong. Dashed: missed. Detections with a score above "
+        f"{THRESHOLD:g}, matched as COCO's evaluation does at IoU .5; crowds are left out. A class has one colour."
+    )
+
+
+def open_test_set(run: Run) -> TestSet | None:
+    """The last data set of DATASETS.TEST, whose detections an evaluation leaves; None where it is not here."""
+    names = lookup(run.config, "DATASETS", "TEST", default=[])
+    if not names:
+        return None
+    entries = lookup(run.config, "DATASETS", "REGISTER", default=[])
+    register_datasets(CfgNode({"DATASETS": {"REGISTER": entries}}))
+    metadata = MetadataCatalog.get(names[-1])
+    path, root = metadata.get("json_file", ""), metadata.get("image_root", "")
+    if not path or not Path(path).is_file():
+        return None
+    with contextlib.redirect_stdout(io.StringIO()):
+        return TestSet(COCO(path), Path(root))
+
+
+def matches_of(run: Run, test_set: TestSet) -> dict[int, Match]:
+    detections = json.loads((run.folder / RESULTS).read_text(encoding="utf-8"))
+    above = [found for found in detections if found["score"] > THRESHOLD]
+    return match_detections(test_set.truth, above, test_set.images)
+
+
+def most_telling(matches: dict[str, dict[int, Match]], teacher: str | None, student: str) -> list[int]:
+    """The images with the most differences between teacher and student; without a teacher, with the most errors."""
+
+    def errors(image: int) -> int:
+        own = matches[student][image]
+        if teacher is None or teacher == student:
+            return len(own.wrong) + len(own.missed)
+        other = matches[teacher][image]
+        return len(own.found ^ other.found) + abs(len(own.wrong) - len(other.wrong))
+
+    ranked = sorted(matches[student], key=lambda image: (-errors(image), image))
+    return [image for image in ranked[:IMAGES] if errors(image)]
+
+
+def counts_table(matches: dict[str, dict[int, Match]], images: int) -> Table:
+    """Right, wrong and missed of every model, in all images that were matched."""
+    rows: list[tuple[str, list[Cell]]] = []
+    for name in ("right", "wrong", "missed"):
+        counts = [sum(len(getattr(match, name)) for match in of.values()) for of in matches.values()]
+        rows.append((name, [[Number(count, str(count))] for count in counts]))
+    return Table(["", *matches], rows, f"Boxes in {images} images, with a score above {THRESHOLD:g}.")
+
+
+def agreement_table(
+    teacher: dict[int, Match], student: dict[int, Match], test_set: TestSet, title: str
+) -> Table:
+    """By class: on how many objects teacher and student agree, and which of them finds the others."""
+    rows = []
+    for number in sorted(test_set.truth.cats):
+        objects = test_set.truth.getAnnIds(imgIds=test_set.images, catIds=[number], iscrowd=False)
+        found = [found_in(of).intersection(objects) for of in (teacher, student)]
+        if not objects:
+            continue
+        apart = found[0] ^ found[1]
+        share = 100 * (1 - len(apart) / len(objects))
+        counts = [len(objects), len(found[0] & found[1]), len(found[0] - found[1]), len(found[1] - found[0])]
+        cells = [[Number(share, f"{share:.1f} %")], *([Number(count, str(count))] for count in counts)]
+        rows.append((share, test_set.truth.cats[number]["name"], cells))
+    rows.sort(key=lambda row: row[0])
+    header = ["class", "agree", "objects", "both find", "teacher only", f"{title} only"]
+    caption = "Objects that both find or both miss, the class with least agreement first."
+    return Table(header, [(name, cells) for _, name, cells in rows], caption, paged=10)
+
+
+def found_in(matches: dict[int, Match]) -> set[int]:
+    """Ids of all annotations that a model finds."""
+    return set().union(*(match.found for match in matches.values()))
+
+
+def draw_image(test_set: TestSet, image: int, matches: dict[str, Match]) -> Gallery | None:
+    """Every model's matches on one image; None where the image is not there."""
+    name = test_set.truth.imgs[image]["file_name"]
+    path = test_set.folder / name
+    if not path.is_file():
+        return None
+    with Image.open(path) as opened:
+        rgb = np.asarray(opened.convert("RGB"))
+    figures = []
+    for title, match in matches.items():
+        picture = Canvas(rgb, test_set.names, sorted(test_set.truth.cats)).draw_match(match)
+        figures.append(Figure(title, jpeg(picture), f"{title} on {name}: {match}", str(match)))
+    return Gallery(figures, name, wide=True)
+
+
+def jpeg(picture: Image.Image) -> str:
+    picture.thumbnail((JPEG_WIDTH, 4 * JPEG_WIDTH))
+    buffer = io.BytesIO()
+    picture.save(buffer, format="JPEG", quality=JPEG_QUALITY)
+    return data_uri(buffer.getvalue(), "image/jpeg")
