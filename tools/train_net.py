@@ -14,23 +14,8 @@ detectron2's documentation of its own. Relative paths start at the working folde
 DETECTRON2_DATASETS (./datasets where that is not set). tools/dry_run.py tells what is missing before hours are spent.
 """
 
-import argparse
-from typing import Any
-
-from kd_det.engine.launch import argument_parser, list_keys, run_command, setup
-from kd_det.engine.trainer import DistillationTrainer
-
-
-def main(args: argparse.Namespace) -> Any:
-    if args.list_keys:
-        return print(list_keys(args.config_file, args.opts))
-    cfg = setup(args)
-    if args.eval_only:
-        return DistillationTrainer.evaluate_only(cfg, resume=args.resume)
-    trainer = DistillationTrainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
-    return trainer.train()
-
+from kd_det.engine.launch import argument_parser, run_command
+from kd_det.engine.train import main
 
 if __name__ == "__main__":
     run_command("train_net", main, argument_parser(__doc__).parse_args())

@@ -9,6 +9,8 @@ import yaml
 from PIL import Image
 from pycocotools.coco import COCO
 
+from kd_det.data.voc import EXIF_ORIENTATION
+
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "voc_to_coco.py"
 spec = importlib.util.spec_from_file_location("voc_to_coco", TOOL)
 voc_to_coco = importlib.util.module_from_spec(spec)
@@ -99,7 +101,7 @@ def test_an_image_that_lies_on_its_side_has_the_size_that_detectron2_sees(root: 
 
     file = root / "JPEGImages" / "c.jpg"
     exif = Image.Exif()
-    exif[voc_to_coco.EXIF_ORIENTATION] = 6
+    exif[EXIF_ORIENTATION] = 6
     Image.new("RGB", (100, 80)).save(file, exif=exif)
     image = converted(root, "val")[0]["images"][0]
     assert (image["height"], image["width"]) == read_image(str(file)).shape[:2] == (100, 80)

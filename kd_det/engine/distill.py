@@ -1,0 +1,459 @@
+"""From a trained detector to a smaller one: data, config, forecast, training, export and table, each resumable."""
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
+from tabulate import tabulate
+from torch import nn
+
+from kd_core.utils.config import merge_list
+from kd_core.utils.errors import UserError
+from kd_core.utils.files import write_text
+from kd_det.analysis.cost import measure
+from kd_det.config.defaults import kd_defaults
+from kd_det.config.derive import METHODS, Request, as_yaml, default_weights, derive_student, set_keys
+from kd_det.config.files import merge_file
+from kd_det.data import register_datasets
+from kd_det.data.check import FATAL, check_coco
+from kd_det.data.voc import VocDataset, to_coco
+from kd_det.engine.launch import choose_device
+from kd_det.engine.trainer import DistillationTrainer
+from kd_det.evaluation.report import clock, read_run
+from kd_det.export import read_student, save_plain, save_torchscript
+from kd_det.modeling.backbone.spread import map_spread, suggest_fpn_norm
+from kd_det.modeling.teacher.build import teacher_builders, teacher_config
+
+logger = logging.getLogger(__name__)
+
+SPREAD_IMAGES = 4  # images on which the spread of the feature maps is measured
+LATENCY_RUNS = 5
+UNDECODABLE = ("image that cannot be decoded", "image of another size than the json says")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a detector costs at inference on this machine."""
+
+    parameters: int
+    gflops: float | None  # of one image, multiply-adds; None where they cannot be counted
+    seconds: float  # of one image, median
+
+
+def distill(args: argparse.Namespace) -> None:
+    """The whole way; a step that was finished before is skipped.
+
+    Raises:
+        UserError: what is wrong with the arguments, the teacher or the data, before any training starts.
+    """
+    warnings.simplefilter("ignore")
+    output = Path(args.output)
+    remember_request(output, args)
+    config_file, baseline_file = output / "distill.yaml", output / "baseline.yaml"
+    if not config_file.is_file():
+        cfg = build_config(args, output)
+        write_text(config_file, as_yaml(cfg, header(args, config_file)))
+        say(f"student's config: {config_file} (yours to edit; tools/train_net.py trains it, too)")
+    cfg = read(config_file)
+    choose_device(cfg, args.num_gpus)
+    write_text(baseline_file, as_yaml(without_teacher(read(config_file)), header(args, baseline_file)))
+    costs = forecast(cfg, max(args.num_gpus, 1), args.baseline)
+    results = {"teacher": evaluate_teacher(cfg, output)}
+    for name, file in {"student": config_file, **({"baseline": baseline_file} if args.baseline else {})}.items():
+        train(file, output / name, args.num_gpus)
+        results[name] = figures(output / name)
+    files = export(output / "student", output / "export", args.torchscript)
+    conclude(output, results, costs, files)
+
+
+def remember_request(output: Path, args: argparse.Namespace) -> None:
+    """Refuse a folder in which something else was distilled."""
+    request = {key: value for key, value in vars(args).items() if key not in ("output", "num_gpus", "baseline")}
+    path = output / "distill.json"
+    output.mkdir(parents=True, exist_ok=True)
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [key for key in request if before.get(key) != json.loads(json.dumps(request[key]))]
+        if changed:
+            key = changed[0]
+            raise UserError(
+                f"--output {output} holds another distillation: --{key.replace('_', '-')} was {before.get(key)}, is "
+                f"{request[key]}. Give the same arguments to resume, or another --output"
+            )
+    elif any(output.iterdir()):
+        raise UserError(f"--output {output} is not empty and holds no distillation: give another folder")
+    else:
+        write_text(path, json.dumps(request, indent=1))
+
+
+def build_config(args: argparse.Namespace, output: Path) -> CfgNode:
+    """The derived config, with its data looked at."""
+    teacher_file, teacher_weights = args.teacher
+    asked = kd_defaults()
+    asked.KD.TEACHER.CONFIG_FILE, asked.KD.TEACHER.WEIGHTS = teacher_file, teacher_weights
+    asked.KD.TEACHER.OVERRIDES = list(args.teacher_override or [])
+    if "://" not in teacher_weights and not os.path.isfile(teacher_weights):
+        raise UserError(f"--teacher: there is no weights file {teacher_weights}")
+    teacher = teacher_config(asked, any_classes=True)
+    set_data(teacher, args, output)
+    records = check_data(teacher)
+    weights = default_weights(args.student) if args.student_weights is None else args.student_weights
+    say_weights(args.student, weights)
+    request = Request(
+        student=args.student,
+        method=args.method,
+        scale=args.scale,
+        width=args.width,
+        iterations=args.iterations,
+        epochs=args.epochs,
+        images=records,
+        processes=max(args.num_gpus, 1),
+        batch=args.batch,
+        weights=weights,
+    )
+    cfg = derive_student(teacher, request)
+    cfg.KD.TEACHER.CONFIG_FILE, cfg.KD.TEACHER.WEIGHTS = teacher_file, teacher_weights
+    cfg.KD.TEACHER.OVERRIDES = asked.KD.TEACHER.OVERRIDES
+    cfg.OUTPUT_DIR = str(output / "student")
+    set_neck(cfg)
+    merge_list(cfg, args.options)
+    return cfg
+
+
+def set_data(cfg: CfgNode, args: argparse.Namespace, output: Path) -> None:
+    """The data that the command names, else those of the teacher's config; the number of classes must agree."""
+    splits: dict[str, tuple[str, str]] = {}
+    if args.voc:
+        folder = Path(args.voc)
+        dataset = VocDataset(folder)
+        for split, words in (("train", args.voc_splits[0]), ("val", args.voc_splits[1])):
+            coco, _ = to_coco(dataset, words)
+            path = output / f"{split}.json"
+            write_text(path, json.dumps(coco))
+            splits[split] = (str(path.resolve()), str((folder / "JPEGImages").resolve()))
+    for split in ("train", "val"):
+        if given := getattr(args, split):
+            splits[split] = (str(Path(given[0]).resolve()), str(Path(given[1]).resolve()))
+    if splits and splits.keys() != {"train", "val"}:
+        raise UserError(f"--{next(iter(splits))} is given alone: give both --train JSON IMAGES and --val JSON IMAGES")
+    if splits:
+        names = {split: f"{output.name}_{split}" for split in splits}
+        cfg.DATASETS.REGISTER = [[names[split], *paths] for split, paths in splits.items()]
+        cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (names["train"],), (names["val"],)
+    if not cfg.DATASETS.TRAIN or not cfg.DATASETS.TEST:
+        raise UserError("the teacher's config names no data: give --train JSON IMAGES and --val JSON IMAGES, or --voc")
+
+
+def check_data(cfg: CfgNode) -> int:
+    """Look at every image and box of the COCO json files; returns the number of training images."""
+    register_datasets(cfg)
+    splits = {}
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        if name not in DatasetCatalog:
+            raise UserError(f"the teacher's config trains on {name!r}, which is no data set here: give --train and --val")
+        if name.startswith("digits_"):
+            DatasetCatalog.get(name)  # written when it is first asked for
+        metadata = MetadataCatalog.get(name)
+        if metadata.get("json_file") and metadata.get("image_root"):
+            splits[name] = (metadata.json_file, metadata.image_root)
+    files, together = check_coco(list(splits.values()))
+    for name, file in zip(splits, files, strict=True):
+        say(f"{name}: {len(file.content['images'])} images, {len(file.content['annotations'])} boxes")
+        for line in file.report.lines():
+            say(f"  {line}")
+        broken = [kind for kind in (*FATAL, *UNDECODABLE) if kind in file.report.problems]
+        if broken:
+            raise UserError(
+                f"{name}: {broken[0]} (the first: {file.report.problems[broken[0]][0]}). `tools/check_data.py "
+                f"{file.json_file} {file.image_root} --output cleaned.json` writes a json without it"
+            )
+    for line in together.lines():
+        say(f"  {line}")
+    classes = {
+        name: len(file.content["categories"]) for name, file in zip(splits, files, strict=True)
+    }
+    for name, count in classes.items():
+        if count != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
+            raise UserError(
+                f"the teacher knows {cfg.MODEL.ROI_HEADS.NUM_CLASSES} classes and {name} has {count}: a student learns "
+                "the teacher's classes. Train the teacher on these data first"
+            )
+    return sum(len(DatasetCatalog.get(name)) for name in cfg.DATASETS.TRAIN)
+
+
+def say_weights(student: str, weights: str) -> None:
+    """Where the student's first weights come from, and how to get better ones."""
+    if weights:
+        say(f"{student} starts from ImageNet weights: {weights}")
+    elif not student.endswith((".yaml", ".yml")):
+        say(
+            f"{student} starts from scratch, with norms and a warm-up for that: no ImageNet weights were found here. "
+            "--student-weights timm downloads timm's, --student-weights FILE takes a file (tools/convert_weights.py "
+            "makes them, `efficientnet-lite0` without a hub)"
+        )
+
+
+def set_neck(cfg: CfgNode) -> None:
+    """The FPN norm that suits the spread of the backbone's maps, measured on a few training images."""
+    model = build_model(on_cpu(cfg, loss="none"))
+    bottom_up = getattr(model.backbone, "bottom_up", None)
+    if bottom_up is None:
+        return
+    records = DatasetCatalog.get(cfg.DATASETS.TRAIN[0])[:SPREAD_IMAGES]
+    spread = map_spread(bottom_up, example_images(model, cfg, records), trained=bool(has_weights(cfg)))
+    norm = suggest_fpn_norm(spread)
+    say(
+        "standard deviation of the backbone's maps: "
+        + ", ".join(f"{name} {value:.2g}" for name, value in spread.items())
+        + (f"; MODEL.FPN.NORM {norm}" if norm else "; the FPN needs no norm")
+    )
+    if norm:
+        cfg.MODEL.FPN.NORM = norm
+
+
+def has_weights(cfg: CfgNode) -> bool:
+    return bool(cfg.MODEL.WEIGHTS or cfg.MODEL.TIMM.WEIGHTS or cfg.MODEL.TIMM.PRETRAINED)
+
+
+def example_images(model: nn.Module, cfg: CfgNode, records: list[dict[str, Any]]) -> torch.Tensor:
+    """Normalised training images in one batch, as the student sees them."""
+    inputs = [{"image": read_at_test_size(cfg, record)} for record in records]
+    return model.preprocess_image(inputs).tensor
+
+
+def read_at_test_size(cfg: CfgNode, record: dict[str, Any]) -> torch.Tensor:
+    """An image (3, H, W) at the size of the evaluation."""
+    from detectron2.data import transforms as T
+    from detectron2.data.detection_utils import read_image
+
+    image = read_image(record["file_name"], cfg.INPUT.FORMAT)
+    resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
+    return torch.as_tensor(np.ascontiguousarray(resize.get_transform(image).apply_image(image).transpose(2, 0, 1)))
+
+
+def without_teacher(cfg: CfgNode) -> CfgNode:
+    """The same student and schedule, trained on the labels alone."""
+    set_keys(cfg, {"KD.LOSS.NAME": "none", "SOLVER.OPTIMIZER": "sgd", "SOLVER.STEP": "paper", "SOLVER.MOMENTA": ""})
+    cfg.KD.TEACHER, cfg.KD.LOSS.TOPK = kd_defaults().KD.TEACHER, kd_defaults().KD.LOSS.TOPK
+    cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR).with_name("baseline"))
+    return cfg
+
+
+def on_cpu(cfg: CfgNode, loss: str) -> CfgNode:
+    """A copy for looking at the network only."""
+    copy = cfg.clone()
+    copy.defrost()
+    copy.MODEL.DEVICE, copy.KD.LOSS.NAME = "cpu", loss
+    return copy
+
+
+def forecast(cfg: CfgNode, processes: int, baseline: bool) -> dict[str, Cost]:
+    """Say what will come out, and how long it will take; returns the costs of teacher and student."""
+    register_datasets(cfg)
+    record = DatasetCatalog.get(cfg.DATASETS.TEST[0])[0]
+    teacher_cfg = teacher_config(cfg)
+    with quiet():
+        teacher = teacher_builders(cfg)[0]()
+        student = build_model(on_device(cfg))
+        costs = {
+            "teacher": inference_cost(teacher, read_at_test_size(teacher_cfg, record)),
+            "student": inference_cost(student, read_at_test_size(cfg, record)),
+        }
+        del teacher, student
+        step = measure(cfg, processes, stands_in=False)
+    say(f"\n{cost_table(costs)}")
+    trainings = "two trainings of" if baseline else "training:"
+    say(
+        f"{trainings} {cfg.SOLVER.MAX_ITER} iterations of {cfg.SOLVER.IMS_PER_BATCH} images, about "
+        f"{clock(step.total_seconds)} {'each ' if baseline else ''}on this machine, evaluation not counted\n"
+    )
+    return costs
+
+
+def on_device(cfg: CfgNode) -> CfgNode:
+    """A copy of the student's config without distillation."""
+    copy = on_cpu(cfg, loss="none")
+    copy.MODEL.DEVICE = cfg.MODEL.DEVICE
+    return copy
+
+
+@torch.no_grad()
+def inference_cost(model: nn.Module, image: torch.Tensor) -> Cost:
+    """Parameters, multiply-adds and seconds of one image."""
+    model.eval()
+    inputs = [{"image": image}]
+    times = []
+    for _ in range(LATENCY_RUNS + 1):  # the first one warms up
+        start = time.perf_counter()
+        model(inputs)
+        if next(model.parameters()).is_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return Cost(sum(p.numel() for p in model.parameters()), multiply_adds(model, inputs), float(np.median(times[1:])))
+
+
+def multiply_adds(model: nn.Module, inputs: list[dict[str, torch.Tensor]]) -> float | None:
+    """GFLOPs of one image as detectron2 counts them; None where it cannot trace the network."""
+    try:
+        from detectron2.utils.analysis import FlopCountAnalysis
+
+        counter = FlopCountAnalysis(model, inputs)
+        return counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False).total() / 1e9
+    except Exception as error:  # it traces the network: whatever the network does may fail there
+        logger.debug("GFLOPs cannot be counted: %s", error)
+        return None
+
+
+def cost_table(costs: dict[str, Cost]) -> str:
+    """Parameters, GFLOPs and latency, and the student's share of the teacher's."""
+    rows = [
+        [name, f"{c.parameters / 1e6:.2f} M", "–" if c.gflops is None else f"{c.gflops:.2f}", f"{1000 * c.seconds:.0f}"]
+        for name, c in costs.items()
+    ]
+    return tabulate(rows, ["", "parameters", "GFLOPs", "ms / image"], tablefmt="github", disable_numparse=True)
+
+
+def evaluate_teacher(cfg: CfgNode, output: Path) -> dict[str, float]:
+    """The teacher's AP on the student's test data, evaluated once."""
+    path = output / "teacher" / "results.json"
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    say("evaluating the teacher …")
+    config = teacher_config(cfg)
+    config.DATASETS.TEST, config.OUTPUT_DIR = cfg.DATASETS.TEST, str(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with quiet():
+        results = DistillationTrainer.test(config, teacher_builders(cfg)[0]())
+    found = {f"bbox/{key}": float(value) for key, value in results.get("bbox", {}).items()}
+    write_text(path, json.dumps(found))
+    say(f"teacher: {found.get('bbox/AP', float('nan')):.2f} AP")
+    return found
+
+
+def train(config_file: Path, output: Path, num_gpus: int) -> None:
+    """One training in a process of its own, from its last checkpoint if there is one, unless it is finished."""
+    if (output / "finished").is_file():
+        say(f"{output} is finished")
+        return
+    say(f"training into {output} …")
+    command = [sys.executable, "-m", "kd_det.engine.train", "--config-file", str(config_file), "--resume"]
+    command += ["--num-gpus", str(num_gpus), "OUTPUT_DIR", str(output)]
+    code = subprocess.run(command, env=os.environ | {"PYTHONWARNINGS": "ignore"}).returncode
+    if code:
+        sys.exit(code)  # it has said why
+    write_text(output / "finished", "")
+
+
+def figures(output: Path) -> dict[str, float]:
+    """AP of the last evaluation, and the training time."""
+    run = read_run(output)
+    return {"bbox/AP": run.ap, "bbox/AP50": run.ap50, "bbox/AP75": run.ap75, "training_seconds": run.training_seconds}
+
+
+def export(training: Path, folder: Path, torchscript: bool) -> list[Path]:
+    """The student for plain detectron2, and as TorchScript."""
+    student = read_student(training)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = save_plain(student, folder)
+    if torchscript:
+        with quiet():
+            save_torchscript(student, folder / "student.ts")
+        files.append(folder / "student.ts")
+    return files
+
+
+def conclude(output: Path, results: dict[str, dict], costs: dict[str, Cost], files: list[Path]) -> None:
+    """The table, printed and kept."""
+    rows = []
+    for name, found in results.items():
+        cost = costs["teacher" if name == "teacher" else "student"]
+        seconds = found.get("training_seconds")
+        rows.append(
+            [
+                name,
+                *(f"{found.get(f'bbox/{key}', float('nan')):.2f}" for key in ("AP", "AP50", "AP75")),
+                f"{cost.parameters / 1e6:.2f} M",
+                "–" if cost.gflops is None else f"{cost.gflops:.2f}",
+                f"{1000 * cost.seconds:.0f}",
+                "" if seconds is None else clock(seconds),
+            ]
+        )
+    headers = ["", "AP", "AP50", "AP75", "parameters", "GFLOPs", "ms / image", "training time"]
+    table = tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+    write_text(output / "table.md", table + "\n")
+    summary = {"results": results, "costs": {name: asdict(cost) for name, cost in costs.items()}}
+    write_text(output / "results.json", json.dumps(summary, indent=1))
+    say(f"\n{table}\n\nexported: {', '.join(map(str, files))}; table: {output / 'table.md'}")
+
+
+def read(path: Path) -> CfgNode:
+    """kd_det's config in a file."""
+    cfg = kd_defaults()
+    merge_file(cfg, str(path))
+    return cfg
+
+
+def header(args: argparse.Namespace, path: Path) -> str:
+    """The comment at the head of a derived config."""
+    return (
+        f"# {args.student} from {args.teacher[0]}, derived by tools/distill.py; edit it as you like.\n"
+        f"#   tools/train_net.py --config-file {path}\n"
+    )
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep detectron2's log off the console."""
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(sys.stderr if sys.stderr.isatty() else open(os.devnull, "w")):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def parser(usage: str) -> argparse.ArgumentParser:
+    """The arguments of tools/distill.py."""
+    p = argparse.ArgumentParser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--teacher", nargs=2, required=True, metavar=("CONFIG", "WEIGHTS"), help="a detectron2 yaml or .py")
+    p.add_argument("--teacher-override", nargs="+", metavar="KEY=VALUE", help="overrides of a LazyConfig teacher")
+    p.add_argument("--student", required=True, help="resnet18 …, any model of timm's, or a detectron2 yaml")
+    p.add_argument("--output", required=True, help="folder of everything; the same command resumes there")
+    p.add_argument("--method", default="dkd", help=f"{', '.join(METHODS)} (default: dkd)")
+    p.add_argument("--student-weights", help="'timm', a file, 'efficientnet-lite0' …, '' for none (default: at hand)")
+    p.add_argument("--scale", type=float, default=1.0, help="size of the student's images, of the teacher's")
+    p.add_argument("--width", type=float, default=1.0, help="width of the student's FPN and box head, of the teacher's")
+    p.add_argument("--train", nargs=2, metavar=("JSON", "IMAGES"), help="COCO json and images (default: the teacher's)")
+    p.add_argument("--val", nargs=2, metavar=("JSON", "IMAGES"), help="the same, to evaluate on")
+    p.add_argument("--voc", metavar="FOLDER", help="PASCAL VOC folder in place of --train and --val")
+    p.add_argument("--voc-splits", nargs=2, default=("train", "val"), metavar="LIST", help="default: train val")
+    length = p.add_mutually_exclusive_group()
+    length.add_argument("--iterations", type=int, help="length of the training")
+    length.add_argument("--epochs", type=float, help="length in passes over the training images")
+    length.add_argument("--like-teacher", action="store_true", help="as many images as the teacher's config (default)")
+    p.add_argument("--batch", type=int, help="images per iteration (default: the teacher's, at most 4 per process)")
+    p.add_argument("--num-gpus", type=int, default=torch.cuda.device_count(), help="default: all that there are")
+    p.add_argument("--baseline", action="store_true", help="also train the student without the teacher")
+    p.add_argument("--no-torchscript", dest="torchscript", action="store_false", help="do not export TorchScript")
+    p.add_argument("--resume", action="store_true", help="accepted for habit: the same command always resumes")
+    p.add_argument("options", nargs="*", metavar="KEY VALUE", help="config keys of the student")
+    return p
