@@ -16,8 +16,10 @@ def add_kd_config(cfg: CfgNode) -> None:
     cfg.KD.LOSS.WARMUP_ITERS = 0
 
     cfg.KD.TEACHER = CfgNode()
-    # A complete detectron2 yaml: a path, or a name in detectron2's model zoo.
+    # A complete detectron2 yaml or a LazyConfig .py (code, which is run): a path, or a name in detectron2's model zoo.
     cfg.KD.TEACHER.CONFIG_FILE = ""
+    # Of a LazyConfig: a list of overrides, such as [model.backbone.net.depth=6].
+    cfg.KD.TEACHER.OVERRIDES = []
     # The teacher's weights: a path, an URL or a detectron2:// name. The yaml's own MODEL.WEIGHTS is never used.
     cfg.KD.TEACHER.WEIGHTS = ""
     # Accept a teacher with random weights. For tests only.
@@ -85,7 +87,8 @@ def add_speed_config(node: CfgNode) -> None:
 
 def add_distillation_config(node: CfgNode) -> None:
     """The keys of KD that say who teaches what (docs/detection.md)."""
-    # Several teachers, in place of KD.TEACHER.CONFIG_FILE and WEIGHTS: a list of [config file, weights].
+    # Several teachers, in place of KD.TEACHER.CONFIG_FILE, WEIGHTS and OVERRIDES: a list of [config file, weights] or
+    # [config file, weights, override, …].
     node.TEACHERS = []
     # How several teachers are combined: "log_probs", the mean of their log-probabilities is the target; "losses", the
     # loss is the mean of the losses against each.

@@ -165,7 +165,7 @@ def check_data(cfg: CfgNode) -> int:
     splits = {}
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         if name not in DatasetCatalog:
-            raise UserError(f"the teacher's config trains on {name!r}, which is no data set here: give --train and --val")
+            raise UserError(f"the teacher's config names the data set {name!r}, unknown here: give --train and --val")
         if name.startswith("digits_"):
             DatasetCatalog.get(name)  # written when it is first asked for
         metadata = MetadataCatalog.get(name)

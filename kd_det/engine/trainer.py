@@ -39,6 +39,7 @@ from kd_det.checks import check_frozen_weights, check_synchronised_norms
 from kd_det.compat import distribute
 from kd_det.data.loader import TrainLoader, build_train_loader
 from kd_det.engine.hooks.checkpointing import KeepBest, SaveStudentConfig, SeedEachStep
+from kd_det.engine.hooks.health import WatchHealth
 from kd_det.engine.hooks.monitoring import StageTimes, StreamScalars
 from kd_det.engine.hooks.moving_average import MovingAverage, UpdateAverage
 from kd_det.engine.hooks.ranks import CheckRanksAgree, ShareBatchNorm
@@ -120,6 +121,7 @@ class DistillationTrainer(TrainerBase):
             SaveStudentConfig(cfg),
             StreamScalars(),
             StageTimes(),
+            WatchHealth(student, start=cfg.SOLVER.WARMUP_ITERS),
             hooks.IterationTimer(),
             hooks.LRScheduler(self.optimizer, self.scheduler),
             self.build_precise_bn(),

@@ -15,6 +15,7 @@ from detectron2.utils.file_io import PathManager
 from kd_core.utils.errors import UserError
 from kd_det.checkpoint.checkpointer import check_local_file, load_all_weights
 from kd_det.config import kd_defaults, merge_file
+from kd_det.modeling.teacher.lazy import as_yacs, build_lazy, is_lazy, load_lazy
 from kd_det.modeling.teacher.view import convert_channels
 
 Result = TypeVar("Result")
@@ -37,11 +38,13 @@ def each_teacher(cfg: CfgNode) -> list[CfgNode]:
         )
     copies = []
     for pair in pairs:
-        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(word, str) for word in pair):
-            raise UserError(f"KD.TEACHERS is a list of [config file, weights], but {pair!r} is none of these")
+        if not isinstance(pair, list | tuple) or len(pair) < 2 or not all(isinstance(word, str) for word in pair):
+            raise UserError(
+                f"KD.TEACHERS is a list of [config file, weights, key=value overrides …], but {pair!r} is none of these"
+            )
         copy = cfg.clone()
         copy.defrost()
-        copy.KD.TEACHER.CONFIG_FILE, copy.KD.TEACHER.WEIGHTS = pair
+        copy.KD.TEACHER.CONFIG_FILE, copy.KD.TEACHER.WEIGHTS, *copy.KD.TEACHER.OVERRIDES = pair
         copy.KD.TEACHERS = []
         copies.append(copy)
     return copies
@@ -62,31 +65,45 @@ def named_in_list(index: int, function: Callable[[CfgNode], Result], cfg: CfgNod
         raise UserError(f"KD.TEACHERS[{index}]: {error}") from error
 
 
-def teacher_config(cfg: CfgNode) -> CfgNode:
+def teacher_config(cfg: CfgNode, any_classes: bool = False) -> CfgNode:
     """The complete config of the teacher that `cfg.KD.TEACHER` names, on the student's device.
 
+    Of a LazyConfig it is what `lazy.as_yacs` makes of it: input, classes, data and schedule.
+
+    Args:
+        any_classes: accept another number of classes than the student's.
     Raises:
         UserError: no such file or model-zoo entry; another number of classes or an INPUT.FORMAT that does not convert.
     """
     name = cfg.KD.TEACHER.CONFIG_FILE
     if not name:
         raise UserError(
-            "KD.TEACHER.CONFIG_FILE is empty: name the teacher's detectron2 yaml, a path or a model-zoo name such as "
-            "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml (or set KD.LOSS.NAME none)"
+            "KD.TEACHER.CONFIG_FILE is empty: name the teacher's detectron2 yaml or LazyConfig .py, a path or a "
+            "model-zoo name such as COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml (or set KD.LOSS.NAME none)"
         )
-    teacher = kd_defaults()
-    merge_file(teacher, config_path(name))
+    if is_lazy(name):
+        teacher = as_yacs(load_lazy(name, cfg.KD.TEACHER.OVERRIDES))
+    elif cfg.KD.TEACHER.OVERRIDES:
+        raise UserError(f"KD.TEACHER.OVERRIDES is for LazyConfigs (.py), but KD.TEACHER.CONFIG_FILE is {name}")
+    else:
+        teacher = yacs_teacher(name)
     teacher.MODEL.DEVICE = cfg.MODEL.DEVICE
-    teacher.MODEL.TIMM.PRETRAINED, teacher.MODEL.TIMM.WEIGHTS = False, ""  # KD.TEACHER.WEIGHTS has the whole detector
-    teacher.MODEL.META_ARCHITECTURE = (
-        "GeneralizedRCNN" if teacher.MODEL.META_ARCHITECTURE == "DistilledRCNN" else teacher.MODEL.META_ARCHITECTURE
-    )
     theirs, ours = teacher.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    if theirs != ours:
+    if theirs != ours and not any_classes:
         raise UserError(
             f"The teacher ({name}) has MODEL.ROI_HEADS.NUM_CLASSES {theirs} and the student {ours}: they must agree"
         )
     convert_channels(torch.empty(3, 1, 1), cfg.INPUT.FORMAT, teacher.INPUT.FORMAT)  # refuses what cannot be converted
+    return teacher
+
+
+def yacs_teacher(name: str) -> CfgNode:
+    """The config in a yaml, without what names files of its own: KD.TEACHER.WEIGHTS has the whole detector."""
+    teacher = kd_defaults()
+    merge_file(teacher, config_path(name))
+    teacher.MODEL.TIMM.PRETRAINED, teacher.MODEL.TIMM.WEIGHTS = False, ""
+    if teacher.MODEL.META_ARCHITECTURE == "DistilledRCNN":
+        teacher.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
     return teacher
 
 
@@ -112,14 +129,16 @@ def build_teacher(cfg: CfgNode) -> GeneralizedRCNN:
     config = teacher_config(cfg)
     check_teacher_weights(cfg)
     weights = cfg.KD.TEACHER.WEIGHTS
-    model = build_model(config)
+    node = cfg.KD.TEACHER
+    if is_lazy(node.CONFIG_FILE):
+        model = build_lazy(load_lazy(node.CONFIG_FILE, node.OVERRIDES)).to(config.MODEL.DEVICE)
+    else:
+        model = build_model(config)
     if weights:
         load_all_weights(model, weights, "KD.TEACHER.WEIGHTS")
         logger.info("Teacher: %s with %s", cfg.KD.TEACHER.CONFIG_FILE, weights)
     else:
-        logger.warning(
-            "KD.TEACHER.ALLOW_RANDOM: the teacher's weights are random; for tests only"
-        )
+        logger.warning("KD.TEACHER.ALLOW_RANDOM: the teacher's weights are random; for tests only")
     return model
 
 

@@ -42,8 +42,8 @@ def load_lazy(name: str, overrides: Sequence[str] = ()) -> DictConfig:
         cfg = LazyConfig.apply_overrides(cfg, list(overrides))
         OmegaConf.to_container(cfg.model, resolve=True)  # interpolations that lead nowhere show here
     except Exception as error:  # hydra's parser, OmegaConf and interpolations each have their own
-        words = " ".join(overrides)
-        raise UserError(f"KD.TEACHER.OVERRIDES {words}: {type(error).__name__}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"KD.TEACHER.OVERRIDES {' '.join(overrides)}: {type(error).__name__}: {reason}") from error
     return cfg
 
 

@@ -46,6 +46,8 @@ class TeacherView:
             {"image": convert_channels(x.get(TEACHER_IMAGE, x["image"]), input_format, model.input_format)}
             for x in batched_inputs
         ]
+        square = square_size(model.backbone)
+        views = [{"image": fit_square(view["image"], square)} for view in views] if square else views
         images = model.preprocess_image(views)
         self.sizes = images.image_sizes
         self.features = model.backbone(images.tensor)
@@ -75,6 +77,21 @@ class TeacherView:
             rescale_proposals(p, theirs, ours)
             for p, theirs, ours in zip(found, self.sizes, self.student_sizes, strict=True)
         ]
+
+
+def square_size(backbone: nn.Module) -> int:
+    """The side that a backbone pads every image to (ViTDet's `square_pad`); 0 where it takes any size."""
+    return getattr(backbone, "padding_constraints", {}).get("square_size", 0)
+
+
+def fit_square(image: Tensor, side: int) -> Tensor:
+    """An image (C, H, W), made smaller where it does not fit into a square of `side` pixels."""
+    longest = max(image.shape[1:])
+    if longest <= side:
+        return image
+    size = [max(int(length * side / longest), 1) for length in image.shape[1:]]
+    resized = nn.functional.interpolate(image[None].float(), size, mode="bilinear", antialias=True)[0]
+    return resized.round().to(image.dtype) if not image.is_floating_point() else resized.to(image.dtype)
 
 
 def scale_boxes(boxes: Boxes, size: tuple[int, int], target: tuple[int, int]) -> Boxes:
