@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.config import CfgNode, LazyConfig
+from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
 
 from helpers.tiny_detector import make_batch
@@ -95,8 +95,8 @@ def test_another_number_of_classes_is_refused_with_both_numbers(lazy_cfg):
 
 
 def test_a_file_of_ones_own_is_taken_by_path(lazy_cfg, tmp_path: Path):
-    LazyConfig.save(load_lazy(LSJ, SMALL), str(tmp_path / "mine.yaml"))
-    (tmp_path / "mine.py").write_text("from detectron2 import model_zoo\n"f"model = model_zoo.get_config({LSJ!r}).model\n")
+    lines = ("from detectron2 import model_zoo", f"model = model_zoo.get_config({LSJ!r}).model", "")
+    (tmp_path / "mine.py").write_text("\n".join(lines))
     cfg = lazy_cfg("KD.TEACHER.CONFIG_FILE", str(tmp_path / "mine.py"))
     assert build_teacher(cfg).roi_heads.num_classes == 10
 

@@ -1,0 +1,99 @@
+"""The config that is derived for a student: what it takes from its teacher, and what follows from the request."""
+
+import pytest
+from detectron2.config import CfgNode
+
+from kd_core.utils.errors import UserError
+from kd_det.config import kd_defaults, merge_file
+from kd_det.config.derive import METHODS, Request, as_yaml, derive_student
+
+
+@pytest.fixture
+def teacher() -> CfgNode:
+    """The built-in data's teacher: 192 px, ten classes, four images an iteration, learning rate .02."""
+    cfg = kd_defaults()
+    merge_file(cfg, "configs/Digits/teacher.yaml")
+    return cfg
+
+
+def test_classes_data_heads_and_anchors_are_the_teachers(teacher):
+    cfg = derive_student(teacher, Request("resnet18"))
+    assert cfg.MODEL.META_ARCHITECTURE == "DistilledRCNN" and cfg.MODEL.RESNETS.DEPTH == 18
+    for node, key in (
+        ("ROI_HEADS", "NUM_CLASSES"),
+        ("ANCHOR_GENERATOR", "SIZES"),
+        ("FPN", "OUT_CHANNELS"),
+        ("ROI_BOX_HEAD", "FC_DIM"),
+    ):
+        assert cfg.MODEL[node][key] == teacher.MODEL[node][key]
+    assert cfg.DATASETS.TRAIN == teacher.DATASETS.TRAIN and cfg.INPUT.MIN_SIZE_TEST == 192
+
+
+def test_batch_and_learning_rate_follow_the_processes_by_the_linear_rule(teacher):
+    teacher.SOLVER.IMS_PER_BATCH, teacher.SOLVER.BASE_LR = 16, 0.02
+    cfg = derive_student(teacher, Request("resnet18", processes=2))
+    assert cfg.SOLVER.IMS_PER_BATCH == 8 and pytest.approx(0.01) == cfg.SOLVER.BASE_LR
+    assert cfg.SOLVER.MAX_ITER == 2 * teacher.SOLVER.MAX_ITER  # as many images as the teacher's
+    assert tuple(2 * step for step in teacher.SOLVER.STEPS) == cfg.SOLVER.STEPS
+
+
+def test_epochs_are_passes_over_the_training_images(teacher):
+    cfg = derive_student(teacher, Request("resnet18", epochs=3, images=1000))
+    assert cfg.SOLVER.MAX_ITER == 750
+
+
+def test_a_smaller_scale_shrinks_images_and_anchors_and_leaves_the_teacher_its_size(teacher):
+    cfg = derive_student(teacher, Request("resnet18", scale=0.5))
+    assert cfg.INPUT.MIN_SIZE_TRAIN == (96,) and cfg.INPUT.MAX_SIZE_TEST == 96
+    assert cfg.MODEL.ANCHOR_GENERATOR.SIZES[0] == [8.0] and cfg.KD.TEACHER.IMAGE_SCALE == 2.0
+
+
+def test_width_narrows_fpn_and_box_head_to_multiples_of_32(teacher):
+    cfg = derive_student(teacher, Request("resnet18", width=0.3))
+    assert cfg.MODEL.FPN.OUT_CHANNELS == 32 and cfg.MODEL.ROI_BOX_HEAD.FC_DIM == 64
+
+
+def test_a_timm_student_sees_images_as_its_weights_were_trained(teacher):
+    cfg = derive_student(teacher, Request("tf_efficientnet_lite0", weights="efficientnet-lite0"))
+    assert cfg.MODEL.BACKBONE.NAME == "build_timm_fpn_backbone" and cfg.MODEL.TIMM.WEIGHTS == "efficientnet-lite0"
+    assert cfg.INPUT.FORMAT == "RGB" and cfg.MODEL.PIXEL_MEAN == [127.5] * 3 and cfg.MODEL.PIXEL_STD == [127.5] * 3
+
+
+def test_without_weights_nothing_is_frozen_norms_train_and_the_warm_up_is_longer(teacher):
+    scratch = derive_student(teacher, Request("resnet18"))
+    pretrained = derive_student(teacher, Request("resnet18", weights="r18.pth"))
+    assert scratch.MODEL.BACKBONE.FREEZE_AT == 0 and scratch.MODEL.RESNETS.NORM == "BN"
+    assert pretrained.MODEL.BACKBONE.FREEZE_AT == 2 and pretrained.MODEL.RESNETS.NORM == "FrozenBN"
+    assert scratch.SOLVER.CLIP_GRADIENTS.CLIP_VALUE < pretrained.SOLVER.CLIP_GRADIENTS.CLIP_VALUE
+
+
+def test_the_student_of_a_teacher_without_an_fpn_has_one():
+    cfg = kd_defaults()  # detectron2's defaults are a C4 detector
+    student = derive_student(cfg, Request("resnet18"))
+    assert student.MODEL.ROI_HEADS.NAME == "StandardROIHeads"
+    assert student.MODEL.RPN.IN_FEATURES == ["p2", "p3", "p4", "p5", "p6"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_written_yaml_reads_back_as_the_same_config(method, teacher, tmp_path):
+    cfg = derive_student(teacher, Request("resnet18", method=method))
+    path = tmp_path / "student.yaml"
+    path.write_text(as_yaml(cfg, "# derived\n"))
+    again = kd_defaults()
+    merge_file(again, str(path))
+    assert again == cfg
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request("resnet19x"), r"--student resnet19x is neither .*did you mean resnet"),
+        (Request("resnet18", method="magic"), r"--method magic: expected one of kd, dkd"),
+        (Request("resnet18", scale=0), r"--scale is 0"),
+        (Request("resnet18", iterations=5, epochs=1), r"--iterations and --epochs"),
+        (Request("resnet18", iterations=0), r"0 iterations"),
+    ],
+)
+def test_a_request_that_means_nothing_is_told_in_one_sentence(request_, message, teacher):
+    with pytest.raises(UserError, match=message):
+        derive_student(teacher, request_)

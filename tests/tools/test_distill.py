@@ -1,0 +1,112 @@
+"""tools/distill.py from a teacher's two files to an exported student, resumed, and refused where it must be."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+
+from helpers.few_digits import few_digits
+
+ITERATIONS = 3  # detectron2 times iterations from the third on
+
+
+@pytest.fixture
+def teacher(tiny_cfg: Callable, tmp_path: Path) -> list[str]:
+    """Config and weights of a tiny detector that was trained for no iterations."""
+    cfg = tiny_cfg()
+    torch.save(build_model(cfg).state_dict(), tmp_path / "teacher.pth")
+    (tmp_path / "teacher.yaml").write_text(cfg.dump())
+    return ["--teacher", str(tmp_path / "teacher.yaml"), str(tmp_path / "teacher.pth")]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> list[str]:
+    """A few of the digits, as COCO json files."""
+    words = []
+    for split, images in (("train", 6), ("val", 2)):
+        folder = tmp_path / split
+        folder.mkdir()
+        _, path, root = few_digits(folder, images, split=f"digits_{split}")
+        content = json.loads(Path(path).read_text())
+        words += [f"--{split}", path, root]
+        assert content["annotations"]
+    return words
+
+
+@pytest.fixture
+def command(load_tool: Callable, teacher: list[str], data: list[str], tmp_path: Path) -> Callable[..., None]:
+    """`command("--student", …)`: the tool on these files, on the CPU."""
+    tool = load_tool("distill")
+
+    def run(*words: object, data: list[str] = data) -> None:
+        common = ["--output", str(tmp_path / f"out_{tmp_path.name}"), "--iterations", str(ITERATIONS), "--num-gpus", "0"]
+        tool.main([*teacher, *data, *common, *map(str, words)])
+
+    return run
+
+
+def test_two_files_become_an_exported_student_and_a_second_call_trains_nothing(command, tmp_path, capfd):
+    words = ("--student", "resnet18", "--width", 0.125, "--baseline", "--batch", 2)
+    command(*words)
+    out = tmp_path / f"out_{tmp_path.name}"  # its name is in those of the data sets, which detectron2 keeps
+    printed = capfd.readouterr().out
+    assert "resnet18 starts from scratch" in printed and f"two trainings of {ITERATIONS} iterations" in printed
+    results = json.loads((out / "results.json").read_text())
+    assert set(results["results"]) == {"teacher", "student", "baseline"}
+    assert results["costs"]["student"]["gflops"] > 0
+    plain = yaml.safe_load((out / "baseline.yaml").read_text())
+    assert "LOSS" not in plain["KD"] if "KD" in plain else True
+
+    cfg = get_cfg()  # plain detectron2, without this package's keys
+    cfg.merge_from_file(str(out / "export" / "student.yaml"))
+    cfg.MODEL.DEVICE = "cpu"
+    exported = build_model(cfg).eval()
+    DetectionCheckpointer(exported).load(str(out / "export" / "student.pth"))
+    scripted = torch.jit.load(str(out / "export" / "student.ts"))
+    image = torch.randint(256, (3, 64, 96), dtype=torch.uint8)
+    with torch.no_grad():
+        found = exported.inference([{"image": image}], do_postprocess=False)[0]
+        assert torch.allclose(scripted(image)[0], found.pred_boxes.tensor, atol=1e-3)
+
+    before = (out / "student" / "metrics.json").read_bytes()
+    command(*words)
+    assert (out / "student" / "metrics.json").read_bytes() == before
+    assert "is finished" in capfd.readouterr().out
+    with pytest.raises(SystemExit, match=r"holds another distillation: --student was resnet18, is resnet34"):
+        command("--student", "resnet34", "--width", 0.125, "--batch", 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--student", "resnet1818"), r"did you mean resnet18"),
+        (("--student", "resnet18", "--method", "kdd"), r"--method kdd: expected one of"),
+        (("--student", "resnet18", "SOLVER.BASE_RL", "1"), r"unknown key SOLVER\.BASE_RL"),
+    ],
+)
+def test_a_wrong_word_is_told_before_anything_is_trained(command, words, message):
+    with pytest.raises(SystemExit, match=message):
+        command(*words)
+
+
+def test_classes_that_the_teacher_does_not_know_are_refused(command, data, tmp_path):
+    path = Path(data[1])
+    content = json.loads(path.read_text())
+    content["categories"].append({"id": 99, "name": "eleven"})
+    path.write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match=r"the teacher knows 10 classes and .* has 11"):
+        command("--student", "resnet18")
+
+
+def test_a_broken_image_is_named_before_anything_is_trained(command, data, tmp_path):
+    content = json.loads(Path(data[1]).read_text())
+    content["images"][0]["file_name"] = "not_there.jpg"
+    Path(data[1]).write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match=r"image file missing \(the first: .*not_there\.jpg"):
+        command("--student", "resnet18")
