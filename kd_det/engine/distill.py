@@ -248,8 +248,8 @@ def read_at_test_size(cfg: CfgNode, record: dict[str, Any]) -> torch.Tensor:
 
 def without_teacher(cfg: CfgNode) -> CfgNode:
     """The same student and schedule, trained on the labels alone."""
-    set_keys(cfg, {"KD.LOSS.NAME": "none", "SOLVER.OPTIMIZER": "sgd", "SOLVER.STEP": "paper", "SOLVER.MOMENTA": ""})
-    cfg.KD.TEACHER, cfg.KD.LOSS.TOPK = kd_defaults().KD.TEACHER, kd_defaults().KD.LOSS.TOPK
+    set_keys(cfg, {"SOLVER.OPTIMIZER": "sgd", "SOLVER.STEP": "paper", "SOLVER.MOMENTA": ""})
+    cfg.KD = kd_defaults().KD
     cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR).with_name("baseline"))
     return cfg
 
