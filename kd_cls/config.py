@@ -41,7 +41,8 @@ def add_model_config(cfg: CfgNode) -> None:
     cfg.MODEL.NAME = "cifar_resnet8x4"
     # Further keyword arguments of timm.create_model, as a yaml mapping in a string: "{drop_path_rate: 0.1}".
     cfg.MODEL.KWARGS = ""
-    # Weights to start from: a local file or a URL. Empty: random, or timm's own if PRETRAINED is set.
+    # Weights to start from: a local file, a URL, or the package efficientnet-lite0 (1, 2). Empty: random, or timm's own
+    # if PRETRAINED is set.
     cfg.MODEL.WEIGHTS = ""
     # Start from timm's pretrained weights, with a new classifier if the number of classes differs.
     cfg.MODEL.PRETRAINED = False

@@ -11,6 +11,7 @@ and last.pth, for --resume,
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from timm.models import load_state_dict
 from timm.models._hub import download_cached_file
@@ -18,6 +19,7 @@ from torch import nn
 
 from kd_core.utils.errors import UserError
 from kd_core.utils.files import unreadable_because, write_whole
+from kd_core.utils.packaged_weights import PACKAGED, packaged_weights
 from kd_core.utils.state_dict import check_fit
 
 LAST, BEST = "last.pth", "best.pth"
@@ -80,23 +82,30 @@ def load_weights(model: nn.Module, path: str, key: str, new_classifier: bool = F
     """Load the weights in `path` (ours, timm's, the papers' files, or safetensors) into every key of `model`.
 
     Args:
-        path: a local file or a URL. If the file has a moving average, that is loaded, as timm does.
+        path: a local file, a URL, or one of `PACKAGED`. If the file has a moving average, that is loaded, as timm does.
         key: the config key that named it, for error messages.
         new_classifier: keep the model's own classifier if the file's has another number of classes.
 
     Raises:
         UserError: the file is missing or cannot be read, or a weight is missing, unknown or of another shape.
     """
-    local = fetch(path, key)
-    try:
-        weights = load_state_dict(local)
-    except Exception as error:  # each kind of damage raises another exception
-        raise UserError(f"{key}: {path} cannot be read as weights ({unreadable_because(error)})") from error
+    weights = read_weights(path, key)
     own = model.state_dict()
     if new_classifier:
         weights = without_misfit_classifier(model, weights, own)
-    check_fit(weights, own, f"{key}: {path}{written_for(local)}")
+    check_fit(weights, own, f"{key}: {path}{written_for(path)}")
     model.load_state_dict(weights)
+
+
+def read_weights(path: str, key: str) -> dict[str, Any]:
+    """The state dict that `load_weights` loads."""
+    if path in PACKAGED:
+        return packaged_weights(path, timm.create_model(PACKAGED[path]).state_dict())
+    local = fetch(path, key)
+    try:
+        return load_state_dict(local)
+    except Exception as error:  # each kind of damage raises another exception
+        raise UserError(f"{key}: {path} cannot be read as weights ({unreadable_because(error)})") from error
 
 
 def without_misfit_classifier(model: nn.Module, weights: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:

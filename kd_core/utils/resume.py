@@ -1,6 +1,8 @@
 """What `--resume` means, in detection as in classification: the same run goes on, or the command refuses."""
 
+import json
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -8,6 +10,7 @@ from fvcore.common.config import CfgNode
 
 from kd_core.utils.config import flatten
 from kd_core.utils.errors import UserError
+from kd_core.utils.files import write_text
 
 RESUME_HINT = "that would mix two runs: resume with the config of the checkpoint, or train in another OUTPUT_DIR"
 
@@ -46,3 +49,27 @@ def check_same_run(
 def plain(cfg: CfgNode) -> dict[str, Any]:
     """A config as it comes back from its own yaml: tuples are lists."""
     return yaml.safe_load(cfg.dump())
+
+
+def remember_request(path: Path, request: dict[str, Any]) -> None:
+    """Note in the file `path` what a command was asked for, and refuse its folder for any other request.
+
+    Args:
+        request: option → value, of those that a second call must repeat.
+    Raises:
+        UserError: the folder holds something else; names the first option that differs and both values.
+    """
+    output, request = path.parent, json.loads(json.dumps(request))
+    output.mkdir(parents=True, exist_ok=True)
+    if not path.is_file():
+        if any(output.iterdir()):
+            raise UserError(f"--output {output} is not empty and holds no distillation: give another folder")
+        write_text(path, json.dumps(request, indent=1))
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    for option, value in request.items():
+        if before.get(option) != value:
+            raise UserError(
+                f"--output {output} holds another distillation: --{option.replace('_', '-')} was {before.get(option)}, "
+                f"is {value}. Give the same arguments to resume, or another --output"
+            )

