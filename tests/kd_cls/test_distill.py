@@ -1,0 +1,159 @@
+"""`python -m kd_cls.distill`: from a teacher's name to a table, resumed, and refused where it must be."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import kd_cls.models  # noqa: F401  (registers cifar_<name>)
+from kd_cls import distill
+from kd_cls.config import load_cfg
+from kd_cls.engine.derive import Request, derive_student, weights_at_hand
+from kd_cls.engine.trainer import Trainer
+from kd_core.utils.packaged_weights import find_package
+
+COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of three classes that any network can tell apart."""
+    root, generator = tmp_path_factory.mktemp("colours"), np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 2)):
+        for name, colour in COLOURS.items():
+            (root / split / name).mkdir(parents=True)
+            for index in range(count):
+                noise = generator.integers(-30, 30, (20, 16, 3))
+                image = (np.array(colour) + noise).clip(0, 255).astype(np.uint8)
+                Image.fromarray(image).save(root / split / name / f"{index}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def teacher_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of a teacher of 100 other classes."""
+    path = tmp_path_factory.mktemp("weights") / "teacher.pth"
+    torch.save(timm.create_model("cifar_resnet14").state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def command(colours: Path, teacher_weights: Path, tmp_path: Path) -> Callable[..., None]:
+    """`command("--student", …)`: the command on the colours, on the CPU; later words win."""
+
+    def run(*words: object) -> None:
+        common = ["--teacher", "cifar_resnet14", "--teacher-weights", teacher_weights, "--student", "cifar_resnet8"]
+        common += ["--data", colours, "--output", tmp_path / "out", "--epochs", 1, "--size", 16, "--num-gpus", 0]
+        distill.main([*map(str, [*common, *words]), "DATA.NUM_WORKERS", "0"])
+
+    return run
+
+
+def test_a_name_and_a_folder_become_a_student_and_a_table_and_a_second_call_trains_nothing(command, tmp_path, capsys):
+    command("--baseline")
+    out, printed = tmp_path / "out", capsys.readouterr().out
+    assert "18 training and 6 validation images of 3 classes" in printed
+    assert "cifar_resnet8 starts from scratch" in printed
+    assert printed.index("student about") < printed.index("fitting a classifier of 3 classes")
+    results = json.loads((out / "results.json").read_text())
+    assert results["results"]["teacher"]["top1"] == 100  # the head was fitted: random ones have a third
+    assert results["results"].keys() == {"teacher", "student", "baseline"}
+    assert results["costs"]["student"]["parameters"] < results["costs"]["teacher"]["parameters"]
+    assert len((out / "table.md").read_text().splitlines()) == 5
+    assert load_cfg(str(out / "distill.yaml")).KD.LOSS.NAME == "dkd"
+    assert load_cfg(str(out / "baseline.yaml")).KD.LOSS.NAME == "none"
+    model = timm.create_model("cifar_resnet8", num_classes=3)
+    timm.models.load_checkpoint(model, str(out / "student" / "best.pth"))
+
+    before = (out / "student" / "last.pth").stat().st_mtime_ns
+    command("--baseline")
+    assert (out / "student" / "last.pth").stat().st_mtime_ns == before
+    assert "is finished" in capsys.readouterr().out
+    assert json.loads((out / "results.json").read_text())["results"] == results["results"]
+    with pytest.raises(SystemExit, match=r"holds another distillation: --method was dkd, is kd"):
+        command("--method", "kd")
+
+
+def test_an_interrupted_distillation_resumes_to_the_bit(command, tmp_path, monkeypatch):
+    words = ("--batch", 6, "SOLVER.CHECKPOINT_PERIOD", 1)
+    command(*words)
+    undisturbed = torch.load(tmp_path / "out" / "student" / "last.pth", weights_only=True)["model"]
+    (tmp_path / "out").rename(tmp_path / "first")
+
+    after_step = Trainer.after_step
+
+    def interrupted(trainer: Trainer) -> None:
+        after_step(trainer)
+        if trainer.iteration == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "after_step", interrupted)
+        with pytest.raises(SystemExit, match="the same command resumes"):
+            command(*words)
+    assert torch.load(tmp_path / "out" / "student" / "last.pth", weights_only=True)["training"]["iteration"] == 2
+    command(*words)
+    resumed = torch.load(tmp_path / "out" / "student" / "last.pth", weights_only=True)["model"]
+    assert all(torch.equal(value, resumed[name]) for name, value in undisturbed.items())
+
+
+def test_a_trained_teacher_of_ones_own_is_taken_as_it_is(teacher_yaml, tmp_path, capsys):
+    words = ["--teacher", teacher_yaml, "--student", "cifar_resnet8", "--name", "digits", "--method", "gdkd"]
+    words += ["--output", tmp_path / "out", "--epochs", 1, "--size", 16, "--num-gpus", 0]
+    words += ["DATA.TRAIN_IMAGES", 64, "DATA.VAL_IMAGES", 33]
+    distill.main(list(map(str, words)))
+    assert "fitting a classifier" not in capsys.readouterr().out
+    assert not (tmp_path / "out" / "teacher" / "head.pth").exists()
+    assert load_cfg(str(tmp_path / "out" / "distill.yaml")).KD.LOSS.GDKD.K == 5
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--student", "cifar_resnet88"), r"--student cifar_resnet88 is not a network that timm knows; did you mean"),
+        (("--teacher", "resnetto"), r"--teacher resnetto is not a network that timm knows; did you mean"),
+        (("--teacher", "none.yaml"), r"--teacher: there is no file none\.yaml"),
+        (("--teacher-weights", "none.pth"), r"--teacher-weights: there is no file none\.pth"),
+        (("--data", "nowhere"), r"--data: there is no folder 'nowhere'; expected train/<class>/ and val/<class>/"),
+        (("--method", "kdd"), r"--method kdd: expected one of kd, dkd"),
+        (("SOLVER.EPOCH", "3"), r"unknown key SOLVER\.EPOCH; did you mean SOLVER\.EPOCHS"),
+    ],
+)
+def test_a_wrong_word_ends_in_one_sentence(command, words, message):
+    with pytest.raises(SystemExit, match=message) as ended:
+        command(*words)
+    assert "\n" not in ended.value.code
+
+
+def test_a_broken_image_and_a_used_folder_are_refused_before_anything_is_trained(command, colours, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").touch()
+    with pytest.raises(SystemExit, match="is not empty and holds no distillation"):
+        command()
+    root = tmp_path / "broken"
+    for path in colours.rglob("*.png"):
+        copy = root / path.relative_to(colours)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes()[: 60 if path.match("train/red/0.png") else None])
+    with pytest.raises(SystemExit, match=r"image that cannot be decoded, the first: .*train/red/0\.png"):
+        command("--data", root, "--output", tmp_path / "other")
+
+
+def test_a_package_of_weights_is_found_by_the_networks_name():
+    expected = "efficientnet-lite2" if find_package("efficientnet-lite2") else ""
+    assert weights_at_hand("tf_efficientnet_lite2") == expected
+    assert weights_at_hand("cifar_resnet8") == ""
+
+
+def test_the_derived_rate_follows_the_batch_and_where_the_student_starts():
+    def rate(weights: str, **options: int) -> float:
+        request = Request("resnet18", weights, "dkd", "folder", "", classes=10, images=10_000, **options)
+        return derive_student(request).SOLVER.BASE_LR
+
+    assert rate("", batch=128) == 2 * rate("") == 2 * 5 * rate("timm")
+    assert rate("", processes=4) == 4 * rate("")
