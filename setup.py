@@ -6,6 +6,8 @@ from setuptools import find_packages, setup
 
 # timm.task.evaluator came with timm 1.0.31; torch.nn.utils.get_total_norm and the donated buffers with torch 2.6.
 COMMON = ["torchvision", "timm>=1.0.31", "yacs", "PyYAML", "pillow", "tabulate", "tensorboard", "scikit-learn"]
+# timm brings it: whether weights are in the cache of the hub is asked of it.
+COMMON += ["huggingface_hub"]
 # Draw the report of a training (kd_core.utils.report); a training without them has none.
 REPORT = ["matplotlib", "jinja2"]
 COMMON += REPORT
