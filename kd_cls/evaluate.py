@@ -5,10 +5,11 @@ once, whatever the number of processes (`torchrun --nproc-per-node 8 -m kd_cls.e
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fvcore.common.config import CfgNode
+from torch import Tensor, nn
 
 from kd_cls.checkpoint.checkpoint import BEST, fetch, load_weights, read_metadata
 from kd_cls.cli import option_parser, run_command
@@ -25,10 +26,17 @@ from kd_core.utils.errors import UserError
 def evaluate_checkpoint(cfg: CfgNode, process: Process) -> dict[str, float]:
     """The metrics of the weights in MODEL.WEIGHTS (empty: best.pth in OUTPUT_DIR) on the validation images of DATA.
 
-    The checkpoint says which network it is of and what its input statistics are; for files of others the config does.
-
     Raises:
         UserError: no such file, another architecture, or another number of classes than the data set's.
+    """
+    model, loader, _ = open_checkpoint(cfg, process)
+    return evaluate(model, loader, process)
+
+
+def open_checkpoint(cfg: CfgNode, process: Process) -> tuple[nn.Module, Iterable[tuple[Tensor, Tensor]], list[str]]:
+    """The network of `evaluate_checkpoint` in eval mode, the loader of the validation images, the names of the classes.
+
+    The checkpoint says which network it is of and what its input statistics are; for files of others the config does.
     """
     key = "MODEL.WEIGHTS" if cfg.MODEL.WEIGHTS else "OUTPUT_DIR"
     path = fetch(cfg.MODEL.WEIGHTS or str(Path(cfg.OUTPUT_DIR, BEST)), key)
@@ -47,7 +55,7 @@ def evaluate_checkpoint(cfg: CfgNode, process: Process) -> dict[str, float]:
         else input_stats(cfg, model)
     )
     loader = build_loaders(cfg, data, stats, process).val
-    return evaluate(model.to(process.device).eval(), loader, process)
+    return model.to(process.device).eval(), loader, list(data.train.classes)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:

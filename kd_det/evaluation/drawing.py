@@ -65,7 +65,7 @@ class Canvas:
         else:
             self.drawing.rectangle((left, top, left + width, top + height), outline=edge, width=LINE)
         words = self.names[place] + (f" {box.score:.2f}" if box.score is not None else "")
-        self.label(left, top, f"× {words}" if wrong else f"{words} missed" if dashed else words, colour, edge)
+        self.label(left, top, f"x {words}" if wrong else f"{words} missed" if dashed else words, colour, edge)
 
     def dashed(self, left: float, top: float, right: float, bottom: float, colour: Colour) -> None:
         for start in np.arange(left, right, 2 * DASH):

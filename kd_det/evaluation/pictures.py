@@ -80,7 +80,7 @@ def pictures_section(groups: dict[str, list[Run]], student: str) -> Section:
 def legend(teacher: str | None, student: str) -> str:
     which = f"the images on which teacher and {student} differ most" if teacher else f"{student}'s worst images"
     return (
-        f"Shown: {which}. Solid: right. Vermilion with ×: wrong. Dashed: missed. Detections with a score above "
+        f"Shown: {which}. Solid: right. Vermilion with an x: wrong. Dashed: missed. Detections with a score above "
         f"{THRESHOLD:g}, matched as COCO's evaluation does at IoU .5; crowds are left out. A class has one colour."
     )
 

@@ -59,6 +59,39 @@ def chart(groups: dict[str, list[Run]], key: str, label: str) -> Figure:
         return Figure(label, data_uri(svg(canvas), "image/svg+xml"), f"{label} over the iterations")
 
 
+def reliability(curves: dict[str, tuple[Sequence[float], Sequence[float]]]) -> Figure:
+    """Accuracy over confidence, a line for each method; a calibrated one lies on the diagonal."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure as Canvas
+
+    with rc_context(STYLE):
+        canvas = Canvas(figsize=SIZE, layout="constrained")
+        axes = canvas.add_subplot()
+        axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, alpha=0.5)
+        for index, (title, (confidence, accuracy)) in enumerate(curves.items()):
+            style = {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index // len(COLOURS) % len(DASHES)]}
+            axes.plot(confidence, accuracy, marker="o", markersize=4, label=title, **style)
+        axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
+        axes.legend(frameon=False, fontsize=9)
+        return Figure("Calibration", data_uri(svg(canvas), "image/svg+xml"), "accuracy over confidence")
+
+
+def confusion_map(counts: np.ndarray, title: str) -> Figure:
+    """Rows: the class; columns: what is predicted; the darker, the more often. Square, (C, C) counts."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure as Canvas
+
+    with rc_context(STYLE):
+        canvas = Canvas(figsize=(SIZE[0], SIZE[0]), layout="constrained")
+        axes = canvas.add_subplot()
+        shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        drawn = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
+        axes.set(xlabel="predicted class", ylabel="class")
+        canvas.colorbar(drawn, ax=axes, shrink=0.8)
+        alt = f"{title}: share of a class's images by predicted class"
+        return Figure(title, data_uri(svg(canvas), "image/svg+xml"), alt)
+
+
 def mean_over_runs(runs: Sequence[Run], key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Iterations that all runs which have `key` share, the mean there, and its std where there are several runs."""
     lines = [dict(zip(*run.series(key), strict=True)) for run in runs]

@@ -152,11 +152,19 @@ def assign_roles(runs: Iterable[Run]) -> list[Run]:
 
 
 def teacher_folder(run: Run) -> Path | None:
-    """The folder of the weights that taught `run`; None for plain training and several teachers."""
-    weights = lookup(run.config, "KD", "TEACHER", "WEIGHTS", default="")
-    if method_title(run.config) == "plain" or not isinstance(weights, str) or not weights:
+    """The folder of the weights that taught `run`; None for plain training and several teachers.
+
+    A classifier's teacher may be named by its config alone, whose OUTPUT_DIR holds the weights.
+    """
+    teacher = lookup(run.config, "KD", "TEACHER", default={})
+    if method_title(run.config) == "plain":
         return None
-    return Path(weights).parent.resolve()
+    if weights := teacher.get("WEIGHTS"):
+        return Path(weights).parent.resolve()
+    if Path(teacher.get("CONFIG_FILE", "")).is_file():
+        output = read_yaml(teacher["CONFIG_FILE"]).get("OUTPUT_DIR")
+        return Path(output).resolve() if output else None
+    return None
 
 
 def by_title(runs: Iterable[Run]) -> dict[str, list[Run]]:

@@ -1,0 +1,61 @@
+"""The page about classifiers: by class, confusions, calibration, agreement with the teacher."""
+
+import json
+
+import pytest
+import torch
+
+from helpers.report_runs import Page
+from kd_cls.evaluate import evaluate_checkpoint
+from kd_cls.report import Predictions, classifier_page, predict, read_classifier_run
+from kd_cls.train import train
+from kd_core.utils.report.runs import assign_roles
+
+
+@pytest.fixture
+def runs(tiny, teacher_yaml, tmp_path, process):
+    """Folders of a teacher, a plain and a distilled run of 8 iterations."""
+    train(tiny("OUTPUT_DIR", tmp_path / "plain"), process)
+    train(tiny("OUTPUT_DIR", tmp_path / "dkd", "KD.LOSS.NAME", "dkd", "SOLVER.EVAL_PERIOD", 1), process)
+    return teacher_yaml.parent / "output", tmp_path / "plain", tmp_path / "dkd"
+
+
+def test_the_page_of_three_runs_has_every_section_and_the_numbers_of_metrics_json(runs):
+    page = Page(classifier_page(assign_roles(map(read_classifier_run, runs)), "three runs"))
+    assert page.rows[0] == ["", "teacher", "plain", "DKD"]
+    for key in ("val/top1", "val/top5", "val/loss"):
+        for folder in runs:
+            lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+            expected = [line[key] for line in lines if key in line][-1]
+            assert {value for value, _ in page.numbers[key, str(folder)]} == {expected}
+    for words in ("By class", "Confusions of ", "expected calibration error", "Logits of teacher and ", "nckd"):
+        assert words in page.text
+    assert all(address.startswith(("data:", "#")) for address in page.addresses)
+
+
+def test_the_predictions_are_those_that_the_evaluation_counts(runs, tiny, process):
+    metrics = evaluate_checkpoint(tiny("OUTPUT_DIR", runs[1]), process)
+    found = predict(read_classifier_run(runs[1]))
+    assert 100 * float(found.right.double().mean()) == pytest.approx(metrics["top1"])
+    assert len(found.target) == metrics["images"] == found.confusions().sum() and len(found.names) == 10
+
+
+def test_a_run_without_weights_is_said_to_have_none(runs):
+    (runs[1] / "best.pth").unlink()
+    page = Page(classifier_page(assign_roles([read_classifier_run(runs[1])]), "plain"))
+    assert "plain: no predictions: there is no" in page.text and "No teacher is among the runs" in page.text
+
+
+def test_confusions_and_accuracy_by_class_are_counted():
+    logits = torch.eye(3)[[0, 0, 1, 2, 1]] * 9
+    found = Predictions(logits, torch.tensor([0, 0, 1, 1, 1]), ["a", "b", "c"])
+    assert found.confusions().tolist() == [[2, 0, 0], [0, 2, 1], [0, 0, 0]]
+    assert found.by_class(1)[:2] == pytest.approx([100, 200 / 3]) and found.by_class(1)[2] != found.by_class(1)[2]
+
+
+def test_the_calibration_error_is_the_gap_between_confidence_and_accuracy():
+    confidence = 0.9
+    logits = torch.log(torch.tensor([[confidence, 1 - confidence]])).repeat(10, 1)
+    found = Predictions(logits, torch.tensor([0] * 6 + [1] * 4), ["a", "b"])
+    (mean,), (accuracy,), error = found.calibration()
+    assert (mean, accuracy, error) == pytest.approx((0.9, 0.6, 30.0))
