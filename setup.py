@@ -20,6 +20,9 @@ DET = [
     "termcolor",
     "opencv-python-headless",  # detectron2's Visualizer
     "scikit-image",  # the photographs of the built-in data set
+    "omegaconf",  # LazyConfig teachers
+    "hydra-core",  # and their overrides
+    "huggingface_hub",  # tells whether timm's weights are at hand
 ]
 CLS = [*COMMON, "safetensors", "tqdm"]
 # Needed by an option each: WANDB.ENABLED, tools/export_student.py --onnx, tools/convert_weights.py efficientnet-lite0.
