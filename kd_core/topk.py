@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from kd_core.partition import decompose
-from kd_core.partition_blocks import find_neg_inf, scatter_value_
+from kd_core.partition_blocks import find_neg_inf, largest_indices, scatter_value_
 from kd_core.schedules import linear
-from kd_core.selection import largest_indices
 
 MIN_CLASSES = 2  # over one class there is one distribution, and NCKD is 0
 

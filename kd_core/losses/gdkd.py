@@ -8,8 +8,7 @@ from torch import Tensor
 from kd_core.losses.base import DistillationLoss
 from kd_core.losses.checks import as_count, as_number
 from kd_core.partition import KL_TYPES, Decomposition, decompose
-from kd_core.partition_blocks import Group, find_neg_inf, work_dtype
-from kd_core.selection import sort_values
+from kd_core.partition_blocks import Group, find_neg_inf, sort_values, work_dtype
 
 AUTO_K_RATIO = 2.0  # released code
 

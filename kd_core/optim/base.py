@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from kd_core.distributed import is_sharded, local
-from kd_core.stream_gradients import StreamGradients, StreamSets, foreach_multiply_
 from kd_core.streams import stream_sets
+from kd_core.streams.gradients import StreamGradients, StreamSets, foreach_multiply_
 
 MOMENTA = "momenta"
 BUFFERS = "momentum_buffers"

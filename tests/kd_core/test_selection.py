@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kd_core.selection import in_numpy, largest_indices, sort_values
+from kd_core.partition_blocks import in_numpy, largest_indices, sort_values
 
 SHAPES = [(1, 2), (7, 81), (5, 1000), (0, 81)]
 

@@ -206,7 +206,7 @@ ON_THE_CPU_ALONE = {
     "meters.check",  # stops at the first loss that is no number; on CUDA at the next line of the log
     "checks.<genexpr>",  # the range of the target; on CUDA the indexing kernel asserts it
     "base.clip_grad_norm_",  # nothing to multiply where the norm is small
-    "stream_gradients._follow",  # whether p.grad is what the scaler made of it; on CUDA a kernel asserts it
+    "gradients._follow",  # whether p.grad is what the scaler made of it; on CUDA a kernel asserts it
 }
 # What a step reads by design.
 BY_DESIGN = {

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kd_core.distributed import SetReduction, is_sharded, refuse_fsdp1, world_size
-from kd_core.stream_gradients import StreamGradients, StreamSets
+from kd_core.streams.gradients import StreamGradients, StreamSets
 
 # .9 + .05 and .95 differ by one bit; momenta that are meant to differ do so by far more than this.
 MOMENTUM_TOLERANCE = 1e-9
