@@ -1,4 +1,4 @@
-"""Streams of gradients: their backward passes (`backward.py`), and what is kept of them until the step (`gradients.py`).
+"""Streams of gradients: their backward passes (`backward.py`), and their memory until the step (`gradients.py`).
 
     from kd_core.streams import backward_streams, to_streams
     backward_streams(to_streams(terms, loss, task_loss=task_loss), optimizer)
