@@ -12,7 +12,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 README = PAGES[0].read_text(encoding="utf-8")
 LINK = re.compile(r"\]\((?!https?://|#|mailto:)([^)#\s]+)")
 CONFIG = re.compile(r"(?<![\w/])configs/[\w/.-]+\.yaml\b")
-SCRIPT = re.compile(r"(?<![\w/])(?:tools|kd_cls|benchmarks)/\w+\.py\b")
+SCRIPT = re.compile(r"(?<![\w/])(?:tools|kd_core|kd_det|kd_cls|benchmarks|tests|docs)/[\w/]+\.py\b")
 MAKE = re.compile(r"^ +make ([\w-]+)", re.MULTILINE)
 
 

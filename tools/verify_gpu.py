@@ -7,9 +7,9 @@
 First the tests that need CUDA (pytest -m gpu). Then every fast path beside its slow one, in a process of its own: a
 ResNet-18 FPN detector taught by a ResNet-50 on the built-in digits, ResNet-8x4 taught by ResNet-32x4 likewise, both
 under DKD with random weights. Compared, in float32 without TF32, are the logits of student and teacher, the loss of the
-first step, the losses of all steps and the weights after the last. Rounding alone drives two trainings apart, those of
-detectors most of all (which boxes are sampled changes by jumps). So losses and weights may differ ten times as much as
-those of a second slow run whose first weights differ in their last bit.
+first step, the losses of all steps and the weights after the last. Rounding alone drives two trainings apart: a ReLU's
+gradient jumps at 0, and so does the choice of the boxes that are sampled. So losses and weights may differ ten times as
+much as those of a second slow run whose first weights differ by a millionth, or by 1 % (10 % for a 16-bit type).
 
 The gain is slow step / fast step, the median of alternating pairs, in float32 (with torch's own setting of TF32) and
 under SOLVER.AMP (on a GPU). A key is worth setting where that is at least 1.03, and above 1 in three pairs of four.
@@ -29,15 +29,27 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
-FLOAT32, REDUCED = 1e-3, 0.1  # how far logits and the first loss may move: by rounding of float32, of bfloat16
 WORTH = 1.03
+
+
+class Limits(NamedTuple):
+    """How far a fast path may be from its slow one; `later` is for later losses and weights, unless noise is larger."""
+
+    logits: float
+    first_loss: float
+    later: float
+
+
+FLOAT32 = Limits(1e-3, 1e-3, 1e-2)
+# bfloat16 has three digits: it moves the logits of a ResNet-50 with random weights by a quarter of their deviation.
+BFLOAT16 = Limits(0.5, 0.02, 0.1)
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,7 @@ class Row:
     key: str
     on: str = "True"
     off: str = "False"
-    tolerance: float = FLOAT32
+    limits: Limits = FLOAT32
     cuda_only: bool = False
 
     @property
@@ -62,12 +74,12 @@ ROWS = (
     Row("detector", "KD.TEACHER.CHANNELS_LAST"),
     Row("detector", "KD.TEACHER.OVERLAP", cuda_only=True),
     Row("detector", "KD.TEACHER.FOLD_BN"),
-    Row("detector", "KD.TEACHER.DTYPE", "bfloat16", "student", REDUCED),
+    Row("detector", "KD.TEACHER.DTYPE", "bfloat16", "student", BFLOAT16),
     Row("classifier", "MODEL.CHANNELS_LAST"),
     Row("classifier", "SOLVER.CUDA_GRAPH", cuda_only=True),
     Row("classifier", "KD.TEACHER.CHANNELS_LAST"),
     Row("classifier", "KD.TEACHER.FOLD_BN"),
-    Row("classifier", "KD.TEACHER.DTYPE", "bfloat16", "float32", REDUCED),
+    Row("classifier", "KD.TEACHER.DTYPE", "bfloat16", "float32", BFLOAT16),
     Row("classifier", "KD.LOSS.COMPILE"),
     Row("classifier", "MODEL.COMPILE"),
     Row("classifier", "KD.TEACHER.COMPILE"),
@@ -208,11 +220,11 @@ class Trace:
 
 
 def trace(run: Run, steps: int, nudge: bool = False) -> Trace:
-    """Train; with `nudge` from weights that differ in their last bit."""
+    """Train; with `nudge` from weights that differ by a millionth, about as much as two kernels' results."""
     if nudge:
         with torch.no_grad():
             for parameter in run.model.parameters():
-                parameter.copy_(parameter.nextafter(torch.full_like(parameter, torch.inf)))
+                parameter.mul_(1 + 1e-6 * torch.randn_like(parameter))
     logits = {name: tensor.detach().float().cpu() for name, tensor in run.logits().items()}
     start, losses = flat_weights(run.model), []
     for _ in range(steps):
@@ -249,11 +261,11 @@ class Differences:
         finite = all(math.isfinite(loss) for loss in losses)  # max() may pass over a NaN
         return cls(logits, losses[0], max(losses) if finite else math.nan, float((a.end - b.end).norm() / moved))
 
-    def within(self, tolerance: float, noise: "Differences") -> bool:
+    def within(self, limits: Limits, noise: "Differences") -> bool:
         """Whether rounding explains them; False for NaN."""
-        at_once = self.logits <= tolerance and self.first_loss <= tolerance
+        at_once = self.logits <= limits.logits and self.first_loss <= limits.first_loss
         apart = zip((self.losses, self.weights), (noise.losses, noise.weights), strict=True)
-        return at_once and all(ours <= max(tolerance, 10 * theirs) for ours, theirs in apart)
+        return at_once and all(ours <= max(limits.later, 10 * theirs) for ours, theirs in apart)
 
 
 def compare(row: Row, device: str, steps: int, work: Path) -> tuple[Differences, Differences]:
@@ -348,7 +360,7 @@ def verdict(row: Row, found: dict[str, Any]) -> str:
     """A row's result in words."""
     if "error" in found or "skipped" in found:
         return found.get("skipped") or f"fails: {found['error']}"
-    if not Differences(**found["differences"]).within(row.tolerance, Differences(**found["noise"])):
+    if not Differences(**found["differences"]).within(row.limits, Differences(**found["noise"])):
         return "differs"
     worth = [name for name, (median, low) in found["gains"].items() if median >= WORTH and low > 1]
     return f"safe, worth it in {' and '.join(worth)}" if worth else "safe, no gain"

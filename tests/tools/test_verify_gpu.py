@@ -70,7 +70,7 @@ def test_other_logits_losses_or_weights_than_rounding_explains_differ(tool):
     assert judge(tool, make_trace(tool, logits=other_teacher)) == "differs"
     assert judge(tool, make_trace(tool, losses=[2.01, 1.0])) == "differs"
     assert judge(tool, make_trace(tool, losses=[2.0, float("nan")])) == "differs"
-    apart = make_trace(tool, end=plain.end + 0.001)
+    apart = make_trace(tool, end=plain.end + 0.002)
     assert judge(tool, apart) == "differs"
     assert judge(tool, apart, nudged=make_trace(tool, end=plain.end + 0.0005)).startswith("safe")
 
