@@ -35,6 +35,8 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from kd_core.utils.errors import exit_on_user_error
+
 ROOT = Path(__file__).resolve().parents[1]
 WORTH = 1.03
 
@@ -346,7 +348,7 @@ def in_own_process(row: Row, options: argparse.Namespace, work: Path, seconds: f
     words = f"--device {options.device} --steps {options.steps} --rounds {options.rounds} --work {work}".split()
     command = [sys.executable, str(Path(__file__).resolve()), *words, "--row", row.name]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, cwd=ROOT)
     except subprocess.TimeoutExpired:
         return {"skipped": "not finished: time was up"}
     *_, last = done.stdout.splitlines() or [""]
@@ -445,4 +447,4 @@ def report_keys(results: dict[Row, dict[str, Any]]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_on_user_error("verify_gpu", main))
