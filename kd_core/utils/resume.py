@@ -16,7 +16,11 @@ RESUME_HINT = "that would mix two runs: resume with the config of the checkpoint
 
 
 def check_same_run(
-    saved: dict[str, Any], cfg: CfgNode, defaults: CfgNode, ignored: Collection[str], source: str
+    saved: dict[str, Any],
+    cfg: CfgNode | dict[str, Any],
+    defaults: CfgNode | dict[str, Any],
+    ignored: Collection[str],
+    source: str,
 ) -> None:
     """Refuse to resume with another method, teacher, loss, optimizer, schedule, data set or student.
 
@@ -46,9 +50,9 @@ def check_same_run(
         raise UserError(f"--resume: {source} was started with {key} {old!r}, now it is {new!r}{more}; {RESUME_HINT}")
 
 
-def plain(cfg: CfgNode) -> dict[str, Any]:
+def plain(cfg: CfgNode | dict[str, Any]) -> dict[str, Any]:
     """A config as it comes back from its own yaml: tuples are lists."""
-    return yaml.safe_load(cfg.dump())
+    return yaml.safe_load(cfg.dump() if isinstance(cfg, CfgNode) else yaml.safe_dump(cfg))
 
 
 def remember_request(path: Path, request: dict[str, Any]) -> None:

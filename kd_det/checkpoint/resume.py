@@ -174,7 +174,7 @@ def check_initial_weights(path: str, incompatible: Any, model: nn.Module) -> Non
 
 def note_teachers_file(cfg: CfgNode) -> None:
     """Warn where the student starts from the very file that its teacher is loaded from."""
-    teachers = {cfg.KD.TEACHER.WEIGHTS, *(weights for _, weights in cfg.KD.TEACHERS)}
+    teachers = {cfg.KD.TEACHER.WEIGHTS, *(weights for _, weights, *_ in cfg.KD.TEACHERS)}
     if cfg.KD.LOSS.NAME != "none" and cfg.MODEL.WEIGHTS in teachers:
         logger.warning("MODEL.WEIGHTS: %s is the teacher's file, too: the student starts as it", cfg.MODEL.WEIGHTS)
 

@@ -137,12 +137,17 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict] | None = Non
         proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
     )
     seed = cfg.SEED if cfg.SEED >= 0 else None
+    return make_train_loader(cfg, dicts, mapper or build_train_mapper(cfg), build_sampler(cfg, dicts, seed))
+
+
+def make_train_loader(
+    cfg: CfgNode, dicts: list[dict], mapper: Callable[[dict], dict], sampler: Sampler
+) -> TrainLoader:
+    """The loader of detectron2's dataset dicts, as SOLVER.IMS_PER_BATCH, DATALOADER and SEED say."""
+    seed, world_size = cfg.SEED if cfg.SEED >= 0 else None, comm.get_world_size()
     groups = [int(d["width"] > d["height"]) for d in dicts] if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None
-    batches = GroupedBatches(
-        build_sampler(cfg, dicts, seed), groups, cfg.SOLVER.IMS_PER_BATCH // world_size, comm.get_rank(), world_size
-    )
-    dataset = MapDataset(DatasetFromList(dicts, copy=False), mapper or build_train_mapper(cfg))
-    dataset = NamedBadImages(dataset, dicts, cfg.DATASETS.BAD_IMAGES)
+    batches = GroupedBatches(sampler, groups, cfg.SOLVER.IMS_PER_BATCH // world_size, comm.get_rank(), world_size)
+    dataset = NamedBadImages(MapDataset(DatasetFromList(dicts, copy=False), mapper), dicts, cfg.DATASETS.BAD_IMAGES)
     return TrainLoader(PositionedDataset(dataset, seed), batches, cfg.DATALOADER.NUM_WORKERS)
 
 

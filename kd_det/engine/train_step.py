@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from kd_core.optim import StreamOptimizer
 from kd_core.optim.config import build_auto_momenta
 from kd_core.train_step import TrainStep
 from kd_core.utils.compiling import compile_in_place
@@ -139,7 +140,8 @@ def build_step(cfg: CfgNode, model: nn.Module, data_loader: Any, optimizer: Opti
     if cfg.KD.COMPILE:
         for name, part in distilled_parts(plain).items():
             compile_in_place(part, f"student's {name}")
-    if solver.OPTIMIZER == "sgd" and not solver.AMP.ENABLED and solver.ACCUMULATE_STEPS == 1 and clip is None:
+    streamed = isinstance(optimizer, StreamOptimizer)
+    if not (streamed or solver.AMP.ENABLED or clip) and solver.ACCUMULATE_STEPS == 1:
         return SimpleTrainer(model, data_loader, optimizer)
     if solver.AMP.ENABLED:
         pool_in_float32(plain)

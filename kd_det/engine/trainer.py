@@ -2,6 +2,7 @@
 
 import logging
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from kd_det.checkpoint.resume import (
 )
 from kd_det.checks import check_frozen_weights, check_synchronised_norms
 from kd_det.compat import distribute
+from kd_det.config.student import plain_config
 from kd_det.data.loader import TrainLoader, build_train_loader
 from kd_det.engine.hooks.checkpointing import KeepBest, SaveStudentConfig, SeedEachStep
 from kd_det.engine.hooks.health import WatchHealth
@@ -70,12 +72,13 @@ class DistillationTrainer(TrainerBase):
     A subclass changes a part by overriding the `build_…` method that makes it.
     """
 
+    log_period = 20
+
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__()
         world_size = comm.get_world_size()
         self.cfg = cfg = scale_to_world_size(cfg, world_size)
-        check_solver(cfg, world_size)
-        check_synchronised_norms(cfg, world_size)
+        self.check(cfg, world_size)
         student = self.build_model(cfg)
         if isinstance(student, DistilledRCNN):
             student.load_teacher()
@@ -83,7 +86,8 @@ class DistillationTrainer(TrainerBase):
         self.loader = self.build_train_loader(cfg)
         self._trainer = build_step(cfg, distribute(student), self.loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.average = MovingAverage(cfg, student) if cfg.SOLVER.EMA.ENABLED else None
+        plain = partial(self.build_plain_model, cfg)
+        self.average = MovingAverage(cfg, student, plain) if cfg.SOLVER.EMA.ENABLED else None
         self.checkpointer = self.build_checkpointer(student)
         self.max_iter, self.resumed = cfg.SOLVER.MAX_ITER, False
         self.register_hooks(self.build_hooks())
@@ -118,7 +122,7 @@ class DistillationTrainer(TrainerBase):
         evaluated = [student, average.model] if average else [student]
         return [
             SeedEachStep(cfg.SEED) if cfg.SEED >= 0 else None,
-            SaveStudentConfig(cfg),
+            self.build_student_writer(),
             StreamScalars(),
             StageTimes(),
             WatchHealth(student, start=cfg.SOLVER.WARMUP_ITERS),
@@ -131,10 +135,14 @@ class DistillationTrainer(TrainerBase):
             hooks.PeriodicCheckpointer(self.checkpointer, save_period) if main else None,
             hooks.EvalHook(eval_period, self.evaluate_student),
             hooks.EvalHook(eval_period, self.evaluate_average) if average else None,
-            hooks.PeriodicWriter(self.build_writers(), period=20) if main else None,
+            hooks.PeriodicWriter(self.build_writers(), period=self.log_period) if main else None,
             KeepBest(output / "model_best.pth", student),
             KeepBest(output / "model_best_ema.pth", average.model, "ema") if average else None,
         ]
+
+    def build_student_writer(self) -> HookBase:
+        """Writes `student.yaml`, with which plain detectron2 builds the student."""
+        return SaveStudentConfig(self.cfg)
 
     def build_precise_bn(self) -> HookBase | None:
         """TEST.PRECISE_BN: recomputes BatchNorm's statistics before an evaluation, from a loader of its own."""
@@ -208,6 +216,17 @@ class DistillationTrainer(TrainerBase):
         """Write `model_final.pth` where a training was killed after its last periodic checkpoint."""
         if self.start_iter >= self.max_iter and Path(self.checkpointer.get_checkpoint_file()).name != "model_final.pth":
             self.checkpointer.save("model_final", iteration=self.iter)
+
+    @classmethod
+    def check(cls, cfg: CfgNode, world_size: int) -> None:
+        """Refuse settings that this number of processes cannot train with, before anything is built."""
+        check_solver(cfg, world_size)
+        check_synchronised_norms(cfg, world_size)
+
+    @classmethod
+    def build_plain_model(cls, cfg: CfgNode) -> nn.Module:
+        """The student as detectron2's own detector, without a teacher: the moving average's."""
+        return build_model(plain_config(cfg))
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:

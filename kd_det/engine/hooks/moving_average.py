@@ -1,17 +1,16 @@
 """The exponential moving average of the student's weights (SOLVER.EMA)."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
-from detectron2.modeling import build_model
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from kd_core.utils.state_dict import check_fit
-from kd_det.config.student import plain_config
 
 logger = logging.getLogger(__name__)
 
@@ -27,15 +26,16 @@ class MovingAverage:
         torch.save({"model": state["ema"]}, "average.pth")
 
     Args:
-        cfg: the training's config: SOLVER.EMA, and what builds the student.
+        cfg: the training's config: SOLVER.EMA.
         student: the model that is trained.
+        build: builds the student as detectron2's own detector, with any weights.
     """
 
-    def __init__(self, cfg: CfgNode, student: nn.Module) -> None:
+    def __init__(self, cfg: CfgNode, student: nn.Module, build: Callable[[], nn.Module]) -> None:
         options = cfg.SOLVER.EMA
         self.student, self.loaded = student, False
         with torch.random.fork_rng(devices=[]):  # overwritten below: they must not advance the RNG
-            plain = build_model(plain_config(cfg))
+            plain = build()
         plain.load_state_dict(student.state_dict())
         self.average = ModelEmaV3(plain, options.DECAY, use_warmup=options.WARMUP)
 

@@ -1,5 +1,8 @@
 """`build_timm_fpn_backbone`: any feature extractor of timm under detectron2's own FPN."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -48,6 +51,34 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
         top_block=LastLevelMaxPool(),
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )
+
+
+def timm_bottom_up(
+    name: str,
+    pretrained: bool = False,
+    weights: str = "",
+    norm: str = "BN",
+    freeze_at: int = 0,
+    out_indices: Sequence[int] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    in_channels: int = 3,
+) -> TimmBackbone:
+    """timm's extractor built by keyword, as a LazyConfig does: the `bottom_up` of detectron2's FPN.
+
+    Args:
+        name, pretrained, weights, norm, out_indices: MODEL.TIMM's keys of these names.
+        freeze_at: MODEL.BACKBONE.FREEZE_AT.
+        kwargs: more arguments of timm.create_model.
+        in_channels: of the images.
+    """
+    from kd_det.modeling.backbone.timm_extractor import create_extractor
+
+    node = CfgNode({"NAME": name, "PRETRAINED": pretrained, "WEIGHTS": weights, "OUT_INDICES": list(out_indices)})
+    node.KWARGS = [[key, value] for key, value in (kwargs or {}).items()]
+    bottom_up = TimmBackbone(create_extractor(node, in_channels, load_weights=True), in_channels)
+    set_norm(bottom_up, norm)
+    freeze_until(bottom_up, freeze_at)
+    return bottom_up
 
 
 def check_stages(name: str, bottom_up: TimmBackbone, in_features: list[str]) -> None:

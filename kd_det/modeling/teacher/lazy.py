@@ -25,29 +25,37 @@ def is_lazy(name: str) -> bool:
     return name.endswith(".py")
 
 
-def load_lazy(name: str, overrides: Sequence[str] = ()) -> DictConfig:
+def load_lazy(
+    name: str, overrides: Sequence[str] = (), key: str = KEY, overrides_key: str = "KD.TEACHER.OVERRIDES"
+) -> DictConfig:
     """The LazyConfig in a file, or of that name in the model zoo, with `key=value` overrides.
+
+    Args:
+        name: of the file.
+        overrides: in detectron2's (hydra's) grammar.
+        key: what named the file, for the error message.
+        overrides_key: what gave the overrides.
 
     Raises:
         UserError: no such file; it fails when it is run; it has no `model`; an override that does not fit.
     """
-    path = lazy_path(name)
+    path = lazy_path(name, key)
     try:
         cfg = LazyConfig.load(path)
     except Exception as error:  # it is code: it may raise anything
-        raise UserError(f"{KEY}: {name} cannot be loaded ({type(error).__name__}: {error})") from error
+        raise UserError(f"{key}: {name} cannot be loaded ({type(error).__name__}: {error})") from error
     if not isinstance(cfg, DictConfig) or "model" not in cfg:
-        raise UserError(f"{KEY}: {name} has no `model`: a LazyConfig defines the detector under that name")
+        raise UserError(f"{key}: {name} has no `model`: a LazyConfig defines the detector under that name")
     try:
         cfg = LazyConfig.apply_overrides(cfg, list(overrides))
         OmegaConf.to_container(cfg.model, resolve=True)  # interpolations that lead nowhere show here
     except Exception as error:  # hydra's parser, OmegaConf and interpolations each have their own
         reason = " ".join(str(error).split())
-        raise UserError(f"KD.TEACHER.OVERRIDES {' '.join(overrides)}: {type(error).__name__}: {reason}") from error
+        raise UserError(f"{overrides_key} {' '.join(overrides)}: {type(error).__name__}: {reason}") from error
     return cfg
 
 
-def lazy_path(name: str) -> str:
+def lazy_path(name: str, key: str = KEY) -> str:
     """A file as it is, else the model zoo's file of that name."""
     if os.path.isfile(name):
         return name
@@ -55,12 +63,12 @@ def lazy_path(name: str) -> str:
         return model_zoo.get_config_file(name)
     except RuntimeError:
         raise UserError(
-            f"{KEY}: {name} is neither a file nor a name in detectron2's model zoo (relative paths start at the "
+            f"{key}: {name} is neither a file nor a name in detectron2's model zoo (relative paths start at the "
             f"working folder, {os.getcwd()}; configs of detectron2's projects are named by their path)"
         ) from None
 
 
-def build_lazy(cfg: DictConfig) -> nn.Module:
+def build_lazy(cfg: DictConfig, key: str = KEY) -> nn.Module:
     """The detector of a LazyConfig's `model`, with random weights.
 
     Raises:
@@ -69,7 +77,7 @@ def build_lazy(cfg: DictConfig) -> nn.Module:
     try:
         return instantiate(cfg.model)
     except (TypeError, ValueError, AssertionError) as error:
-        raise UserError(f"{KEY}: its `model` cannot be built ({type(error).__name__}: {error})") from error
+        raise UserError(f"{key}: its `model` cannot be built ({type(error).__name__}: {error})") from error
 
 
 def as_yacs(cfg: DictConfig) -> CfgNode:

@@ -11,6 +11,7 @@ from detectron2.modeling.roi_heads import Res5ROIHeads, StandardROIHeads
 from torch import Tensor
 
 from kd_core.utils.errors import UserError
+from kd_det.config import kd_defaults
 from kd_det.modeling.sigmoid_loss import as_wide
 from kd_det.modeling.teacher.acceleration import TeacherSpeed, accelerate_teacher
 from kd_det.modeling.teacher.build import teacher_builders
@@ -45,6 +46,30 @@ class Teacher:
         """The teachers that a student's config names: the one of `KD.TEACHER`, or those of `KD.TEACHERS`."""
         own_images, speed = cfg.KD.TEACHER.IMAGE_SCALE != 1, TeacherSpeed.from_config(cfg)
         return [cls(build, own_images, speed) for build in teacher_builders(cfg)]
+
+    @classmethod
+    def from_files(
+        cls,
+        config_file: str,
+        weights: str = "",
+        overrides: Sequence[str] = (),
+        num_classes: int = 80,
+        input_format: str = "BGR",
+        allow_random: bool = False,
+    ) -> "Teacher":
+        """The teacher of a config file and a weights file, for a student that is built by keyword.
+
+        Args:
+            config_file, weights, overrides, allow_random: KD.TEACHER's keys of these names.
+            num_classes: foreground classes of the student.
+            input_format: channel order of its images.
+        """
+        cfg = kd_defaults()
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.INPUT.FORMAT, cfg.MODEL.DEVICE = num_classes, input_format, "cpu"
+        node = cfg.KD.TEACHER
+        node.CONFIG_FILE, node.WEIGHTS, node.OVERRIDES = config_file, weights, list(overrides)
+        node.ALLOW_RANDOM = allow_random
+        return cls.from_config(cfg)[0]
 
     @property
     def model(self) -> GeneralizedRCNN:
