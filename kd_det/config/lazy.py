@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf, SCMode
 from kd_core.utils.config import coerce, lookup
 from kd_core.utils.errors import UserError
 from kd_core.utils.files import write_text
+from kd_det.config.defaults import kd_defaults
 from kd_det.modeling.meta_arch.rcnn import DistilledRCNN
 from kd_det.modeling.teacher.lazy import as_yacs, select
 
@@ -93,13 +94,12 @@ def engine_config(lazy: DictConfig) -> CfgNode:
     missing = [part for part in PARTS if part not in lazy]
     if missing:
         raise UserError(f"--config-file: it has no `{missing[0]}`: a LazyConfig that trains defines {', '.join(PARTS)}")
-    cfg = as_yacs(lazy)
+    defaults, values = kd_defaults(), {}
     for name, key in KEYS.items():
-        value = select(lazy, name)
-        if value is not None:
-            group, _, last = key.rpartition(".")
-            node = lookup(cfg, group) if group else cfg
-            node[last] = coerce(value, node[last], name, "the LazyConfig")
+        if (value := select(lazy, name)) is not None:
+            values[key] = coerce(value, lookup(defaults, key), name, "the LazyConfig")
+    cfg = as_yacs(lazy)
+    cfg.merge_from_list([word for pair in values.items() for word in pair])
     clip = cfg.SOLVER.CLIP_GRADIENTS
     clip.ENABLED, clip.CLIP_TYPE = select(lazy, "train.clip.max_norm") is not None, "full_model"
     # To the engine the optimizer is a name that a checkpoint is compared by.

@@ -93,7 +93,7 @@ def test_a_checkpoint_without_it_is_continued_with_a_warning_and_one_of_another_
 def test_building_it_costs_the_student_no_random_number(cfg):
     model = build_model(cfg)
     before = torch.get_rng_state()
-    average = MovingAverage(cfg, model)
+    average = MovingAverage(cfg, model, lambda: DistillationTrainer.build_plain_model(cfg))
     assert torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in average.state_dict().items())
     cfg.SOLVER.EMA.DECAY = 1.0
