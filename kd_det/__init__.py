@@ -1,7 +1,7 @@
 """Distillation of detectron2 detectors through their ROI classification logits.
 
 Importing it registers the meta-architecture `DistilledRCNN`, the backbone `build_timm_fpn_backbone` and the data sets
-`digits_train` and `digits_val`.
+`digits_train`, `digits_val` and `digits_test`.
 """
 
 import warnings

@@ -1,4 +1,4 @@
-"""`digits_train` and `digits_val` in detectron2's catalogs; they are written to disk when they are first loaded."""
+"""`digits_train`, `digits_val` and `digits_test` in detectron2's catalogs, written to disk when first loaded."""
 
 import argparse
 import hashlib
@@ -50,13 +50,13 @@ def prepare_digits(root: str | os.PathLike | None = None, seed: int | None = Non
             raise
         raise UserError(
             f"the digits data set cannot be written to {folder} ({error.strerror}): set DETECTRON2_DATASETS "
-            "to a folder that can be written, with 20 MB free"
+            "to a folder that can be written, with 30 MB free"
         ) from error
     return folder
 
 
 def register_digits(root: str | os.PathLike | None = None) -> None:
-    """Put both splits into detectron2's catalogs, once; nothing is written before `DatasetCatalog.get`."""
+    """Put every split into detectron2's catalogs, once; nothing is written before `DatasetCatalog.get`."""
     folder = (Path(root) if root is not None else datasets_root()) / "digits"
     for split in digits.SPLITS:
         if split.name in DatasetCatalog:

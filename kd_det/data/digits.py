@@ -1,8 +1,8 @@
 """Images of the built-in data set: real handwritten digits pasted onto real photographs.
 
 Everything comes out of installed wheels, nothing is downloaded: the digits are scikit-learn's `load_digits` (1797
-samples of 8×8, the test part of UCI's Optical Recognition of Handwritten Digits), the photographs are scikit-image's.
-A split has digits and photographs of its own. An image is a pure function of (seed, split, index).
+samples of 8×8, the test part of UCI's Optical Recognition of Handwritten Digits), the photographs are scikit-image's
+and scikit-learn's. A split has digits and photographs of its own. An image is a pure function of (seed, split, index).
 """
 
 from dataclasses import dataclass
@@ -32,20 +32,20 @@ CLASS_NAMES = tuple("0123456789")
 
 @dataclass(frozen=True)
 class Split:
-    """What one split is made of. No digit and no photograph belongs to both."""
+    """What one split is made of."""
 
     name: str
     key: int  # its part of the random seed
     num_images: int
-    digits: tuple[int, int]  # [first, end) in load_digits
-    photos: tuple[str, ...]
+    digits: tuple[int, ...]  # numbers of its samples in load_digits
+    photos: tuple[str, ...]  # file names
 
 
 TRAIN = Split(
     name="digits_train",
     key=0,
     num_images=1000,
-    digits=(0, 1437),
+    digits=tuple(range(1437)),
     photos=(
         "astronaut.png", "brick.png", "camera.png", "grass.png", "hubble_deep_field.jpg", "ihc.png", "moon.png",
         "motorcycle_left.png", "retina.jpg", "rocket.jpg",
@@ -55,10 +55,25 @@ VAL = Split(
     name="digits_val",
     key=1,
     num_images=200,
-    digits=(1437, 1797),
+    digits=tuple(range(1437, 1797)),
     photos=("chelsea.png", "coffee.png", "coins.png", "gravel.png"),
 )
-SPLITS = (TRAIN, VAL)
+# Hyperparameters chosen on `VAL` are judged here. The other two own all of load_digits, and their images may not change:
+# these are the 61 samples that, with the default seed 0, no image of theirs shows (with another seed, some may).
+TEST = Split(
+    name="digits_test",
+    key=2,
+    num_images=200,
+    digits=(
+        54, 90, 100, 103, 117, 142, 213, 310, 344, 378, 422, 443, 459, 495, 569, 603, 612, 614, 635, 641, 649, 711, 745,
+        769, 793, 884, 931, 934, 957, 964, 1068, 1175, 1205, 1224, 1240, 1248, 1261, 1423, 1461, 1500, 1501,
+        1505, 1521, 1530, 1538, 1548, 1579, 1610, 1622, 1631, 1632, 1637, 1640, 1688, 1695, 1714, 1739, 1752,
+        1784, 1785, 1791,
+    ),
+    photos=("cell.png", "china.jpg", "clock_motion.png", "flower.jpg"),
+)  # fmt: skip
+SPLITS = (TRAIN, VAL, TEST)
+PHOTO_FOLDERS = (("skimage", "data"), ("sklearn", "datasets/images"))
 
 
 @dataclass(frozen=True)
@@ -85,19 +100,21 @@ def load_samples(split: Split) -> tuple[np.ndarray, np.ndarray]:
     from sklearn.datasets import load_digits  # here, because registering the data set must stay quick
 
     digits = load_digits()
-    chosen = slice(*split.digits)
+    chosen = list(split.digits)
     return digits.images[chosen].astype(np.uint8), digits.target[chosen]
 
 
 @lru_cache
 def load_photos(split: Split) -> tuple[Image.Image, ...]:
-    """The split's photographs as RGB. FileNotFoundError where this scikit-image lacks one."""
-    folder = files("skimage") / "data"  # read directly: skimage.data would download what it does not find
+    """The split's photographs as RGB. FileNotFoundError where the installed packages lack one."""
+    # Read directly: skimage.data would download what it does not find.
+    folders = [files(package) / folder for package, folder in PHOTO_FOLDERS]
     photos = []
     for name in split.photos:
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} is missing: the digits data set needs scikit-image ≥ 0.22")
-        with (folder / name).open("rb") as file:
+        found = next((folder / name for folder in folders if (folder / name).is_file()), None)
+        if found is None:
+            raise FileNotFoundError(f"{folders[0] / name} is missing: the digits data set needs scikit-image ≥ 0.22")
+        with found.open("rb") as file:
             photo = Image.open(file).convert("RGB")
         photo.thumbnail((MAX_PHOTO_SIDE, MAX_PHOTO_SIDE), Image.Resampling.LANCZOS)
         photos.append(photo)

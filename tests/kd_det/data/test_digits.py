@@ -42,18 +42,72 @@ def contents(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def test_no_digit_and_no_photograph_is_in_both_splits():
-    train, val = ({ink.tobytes() for ink in digits.load_samples(split)[0]} for split in digits.SPLITS)
+class RecordedSamples:
+    """The samples of a split, and which of them were drawn."""
+
+    def __init__(self, samples: np.ndarray) -> None:
+        self.samples, self.drawn = samples, set()
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        self.drawn.add(int(index))
+        return self.samples[index]
+
+
+# SHA-256 over the pixels and boxes of every image with seed 0, from before there was a test split.
+EARLIER_IMAGES = {
+    "digits_train": "9662653e181db30df8c7f1c7f70f3466d9780dad327c6246cd04f6880ab7d033",
+    "digits_val": "957897ab4fa7744ae9ecc5c9e8bd229309898597cad2317752e37c1aabe99297",
+}
+# SHA-256 over the files of their first 20 images, and the json of those.
+EARLIER_FILES = {
+    "digits_train": "24c236c0cb7a4e9b60880bec32a411d0b87f4c5ffcc0b97b7c64b65efcfd17b4",
+    "digits_val": "690474f84a300cda1cac344eaef999b21ca9ebdefc4b993b962c86f238cd1beb",
+}
+
+
+def test_train_and_val_are_as_before_the_test_split_and_show_no_digit_of_it(monkeypatch: pytest.MonkeyPatch):
+    load, shown = digits.load_samples, set()
+    for split in (digits.TRAIN, digits.VAL):
+        samples, labels = load(split)
+        recorded, digest = RecordedSamples(samples), hashlib.sha256()
+        monkeypatch.setattr(digits, "load_samples", lambda _, found=(recorded, labels): found)
+        for index in range(split.num_images):
+            image, boxes = digits.render(split, index, seed=0)
+            digest.update(image.tobytes() + repr(boxes).encode())
+        assert digest.hexdigest() == EARLIER_IMAGES[split.name]
+        shown |= {split.digits[index] for index in recorded.drawn}
+    assert len(digits.TEST.digits) == 1797 - len(shown) and not shown & set(digits.TEST.digits)
+
+
+def test_the_files_of_train_and_val_are_as_before_the_test_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    first = tuple(replace(split, num_images=20) for split in digits.SPLITS)
+    monkeypatch.setattr(digits, "SPLITS", first)
+    folder = prepare_digits(tmp_path, seed=0)
+    for name, expected in EARLIER_FILES.items():
+        files = [*sorted((folder / name).glob("*.jpg")), folder / "annotations" / f"{name}.json"]
+        assert hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest() == expected
+    assert len(json.loads((folder / "annotations" / "digits_test.json").read_text())["images"]) == 20
+
+
+def test_no_photograph_is_in_two_splits_and_no_digit_in_train_and_val():
+    train, val = ({ink.tobytes() for ink in digits.load_samples(split)[0]} for split in (digits.TRAIN, digits.VAL))
     assert len(train) + len(val) == 1797
     assert not train & val
     photos = [photo for split in digits.SPLITS for photo in digits.load_photos(split)]
     assert len({photo.tobytes() for photo in photos}) == len(photos)
-    assert not set(digits.TRAIN.photos) & set(digits.VAL.photos)
 
 
-def test_both_splits_have_every_class():
+def test_every_split_has_every_class():
     for split in digits.SPLITS:
         assert set(digits.load_samples(split)[1]) == set(range(10))
+
+
+def test_all_splits_are_registered_on_import():
+    assert {split.name for split in digits.SPLITS} == {"digits_train", "digits_val", "digits_test"}
+    assert all(split.name in DatasetCatalog for split in digits.SPLITS)
 
 
 @pytest.mark.parametrize("split", digits.SPLITS, ids=lambda split: split.name)
