@@ -7,7 +7,7 @@ from fvcore.common.config import CfgNode
 from timm.optim import list_optimizers
 
 from kd_cls.distributed import Process
-from kd_core.optim.config import STREAM_OPTIMIZERS
+from kd_core.optim.config import STREAM_OPTIMIZERS, check_preset
 from kd_core.utils.config import lookup
 from kd_core.utils.errors import UserError
 from kd_core.utils.wandb import import_wandb
@@ -98,6 +98,16 @@ def check_batch(cfg: CfgNode, process: Process) -> None:
         )
 
 
+def check_schedule(cfg: CfgNode, process: Process) -> None:
+    """Refuse a warm-up that leaves no epoch to a schedule which starts after it."""
+    schedule, epochs = cfg.SOLVER.SCHEDULE, cfg.SOLVER.EPOCHS
+    if schedule.WARMUP_PREFIX and schedule.WARMUP_EPOCHS >= epochs:
+        raise UserError(
+            f"SOLVER.SCHEDULE.WARMUP_EPOCHS is {schedule.WARMUP_EPOCHS} and SOLVER.EPOCHS {epochs}, which leaves none "
+            "to the schedule: shorten the warm-up, or set WARMUP_PREFIX False"
+        )
+
+
 def check_loss(cfg: CfgNode, process: Process) -> None:
     """Refuse the loss that mixes foreground and background rows of a detector."""
     if cfg.KD.LOSS.NAME == "gdkds":
@@ -106,6 +116,7 @@ def check_loss(cfg: CfgNode, process: Process) -> None:
 
 def check_streams(cfg: CfgNode, process: Process) -> None:
     """Refuse an optimizer over gradient streams, or momenta drawn from them, where there are none."""
+    check_preset(cfg.SOLVER)
     name, plain = cfg.SOLVER.OPTIMIZER, cfg.KD.LOSS.NAME == "none"
     if name in ("dot_sgd", "deepkd_sgd") and plain:
         raise UserError(
@@ -182,6 +193,7 @@ def check_wandb(cfg: CfgNode, process: Process) -> None:
 CHECKS: tuple[Callable[[CfgNode, Process], None], ...] = (
     check_values,
     check_batch,
+    check_schedule,
     check_loss,
     check_streams,
     check_cache,

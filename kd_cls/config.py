@@ -155,7 +155,8 @@ def add_solver_config(cfg: CfgNode) -> None:
     # Apply weight decay to norms and biases too, as the papers do.
     cfg.SOLVER.DECAY_NORM_AND_BIAS = True
     # Momentum of each stream = MOMENTUM + DELTA, for deepkd_sgd and stream_adamw (its first moment).
-    cfg.SOLVER.DEEPKD = CfgNode({"DELTA_TOG": 0.075, "DELTA_TCG": -0.075, "DELTA_NCG": 0.075})
+    # PRESET "paper": the three keys. "released": what the released code does: tog has DELTA_TCG, DELTA_TOG is unused.
+    cfg.SOLVER.DEEPKD = CfgNode({"PRESET": "paper", "DELTA_TOG": 0.075, "DELTA_TCG": -0.075, "DELTA_NCG": 0.075})
     # DOT: task MOMENTUM − DELTA, distillation MOMENTUM + DELTA.
     cfg.SOLVER.DOT = CfgNode({"DELTA": 0.075})
     # "matched" (ours) scales every stream's step by (1−m)/(1−MOMENTUM): a learning rate found for SGD still holds.
@@ -173,6 +174,7 @@ def add_solver_config(cfg: CfgNode) -> None:
     # Micro-batches per optimizer step.
     cfg.SOLVER.ACCUMULATE_STEPS = 1
     # timm's schedule: multistep, cosine, step, poly, tanh, wsd, rsqrt, constant. MILESTONES and WARMUP in epochs.
+    # WARMUP_PREFIX True: the schedule starts after the warm-up and takes the epochs that are left. False: at epoch 0.
     cfg.SOLVER.SCHEDULE = CfgNode(
         {
             "NAME": "multistep",
@@ -181,6 +183,7 @@ def add_solver_config(cfg: CfgNode) -> None:
             "DECAY_EPOCHS": 30.0,
             "WARMUP_EPOCHS": 0.0,
             "WARMUP_LR": 1e-5,
+            "WARMUP_PREFIX": False,
             "MIN_LR": 0.0,
         }
     )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kd_core.optim import StreamOptimizer
-from kd_core.optim.config import STREAM_OPTIMIZERS, build_stream_optimizer
+from kd_core.optim.config import STREAM_OPTIMIZERS, build_stream_optimizer, check_preset
 from kd_core.train_step import clip_gradients
 from kd_core.utils.config import lookup
 from kd_core.utils.errors import UserError
@@ -89,6 +89,7 @@ def check_images(images: int, world_size: int, accumulate_steps: int) -> None:
 def check_streams(cfg: CfgNode) -> None:
     """Refuse streams without a loss, and clipping that would act only on their sum."""
     solver, loss = cfg.SOLVER, cfg.KD.LOSS.NAME
+    check_preset(solver)
     if loss == "none" and solver.OPTIMIZER in ("dot_sgd", "deepkd_sgd"):
         raise UserError(
             f"SOLVER.OPTIMIZER {solver.OPTIMIZER} gives distillation a momentum of its own, but KD.LOSS.NAME is none: "

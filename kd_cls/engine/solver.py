@@ -52,16 +52,18 @@ def build_scheduler(cfg: CfgNode, optimizer: Optimizer, steps_per_epoch: int) ->
     schedule = cfg.SOLVER.SCHEDULE
     # timm's multistep compares milestones with t + 1, and so decays one step early: half a step more makes it exact.
     milestones = [milestone + 0.5 / steps_per_epoch for milestone in schedule.MILESTONES]
+    before = schedule.WARMUP_EPOCHS if schedule.WARMUP_PREFIX else 0
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=schedule.NAME,
-        num_epochs=cfg.SOLVER.EPOCHS,
+        num_epochs=cfg.SOLVER.EPOCHS - before,
         decay_epochs=schedule.DECAY_EPOCHS,
         decay_milestones=milestones,
         decay_rate=schedule.GAMMA,
         min_lr=schedule.MIN_LR,
         warmup_lr=schedule.WARMUP_LR,
         warmup_epochs=schedule.WARMUP_EPOCHS,
+        warmup_prefix=schedule.WARMUP_PREFIX,
         step_on_epochs=False,
         updates_per_epoch=steps_per_epoch,
     )

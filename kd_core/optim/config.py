@@ -8,20 +8,45 @@ from torch import Tensor
 
 from kd_core.optim.base import StreamOptimizer
 from kd_core.optim.gsnr import AutoMomenta
-from kd_core.optim.presets import deepkd_sgd, dot_sgd
+from kd_core.optim.presets import PRESETS, deepkd_sgd, dot_sgd
 from kd_core.optim.stream_adamw import StreamAdamW
 from kd_core.utils.errors import UserError
 
 STREAM_OPTIMIZERS = ("dot_sgd", "deepkd_sgd", "stream_adamw")
 
 
+def check_preset(solver: CfgNode) -> None:
+    """Refuse an unknown SOLVER.DEEPKD.PRESET, and one that SOLVER.STEP contradicts.
+
+    Raises:
+        UserError: names the key, its value and what is expected.
+    """
+    preset = solver.DEEPKD.PRESET
+    if preset not in ("", *PRESETS):
+        raise UserError(f"SOLVER.DEEPKD.PRESET is {preset!r}, expected {' or '.join(PRESETS)}")
+    if preset == "released" and solver.OPTIMIZER == "deepkd_sgd" and solver.STEP != "paper":
+        raise UserError(
+            f"SOLVER.DEEPKD.PRESET released means the released code's step, but SOLVER.STEP is {solver.STEP!r}: set "
+            "SOLVER.STEP paper, or PRESET paper and DELTA_TOG equal to DELTA_TCG"
+        )
+
+
+def stream_deltas(solver: CfgNode) -> dict[str, float]:
+    """What `solver.DEEPKD` adds to MOMENTUM for each stream. PRESET released: DELTA_TCG for tog too."""
+    node = solver.DEEPKD
+    tog = node.DELTA_TCG if node.PRESET == "released" else node.DELTA_TOG
+    return {"tog": tog, "tcg": node.DELTA_TCG, "ncg": node.DELTA_NCG}
+
+
 def build_stream_optimizer(solver: CfgNode, groups: list[dict[str, Any]]) -> StreamOptimizer:
     """The optimizer of `solver.OPTIMIZER`, one of `STREAM_OPTIMIZERS`, over parameter groups.
 
     Raises:
-        UserError: momenta outside [0, 1) and other values that the optimizer refuses, with their keys.
+        UserError: what `check_preset` refuses; momenta outside [0, 1) and other values that the optimizer refuses,
+            with their keys.
     """
-    deltas = {"tog": solver.DEEPKD.DELTA_TOG, "tcg": solver.DEEPKD.DELTA_TCG, "ncg": solver.DEEPKD.DELTA_NCG}
+    check_preset(solver)
+    deltas = stream_deltas(solver)
     sgd = {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV, "step": solver.STEP}
     common = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
     try:

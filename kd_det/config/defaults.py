@@ -109,6 +109,9 @@ def add_solver_config(node: CfgNode) -> None:
     node.OPTIMIZER = "sgd"
 
     node.DEEPKD = CfgNode()
+    # "paper": the three keys below. "released": what the released code does, where the task gradient decays with tcg's
+    # momentum: tog has DELTA_TCG, and DELTA_TOG is unused.
+    node.DEEPKD.PRESET = "paper"
     # Momentum of the task gradient (all detection losses) = MOMENTUM + this; deepkd_sgd and stream_adamw.
     node.DEEPKD.DELTA_TOG = 0.075
     # The same of the target-class gradient: tckd, mass, explicit.

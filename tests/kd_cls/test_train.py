@@ -1,6 +1,7 @@
 """Runs, what they leave, and the commands."""
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -171,6 +172,17 @@ def test_milestones_and_warm_up_hold_to_the_step(tiny: Callable, process: Proces
     assert rates == [0.1] * 4 + [0.01] * 2 + [0.001] * 2
 
 
+def test_a_warm_up_before_the_schedule_leaves_it_the_rest_of_the_epochs(tiny: Callable, process: Process) -> None:
+    words = ["SOLVER.SCHEDULE.WARMUP_EPOCHS", 0.5, "SOLVER.SCHEDULE.WARMUP_LR", 0.02, "SOLVER.SCHEDULE.MIN_LR", 0.01]
+    trainer = build_trainer(tiny(*words, "SOLVER.BASE_LR", 0.1, "SOLVER.SCHEDULE.WARMUP_PREFIX", True), process)
+    rates = []
+    for iteration in range(9):
+        rates.append(trainer.learning_rate)
+        trainer.scheduler.step_update(iteration + 1)
+    cosine = [0.01 + 0.045 * (1 + math.cos(math.pi * i / 6)) for i in range(7)]
+    assert rates == pytest.approx([0.02, 0.06, *cosine])
+
+
 @pytest.mark.parametrize("command", [["-m", "kd_cls.train"], [str(ROOT / "kd_cls" / "train.py")]])
 def test_the_command_runs_as_a_module_and_as_a_file(command: list[str], tiny_yaml: Path, tmp_path: Path) -> None:
     words = ["--config-file", str(tiny_yaml), "SOLVER.EPOCHS", "0.25", "OUTPUT_DIR", str(tmp_path / "run")]
@@ -220,6 +232,18 @@ def test_the_keys_are_listed_with_their_values(tiny_yaml: Path, capsys: pytest.C
         (["SOLVER.DISTRIBUTE_BN", "sum"], r"SOLVER.DISTRIBUTE_BN is 'sum', expected one of reduce, broadcast, empty"),
         (["SOLVER.EPOCHS", 0], r"SOLVER.EPOCHS is 0.0, expected a number above 0"),
         (["SOLVER.OPTIMIZER", "deepkd_sgd"], r"deepkd_sgd.*KD.LOSS.NAME is 'none'"),
+        (["SOLVER.DEEPKD.PRESET", "ours"], r"SOLVER.DEEPKD.PRESET is 'ours', expected paper or released"),
+        (
+            [
+                *["KD.LOSS.NAME", "kd", "SOLVER.OPTIMIZER", "deepkd_sgd"],
+                *["SOLVER.DEEPKD.PRESET", "released", "SOLVER.STEP", "matched"],
+            ],
+            r"PRESET released means .* set SOLVER.STEP paper",
+        ),
+        (
+            ["SOLVER.SCHEDULE.WARMUP_PREFIX", True, "SOLVER.SCHEDULE.WARMUP_EPOCHS", 2],
+            r"SOLVER.SCHEDULE.WARMUP_EPOCHS is 2.0 and SOLVER.EPOCHS 2.0, which leaves none",
+        ),
         (["SOLVER.SCHEDULE.NAME", "onecycle"], r"SOLVER.SCHEDULE.NAME is 'onecycle', expected one of multistep"),
         (["SOLVER.AMP.DTYPE", "float8"], r"SOLVER.AMP.DTYPE is 'float8'"),
         (["DATA.NAME", "digit"], r"DATA.NAME 'digit' is unknown: choose one of"),

@@ -33,6 +33,21 @@ def test_each_optimizer_has_the_papers_momenta_and_merged_groups(tiny_cfg, tiny_
                 assert group["weight_decay"] == (0.0 if ".norm." in names[p] else 0.0001)
 
 
+@pytest.mark.parametrize(
+    ("words", "momenta"),
+    [
+        (("paper",), {"tog": 0.975, "tcg": 0.825, "ncg": 0.975}),
+        (("released",), {"tog": 0.825, "tcg": 0.825, "ncg": 0.975}),
+        (("released", "SOLVER.DEEPKD.DELTA_TCG", -0.1), {"tog": 0.8, "tcg": 0.8, "ncg": 0.975}),
+        (("released", "SOLVER.DEEPKD.DELTA_TOG", 0.05), {"tog": 0.825, "tcg": 0.825, "ncg": 0.975}),
+    ],
+)
+def test_the_released_preset_gives_the_task_the_momentum_of_tcg(tiny_cfg, tiny_model, words, momenta):
+    optimizer = build_optimizer(tiny_cfg(*DEEPKD, "SOLVER.DEEPKD.PRESET", *words), tiny_model())
+    for group in optimizer.param_groups:
+        assert group["momenta"] == pytest.approx(momenta) and group["step"] == "paper"
+
+
 def test_sgd_is_detectron2s_own(tiny_cfg, tiny_model):
     assert type(build_optimizer(tiny_cfg(), tiny_model())) is torch.optim.SGD
 
@@ -47,6 +62,8 @@ def test_the_matched_step_reaches_the_optimizer(tiny_cfg, tiny_model):
     [
         (("SOLVER.OPTIMIZER", "adam"), "SOLVER.OPTIMIZER is 'adam', expected one of sgd, dot_sgd, deepkd_sgd"),
         (("SOLVER.STEP", "small"), "SOLVER.STEP is 'small', expected paper or matched"),
+        (("SOLVER.DEEPKD.PRESET", "ours"), "SOLVER.DEEPKD.PRESET is 'ours', expected paper or released"),
+        (("SOLVER.DEEPKD.PRESET", "released", "SOLVER.STEP", "matched"), "PRESET released means .* set SOLVER.STEP paper"),
         (("SOLVER.AMP.DTYPE", "float8"), "SOLVER.AMP.DTYPE is 'float8', expected float16 or bfloat16"),
         (("SOLVER.ACCUMULATE_STEPS", 3), "SOLVER.IMS_PER_BATCH 16 must be a positive multiple of the 2 processes × "),
         (("KD.LOSS.NAME", "none"), "SOLVER.OPTIMIZER deepkd_sgd gives distillation a momentum of its own, but"),

@@ -34,6 +34,11 @@ METHODS: dict[str, tuple[list, set[str], int]] = {  # options, terms beside the 
         2,
     ),
     "deepkd as released": (
+        ["KD.LOSS.NAME", "dkd", "SOLVER.OPTIMIZER", "deepkd_sgd", "SOLVER.DEEPKD.PRESET", "released"],
+        {"tckd", "nckd"},
+        2,
+    ),
+    "deepkd with three momenta": (
         ["KD.LOSS.NAME", "dkd", "SOLVER.OPTIMIZER", "deepkd_sgd", "SOLVER.DEEPKD.DELTA_NCG", 0.05],
         {"tckd", "nckd"},
         3,
@@ -147,6 +152,22 @@ def test_frozen_batchnorm_keeps_weights_and_statistics(tiny: Callable, process: 
     kept = [name for name in before if ".bn" in name]
     assert kept and all(torch.equal(before[name], after[name]) for name in kept)
     assert not torch.equal(before["model.conv1.weight"], after["model.conv1.weight"])
+
+
+@pytest.mark.parametrize(
+    ("words", "momenta"),
+    [
+        (("paper",), {"tog": 0.975, "tcg": 0.825, "ncg": 0.975}),
+        (("released", "SOLVER.DEEPKD.DELTA_NCG", 0.05), {"tog": 0.825, "tcg": 0.825, "ncg": 0.95}),
+    ],
+)
+def test_the_released_preset_gives_the_task_the_momentum_of_tcg(
+    words: tuple, momenta: dict[str, float], tiny: Callable, process: Process
+) -> None:
+    deepkd = ("KD.LOSS.NAME", "dkd", "SOLVER.OPTIMIZER", "deepkd_sgd", "SOLVER.DEEPKD.PRESET")
+    optimizer = build_trainer(tiny(*deepkd, *words), process).optimizer
+    for group in optimizer.param_groups:
+        assert group["momenta"] == pytest.approx(momenta) and group["step"] == "paper"
 
 
 def test_norms_and_biases_may_be_kept_from_decay(tiny: Callable, process: Process) -> None:
