@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fvcore.common.config import CfgNode
 
 from kd_cls.build import build_distillation_loss, serialization_layer
 from kd_cls.checks import check_config
@@ -17,6 +18,7 @@ from kd_cls.engine.solver import build_optimizer, build_scheduler
 from kd_cls.models.factory import create_network
 from kd_cls.task.student import Student
 from kd_cls.task.teacher import teacher_description
+from kd_core.optim.config import build_stream_optimizer
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("CIFAR100", "ImageNet", "TinyImageNet", "CUB200")
@@ -37,6 +39,22 @@ PAIRS = {
     ("vgg13", "mobilenetv2"): (6, 1, 6),
     ("resnet50", "mobilenetv2"): (8, 1, 8),
     ("resnet32x4", "shufflev2"): (8, 1, 8),
+}
+
+
+# Teacher, student: Δ of TCKD, Δ of NCKD, β (DeepKD's released configs over DKD).
+RELEASED = {
+    ("resnet32x4", "resnet8x4"): (-0.075, 0.05, 8),
+    ("resnet56", "resnet20"): (-0.075, 0.075, 0.5),
+    ("resnet110", "resnet32"): (-0.075, 0, 3),
+    ("vgg13", "vgg8"): (-0.075, 0.025, 6),
+    ("vgg13", "mobilenetv2"): (-0.075, 0.08, 1),
+    ("resnet50", "mobilenetv2"): (-0.1, 0.025, 2),
+    ("resnet32x4", "shufflev1"): (-0.075, 0.085, 8),
+    ("resnet32x4", "shufflev2"): (-0.075, 0.075, 8),
+    ("wrn_40_2", "shufflev1"): (-0.075, 0.085, 8),
+    ("wrn_40_2", "wrn_16_2"): (-0.1, 0.05, 8),
+    ("wrn_40_2", "wrn_40_1"): (-0.1, 0.05, 4),
 }
 
 
@@ -67,7 +85,9 @@ def test_a_config_says_its_command_and_builds(path: Path, process: Process) -> N
     loss = build_distillation_loss(cfg, classes)
     student = Student(network(cfg.MODEL.NAME, classes), serialization_layer(cfg, classes))
     scheduler = build_scheduler(cfg, build_optimizer(cfg, student), steps_per_epoch=10)
-    assert scheduler.optimizer.param_groups[0]["lr"] == pytest.approx(cfg.SOLVER.BASE_LR)
+    schedule = cfg.SOLVER.SCHEDULE
+    first = schedule.WARMUP_LR if schedule.WARMUP_EPOCHS else cfg.SOLVER.BASE_LR
+    assert scheduler.optimizer.param_groups[0]["lr"] == pytest.approx(first)
     if cfg.SOLVER.OPTIMIZER != "sgd":
         assert re.search(r"Learning rate: (that of DeepKD's released configs|DOT's|ours)", text), "say whose it is"
     if loss is None:
@@ -104,6 +124,42 @@ def test_every_pair_of_the_papers_has_its_five_configs_with_their_numbers(teache
             assert (1, beta) == (loss.DKD.ALPHA, loss.DKD.BETA)
         if method == "gdkd":
             assert (1, w1, w2, 5) == (loss.GDKD.W0, loss.GDKD.W1, loss.GDKD.W2, loss.GDKD.K)
+
+
+def momenta(cfg: CfgNode) -> dict[str, float]:
+    return build_stream_optimizer(cfg.SOLVER, [{"params": [torch.zeros(1)]}]).param_groups[0]["momenta"]
+
+
+@pytest.mark.parametrize(("teacher", "student"), PAIRS)
+def test_every_pair_has_deepkd_as_released_with_its_numbers(teacher: str, student: str) -> None:
+    tcg, ncg, beta = RELEASED[teacher, student]
+    light, long = student in ("mobilenetv2", "shufflev1", "shufflev2"), student == "wrn_16_2"
+    cfg = load_cfg(f"configs/CIFAR100/deepkd_released_{teacher}_{student}.yaml")
+    solver, loss = cfg.SOLVER, cfg.KD.LOSS
+    assert f"cifar_{student}" == cfg.MODEL.NAME and cfg.KD.TEACHER.CONFIG_FILE.endswith(f"/teacher_{teacher}.yaml")
+    assert (0.04 if long else 0.01 if light else 0.05, 480 if long else 240) == (solver.BASE_LR, solver.EPOCHS)
+    assert ([180, 300, 420] if long else [150, 180, 210]) == solver.SCHEDULE.MILESTONES and solver.STEP == "paper"
+    assert ("dkd", 1, beta, 4, 20) == (loss.NAME, loss.DKD.ALPHA, loss.DKD.BETA, loss.TEMPERATURE, loss.WARMUP_EPOCHS)
+    assert not loss.TOPK.ENABLED
+    assert momenta(cfg) == pytest.approx({"tog": 0.9 + tcg, "tcg": 0.9 + tcg, "ncg": 0.9 + ncg})
+    over_kd = load_cfg(f"configs/CIFAR100/deepkd_released_kd_{teacher}_{student}.yaml")
+    assert ("kd", 1, False) == (over_kd.KD.LOSS.NAME, over_kd.KD.LOSS.WEIGHT, over_kd.KD.LOSS.TOPK.ENABLED)
+    assert over_kd.KD.TASK_WEIGHT in (0.5, 0.6, 0.8)
+    assert momenta(over_kd) == pytest.approx({"tog": 0.825, "tcg": 0.825, "ncg": 0.975})
+
+
+@pytest.mark.parametrize(("pair", "beta", "ncg"), [("resnet34_resnet18", 1, 0.05), ("resnet50_mobilenetv1", 2, 0.075)])
+def test_imagenet_has_deepkd_as_released_with_its_schedule(pair: str, beta: float, ncg: float) -> None:
+    cfg = load_cfg(f"configs/ImageNet/deepkd_released_{pair}.yaml")
+    assert (cfg.KD.LOSS.DKD.BETA, cfg.KD.LOSS.TEMPERATURE, cfg.KD.LOSS.TOPK.ENABLED) == (beta, 1, False)
+    assert momenta(cfg) == pytest.approx({"tog": 0.825, "tcg": 0.825, "ncg": 0.9 + ncg})
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=cfg.SOLVER.BASE_LR)
+    scheduler = build_scheduler(cfg, optimizer, steps_per_epoch=10)
+    rates = {}
+    for epoch in (0, 10, 20, 60, 100):
+        scheduler.step_update(10 * epoch)
+        rates[epoch] = optimizer.param_groups[0]["lr"]
+    assert rates == pytest.approx({0: 0.02, 10: 0.11, 20: 0.2, 60: (0.2 + 5e-5) / 2, 100: 5e-5})
 
 
 @pytest.mark.parametrize(("teacher", "student"), PAIRS)
