@@ -58,8 +58,8 @@ VAL = Split(
     digits=tuple(range(1437, 1797)),
     photos=("chelsea.png", "coffee.png", "coins.png", "gravel.png"),
 )
-# Hyperparameters chosen on `VAL` are judged here. The other two own all of load_digits, and their images may not change:
-# these are the 61 samples that, with the default seed 0, no image of theirs shows (with another seed, some may).
+# Hyperparameters chosen on `VAL` are judged here. The other two own all of load_digits and must stay as they are.
+# These are the 61 samples that, with the default seed 0, no image of theirs shows (with another seed, some may).
 TEST = Split(
     name="digits_test",
     key=2,

@@ -63,7 +63,7 @@ def test_the_matched_step_reaches_the_optimizer(tiny_cfg, tiny_model):
         (("SOLVER.OPTIMIZER", "adam"), "SOLVER.OPTIMIZER is 'adam', expected one of sgd, dot_sgd, deepkd_sgd"),
         (("SOLVER.STEP", "small"), "SOLVER.STEP is 'small', expected paper or matched"),
         (("SOLVER.DEEPKD.PRESET", "ours"), "SOLVER.DEEPKD.PRESET is 'ours', expected paper or released"),
-        (("SOLVER.DEEPKD.PRESET", "released", "SOLVER.STEP", "matched"), "PRESET released means .* set SOLVER.STEP paper"),
+        (("SOLVER.DEEPKD.PRESET", "released", "SOLVER.STEP", "matched"), "PRESET released means .* set SOLVER.STEP"),
         (("SOLVER.AMP.DTYPE", "float8"), "SOLVER.AMP.DTYPE is 'float8', expected float16 or bfloat16"),
         (("SOLVER.ACCUMULATE_STEPS", 3), "SOLVER.IMS_PER_BATCH 16 must be a positive multiple of the 2 processes × "),
         (("KD.LOSS.NAME", "none"), "SOLVER.OPTIMIZER deepkd_sgd gives distillation a momentum of its own, but"),
