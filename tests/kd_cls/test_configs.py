@@ -143,7 +143,7 @@ def test_every_pair_has_deepkd_as_released_with_its_numbers(teacher: str, studen
     assert not loss.TOPK.ENABLED
     assert momenta(cfg) == pytest.approx({"tog": 0.9 + tcg, "tcg": 0.9 + tcg, "ncg": 0.9 + ncg})
     over_kd = load_cfg(f"configs/CIFAR100/deepkd_released_kd_{teacher}_{student}.yaml")
-    assert ("kd", 1, False) == (over_kd.KD.LOSS.NAME, over_kd.KD.LOSS.WEIGHT, over_kd.KD.LOSS.TOPK.ENABLED)
+    assert (over_kd.KD.LOSS.NAME, over_kd.KD.LOSS.WEIGHT, over_kd.KD.LOSS.TOPK.ENABLED) == ("kd", 1, False)
     assert over_kd.KD.TASK_WEIGHT in (0.5, 0.6, 0.8)
     assert momenta(over_kd) == pytest.approx({"tog": 0.825, "tcg": 0.825, "ncg": 0.975})
 
@@ -151,7 +151,7 @@ def test_every_pair_has_deepkd_as_released_with_its_numbers(teacher: str, studen
 @pytest.mark.parametrize(("pair", "beta", "ncg"), [("resnet34_resnet18", 1, 0.05), ("resnet50_mobilenetv1", 2, 0.075)])
 def test_imagenet_has_deepkd_as_released_with_its_schedule(pair: str, beta: float, ncg: float) -> None:
     cfg = load_cfg(f"configs/ImageNet/deepkd_released_{pair}.yaml")
-    assert (cfg.KD.LOSS.DKD.BETA, cfg.KD.LOSS.TEMPERATURE, cfg.KD.LOSS.TOPK.ENABLED) == (beta, 1, False)
+    assert (beta, 1, False) == (cfg.KD.LOSS.DKD.BETA, cfg.KD.LOSS.TEMPERATURE, cfg.KD.LOSS.TOPK.ENABLED)
     assert momenta(cfg) == pytest.approx({"tog": 0.825, "tcg": 0.825, "ncg": 0.9 + ncg})
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=cfg.SOLVER.BASE_LR)
     scheduler = build_scheduler(cfg, optimizer, steps_per_epoch=10)
