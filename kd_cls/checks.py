@@ -101,7 +101,7 @@ def check_batch(cfg: CfgNode, process: Process) -> None:
 def check_schedule(cfg: CfgNode, process: Process) -> None:
     """Refuse a warm-up that leaves no epoch to a schedule which starts after it."""
     schedule, epochs = cfg.SOLVER.SCHEDULE, cfg.SOLVER.EPOCHS
-    if schedule.WARMUP_PREFIX and schedule.WARMUP_EPOCHS >= epochs:
+    if schedule.WARMUP_PREFIX and epochs <= schedule.WARMUP_EPOCHS:
         raise UserError(
             f"SOLVER.SCHEDULE.WARMUP_EPOCHS is {schedule.WARMUP_EPOCHS} and SOLVER.EPOCHS {epochs}, which leaves none "
             "to the schedule: shorten the warm-up, or set WARMUP_PREFIX False"
