@@ -1,5 +1,6 @@
 """tools/verify_gpu.py, by --device cpu: what differs, fails or falls back is told from what is safe."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 from kd_cls.config import load_cfg
 from kd_core.utils.compiling import CompiledOrPlain
 from kd_core.utils.config import lookup
+from kd_core.utils.errors import UserError
 from kd_det.config import read_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,9 +90,13 @@ def test_a_fast_path_that_falls_back_to_the_slow_one_is_noticed(tool):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_no_shipped_config_takes_a_fast_path_that_has_to_be_opted_in(tool, path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    is_detector = path.parent.name == "COCO" or (path.parent.name == "Digits" and "cls" not in path.stem)
-    cfg = read_config(str(path), []) if is_detector else load_cfg(str(path))
-    network = "detector" if is_detector else "classifier"
-    # Folded norms are the same function in the same kernels: on by default.
-    slow = {row.key: row.off for row in tool.ROWS if row.network == network and not row.key.endswith("FOLD_BN")}
-    assert {key: str(lookup(cfg, key)) for key in slow} == slow and len(slow) == 7
+    readers = {"detector": lambda: read_config(str(path), []), "classifier": lambda: load_cfg(str(path))}
+    read = 0
+    for network, reader in readers.items():
+        # Folded norms are the same function in the same kernels: on by default.
+        slow = {row.key: row.off for row in tool.ROWS if row.network == network and not row.key.endswith("FOLD_BN")}
+        with contextlib.suppress(UserError):  # a config of the other package, whose keys this one does not know
+            cfg = reader()
+            assert {key: str(lookup(cfg, key)) for key in slow} == slow and len(slow) == 7
+            read += 1
+    assert read
