@@ -386,39 +386,3 @@ def test_terms_are_summed_by_stream() -> None:
 def test_a_term_that_no_stream_names_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"unknown term 'tckdd': DKDLoss\.streams names tckd, nckd"):
         to_streams({"tckdd": torch.ones(())}, DKDLoss())
-
-
-class AcceleratedOptimizer(torch.optim.Optimizer):
-    """As accelerate's: an Optimizer that holds the user's in `optimizer`."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.optimizer = optimizer
-
-    @property
-    def param_groups(self) -> list[dict]:
-        return self.optimizer.param_groups
-
-
-class LightningOptimizer:
-    """As Lightning's: no Optimizer, with a property `optimizer`, all else handed on."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = optimizer
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        return self._optimizer
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._optimizer, name)
-
-
-@pytest.mark.parametrize("wrap", [AcceleratedOptimizer, LightningOptimizer])
-def test_the_optimizer_wrappers_of_accelerate_and_lightning_are_unwrapped(wrap) -> None:
-    model, other = small_net(), small_net()
-    optimizers = [deepkd_sgd(m.parameters(), lr=0.1) for m in (model, other)]
-    backward_streams(dkd_streams(model), wrap(wrap(optimizers[0])))
-    backward_streams(dkd_streams(other), optimizers[1])
-    for optimizer in optimizers:
-        optimizer.step()
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
