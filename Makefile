@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: setup demo test lint bench verify-gpu clean
+.PHONY: setup demo test test-upstream lint bench verify-gpu clean
 
 setup: $(INSTALLED)
 
@@ -21,6 +21,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# DETECTRON2: a clone of github.com/facebookresearch/detectron2, compiled or not; nothing is written into it.
+test-upstream: setup
+	$(BIN)/python tests/helpers/upstream.py $(DETECTRON2)
 
 lint: setup
 	$(BIN)/ruff check .

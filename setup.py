@@ -37,6 +37,16 @@ EXTRA = {
 EXAMPLES = [
     "scikit-learn", "accelerate", "pytorch-lightning", "transformers>=5", "nbclient", "nbformat", "ipykernel"
 ]  # fmt: skip
+# From a wheel, outside a clone: tools/*.py are modules of kd_tools, configs/ the data of kd_configs
+# (kd_core.utils.config.find_config).
+COMMANDS = [
+    "kd-distill = kd_tools.distill:main",
+    "kd-report = kd_tools.report:main",
+    "kd-check-data = kd_tools.check_data:main",
+    "kd-train = kd_det.engine.train:command",
+    "kd-cls-distill = kd_cls.distill:main",
+    "kd-cls-train = kd_cls.train:command",
+]
 DEV = ["pytest>=8", "hypothesis", "ruff"]
 
 setup(
@@ -47,8 +57,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["kd_core*", "kd_det*", "kd_cls*"]),
-    package_data={"kd_core.utils.report": ["page.html"]},
+    packages=[*find_packages(include=["kd_core*", "kd_det*", "kd_cls*"]), "kd_tools", "kd_configs"],
+    package_dir={"kd_tools": "tools", "kd_configs": "configs"},
+    package_data={"kd_core.utils.report": ["page.html"], "kd_configs": ["*/*.yaml", "*/*.py"]},
+    entry_points={"console_scripts": COMMANDS},
     install_requires=["torch>=2.6", "fvcore", "numpy", "PyYAML"],
     extras_require={"det": DET, "cls": CLS, "examples": EXAMPLES, "dev": DET + CLS + EXAMPLES + DEV, **EXTRA},
 )

@@ -8,7 +8,7 @@ import yaml
 from fvcore.common.config import CfgNode
 
 from kd_core.losses import add_loss_config
-from kd_core.utils.config import merge_file, merge_list
+from kd_core.utils.config import find_config, merge_file, merge_list
 from kd_core.utils.errors import UserError
 
 
@@ -213,7 +213,7 @@ def load_cfg(path: str, options: list[str] | None = None) -> CfgNode:
     Raises:
         UserError: no such file, an unknown key (the message suggests the nearest), or a value of the wrong type.
     """
-    if not Path(path).is_file():
+    if not Path(find_config(path)).is_file():
         raise UserError(f"--config-file: there is no file {path}")
     cfg = get_cfg()
     merge_file(cfg, path)

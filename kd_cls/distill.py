@@ -59,7 +59,7 @@ from kd_cls.models.factory import build_student, create_network, input_stats
 from kd_cls.task.head import fit_head
 from kd_cls.task.teacher import build_teacher
 from kd_cls.train import train
-from kd_core.utils.config import merge_list
+from kd_core.utils.config import find_config, merge_list
 from kd_core.utils.errors import UserError, exit_on_user_error
 from kd_core.utils.files import write_text
 from kd_core.utils.packaged_weights import PACKAGED
@@ -110,7 +110,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.method not in METHODS:
         raise UserError(f"--method {args.method}: expected one of {', '.join(METHODS)}")
     if is_config(args.teacher):
-        if not Path(args.teacher).is_file():
+        if not Path(find_config(args.teacher)).is_file():
             raise UserError(f"--teacher: there is no file {args.teacher}")
     else:
         check_name(args.teacher, "--teacher")

@@ -129,5 +129,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, object]:
         return train_seeds(cfg, process, options.resume) if cfg.SEEDS else train(cfg, process, options.resume)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The console command."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -6,6 +6,7 @@ Everything here takes a CfgNode of fvcore or of a library that subclasses it, su
 import ast
 import difflib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -22,6 +23,7 @@ KINDS = {
     tuple: "a list",
 }
 COMMAND_LINE = "the command line"
+PACKAGES = Path(__file__).resolve().parents[2]  # the clone, or the folder that a wheel was installed into
 
 
 def merge_file(cfg: CfgNode, path: str) -> None:
@@ -58,13 +60,28 @@ def merge_list(cfg: CfgNode, words: Sequence[str]) -> None:
         merge_group(lookup(cfg, group) if group else cfg, {name: unquote(word)}, COMMAND_LINE, key[: -len(name)], keys)
 
 
+def find_config(name: str) -> str:
+    """`name` where there is such a file, else the file of one of the shipped configs: "COCO/dkd_r18_r101.yaml".
+
+    A wheel brings configs/ as the package kd_configs. A name that is neither comes back as it is.
+    """
+    if Path(name).is_file():
+        return name
+    shipped = name.removeprefix("configs/")
+    for folder in (PACKAGES / "kd_configs", PACKAGES / "configs"):
+        if shipped and (folder / shipped).is_file():
+            return str(folder / shipped)
+    return name
+
+
 def read_yaml(path: str, kind: type[CfgNode] = CfgNode) -> dict[str, Any]:
     """The mapping in a yaml file, its `_BASE_` files merged underneath.
 
     Args:
-        path: of the file.
+        path: of the file, or a name that `find_config` knows.
         kind: how its `_BASE_` files are found: detectron2's CfgNode knows more kinds of paths than fvcore's.
     """
+    path = find_config(path)
     no_keys = f"{path} holds no keys: a config is a mapping like 'SOLVER: {{BASE_LR: 0.1}}'"
     try:
         loaded = kind.load_yaml_with_base(path, allow_unsafe=False)

@@ -4,7 +4,7 @@ import os
 
 from detectron2.config import CfgNode, downgrade_config, upgrade_config
 
-from kd_core.utils.config import merge_list, merge_mapping, read_yaml
+from kd_core.utils.config import find_config, merge_list, merge_mapping, read_yaml
 from kd_core.utils.errors import UserError
 from kd_det.config.defaults import kd_defaults
 
@@ -33,7 +33,7 @@ def read_config(path: str, options: list[str]) -> CfgNode:
     cfg = kd_defaults()
     if not path:
         raise UserError("--config-file is missing: give one of configs/, or your own")
-    if not os.path.isfile(path):
+    if not os.path.isfile(find_config(path)):
         raise UserError(f"--config-file: there is no file {path}")
     merge_file(cfg, path)
     merge_list(cfg, options)

@@ -16,7 +16,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessExitedException
 
-from kd_core.utils.config import list_values
+from kd_core.utils.config import find_config, list_values
 from kd_core.utils.errors import UserError, exit_on_user_error
 from kd_core.utils.files import sweep_unfinished, write_whole
 from kd_det.checkpoint.resume import check_resumable, config_file
@@ -48,6 +48,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     Raises:
         UserError: what is wrong with the config file, a key, a data set or the weights, before anything is built.
     """
+    args.config_file = find_config(args.config_file)  # default_setup logs the file
     cfg = read_config(args.config_file, args.opts)
     choose_device(cfg, args.num_gpus)
     cfg.freeze()

@@ -19,5 +19,10 @@ def main(args: argparse.Namespace) -> Any:
     return trainer.train()
 
 
+def command(name: str = "kd-train") -> None:
+    """The console command."""
+    run_command(name, main, argument_parser(__doc__).parse_args())
+
+
 if __name__ == "__main__":
-    run_command("train", main, argument_parser(__doc__).parse_args())
+    command("train")

@@ -12,6 +12,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.utils.file_io import PathManager
 
+from kd_core.utils.config import find_config
 from kd_core.utils.errors import UserError
 from kd_det.checkpoint.checkpointer import check_local_file, load_all_weights
 from kd_det.config import kd_defaults, merge_file
@@ -109,6 +110,7 @@ def yacs_teacher(name: str) -> CfgNode:
 
 def config_path(name: str) -> str:
     """A file as it is, else the model zoo's file of that name."""
+    name = find_config(name)
     if PathManager.isfile(name):
         return PathManager.get_local_path(name)
     try:
