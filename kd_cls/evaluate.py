@@ -12,11 +12,11 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from kd_cls.checkpoint.checkpoint import BEST, fetch, load_weights, read_metadata
-from kd_cls.cli import option_parser, run_command
 from kd_cls.config import load_cfg
 from kd_cls.data.build import build_data, build_loaders
 from kd_cls.data.statistics import InputStats
 from kd_cls.distributed import Process, start_process
+from kd_cls.engine.cli import option_parser, run_command
 from kd_cls.engine.evaluation import evaluate
 from kd_cls.engine.writers import setup_logging
 from kd_cls.models.factory import create_network, input_stats

@@ -20,9 +20,9 @@ from fvcore.common.config import CfgNode
 from kd_cls.build import build_trainer
 from kd_cls.checkpoint.checkpoint import LAST, read_checkpoint, read_metadata
 from kd_cls.checks import check_config
-from kd_cls.cli import option_parser, run_command
 from kd_cls.config import load_cfg
 from kd_cls.distributed import Process, broadcast_object, start_process
+from kd_cls.engine.cli import option_parser, run_command
 from kd_cls.engine.writers import setup_logging
 from kd_cls.task.teacher import teacher_description
 from kd_core.utils.config import list_values, read_yaml

@@ -15,9 +15,9 @@ import torch
 from tabulate import tabulate
 
 from kd_cls.checkpoint.checkpoint import LAST
-from kd_cls.cli import run_command
 from kd_cls.config import load_cfg
 from kd_cls.distributed import Process, start_process
+from kd_cls.engine.cli import run_command
 from kd_cls.train import summarise, train
 from kd_core.utils.files import write_text
 

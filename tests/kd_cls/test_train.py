@@ -16,9 +16,9 @@ from timm.models import load_checkpoint
 
 from helpers.processes import run as run_process
 from kd_cls.build import build_trainer
-from kd_cls.cli import run_command
 from kd_cls.config import load_cfg
 from kd_cls.distributed import Process
+from kd_cls.engine.cli import run_command
 from kd_cls.evaluate import evaluate_checkpoint
 from kd_cls.train import main, train
 
