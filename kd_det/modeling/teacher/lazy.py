@@ -12,6 +12,7 @@ from detectron2.config import CfgNode, LazyConfig, instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from kd_core.utils.config import find_config
 from kd_core.utils.errors import UserError
 from kd_det.config.defaults import kd_defaults
 
@@ -56,7 +57,8 @@ def load_lazy(
 
 
 def lazy_path(name: str, key: str = KEY) -> str:
-    """A file as it is, else the model zoo's file of that name."""
+    """A file as it is, else the shipped config or the model zoo's file of that name."""
+    name = find_config(name)
     if os.path.isfile(name):
         return name
     try:
