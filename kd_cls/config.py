@@ -25,6 +25,8 @@ def get_cfg() -> CfgNode:
     cfg.DEVICE = "auto"
     # Iterations between two lines of the log and of metrics.json.
     cfg.LOG_PERIOD = 20
+    # Write OUTPUT_DIR/report.html at every evaluation and at the end: results and curves of this run.
+    cfg.REPORT = CfgNode({"ENABLED": True})
     # Send the metrics to Weights & Biases (needs the wandb package), under this project name.
     cfg.WANDB = CfgNode({"ENABLED": False, "PROJECT": "decoupled-kd"})
     add_model_config(cfg)

@@ -102,12 +102,25 @@ def read_classifier_run(folder: Path) -> Run:
     return run
 
 
-def classifier_page(runs: Sequence[Run], title: str, baseline: str | None = None, reload_seconds: int = 0) -> str:
-    """The page about `runs`, whose roles are assigned; evaluates their best.pth unless they are running."""
+def classifier_page(
+    runs: Sequence[Run],
+    title: str,
+    baseline: str | None = None,
+    reload_seconds: int = 0,
+    predictions: bool = True,
+) -> str:
+    """The page about `runs`, whose roles are assigned.
+
+    Args:
+        predictions: evaluate the runs' best.pth for accuracy by class, confusions and calibration.
+    """
     groups = complete_groups(runs, TOP1)
-    sections = [results_section(groups, ACCURACY + COST, ["Accuracy on the validation images in per cent."])]
-    sections += [] if reload_seconds else prediction_sections(groups)
-    sections += [
+    predicted = prediction_sections(groups) if predictions else []  # counts parameters, which the results show
+    text = ["Accuracy on the validation images in per cent."]
+    text += [] if predictions else ["tools/report.py adds accuracy by class, confusions and calibration."]
+    sections = [
+        results_section(groups, ACCURACY + COST, text),
+        *predicted,
         curves_section(groups, CURVES),
         seeds_section(runs, ACCURACY[:3], TOP1, baseline),
         origin_section(runs),

@@ -16,6 +16,7 @@ IGNORED_ON_RESUME = (
     "LOG_PERIOD",
     "SEEDS",
     "WANDB",
+    "REPORT",
     "MODEL.COMPILE",
     "MODEL.CHANNELS_LAST",
     "MODEL.WEIGHTS",

@@ -32,6 +32,8 @@ from kd_cls.engine.writers import Writers
 from kd_cls.task.distillation import DistillationTask
 from kd_core.optim.gsnr import AutoMomenta
 from kd_core.train_step import TrainStep, clip_gradients
+from kd_core.utils.report.live import status_line, write_live_report
+from kd_core.utils.run_info import add_run_info, write_run_info
 
 logger = logging.getLogger("kd_cls")
 
@@ -82,11 +84,13 @@ class Trainer:
         self.writers = Writers(self.cfg, self.iteration, self.max_iter, self.process.is_main)
         self.started = time.perf_counter() - self.seconds
         try:
+            self.note_start()
             self.meters.restart()
             while self.iteration < self.max_iter:
                 self.train_epoch(*divmod(self.iteration, self.steps_per_epoch))
         finally:
             self.writers.close()
+            self.report(running=False)
         return self.metrics | {"best_top1": self.best, "seconds": self.seconds}
 
     def train_epoch(self, epoch: int, start: int) -> None:
@@ -161,6 +165,26 @@ class Trainer:
         if at_end or self.iteration % period == 0:
             self.save(LAST, resumable=True)
 
+    def note_start(self) -> None:
+        """run.json, on the main process."""
+        if self.process.is_main:
+            facts = {"seed": self.cfg.SEED, "device": str(self.process.device), "world_size": self.process.world_size}
+            parameters = sum(p.numel() for p in self.task.trainable_module.model.parameters())
+            write_run_info(self.output, self.iteration, max_iter=self.max_iter, parameters=parameters, **facts)
+
+    def report(self, running: bool) -> None:
+        """report.html, where REPORT.ENABLED asks for it, and the status line, on the main process."""
+        if not self.process.is_main:
+            return
+        # matplotlib is imported where a page is written
+        from kd_cls.report import TOP1, classifier_page, read_classifier_run
+
+        add_run_info(self.output, training_seconds=time.perf_counter() - self.started)
+        if self.cfg.REPORT.ENABLED:
+            write_live_report(self.output, read_classifier_run, partial(classifier_page, predictions=False), running)
+        values = list(zip(*read_classifier_run(self.output).series(TOP1), strict=True))
+        logger.info(status_line(self.iteration, self.max_iter, "top-1", values))
+
     @property
     def progress(self) -> float:
         """iteration / max_iter."""
@@ -198,6 +222,8 @@ class Trainer:
         if top1 > self.best:
             self.best = top1
             self.save(BEST, resumable=False)
+        if self.iteration < self.max_iter:
+            self.report(running=True)
         self.meters.restart()
 
     def share_batchnorm(self) -> None:

@@ -38,6 +38,10 @@ def add_kd_config(cfg: CfgNode) -> None:
     # takes the next image in its place, the same one after a resume.
     cfg.DATASETS.BAD_IMAGES = "error"
 
+    cfg.REPORT = CfgNode()
+    # Write OUTPUT_DIR/report.html at every evaluation and at the end: results, curves and pictures of this run.
+    cfg.REPORT.ENABLED = True
+
     cfg.WANDB = CfgNode()
     # Send the scalars to Weights & Biases (needs the wandb package).
     cfg.WANDB.ENABLED = False

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessExitedException
 
 from kd_core.utils.config import find_config, list_values
@@ -22,6 +21,7 @@ from kd_core.utils.files import sweep_unfinished, write_whole
 from kd_det.checkpoint.resume import check_resumable, config_file
 from kd_det.checks import check_before_evaluation, check_before_training
 from kd_det.config import kd_defaults, read_config
+from kd_det.engine.console import hush, open_logs
 
 INTERRUPTED = "interrupted; --resume continues from the last checkpoint in OUTPUT_DIR"
 TIMEOUT = timedelta(minutes=30)  # a rank may wait for another's evaluation
@@ -33,6 +33,9 @@ def argument_parser(usage: str) -> argparse.ArgumentParser:
     parser.description = usage
     parser.add_argument(
         "--list-keys", action="store_true", help="print the keys and their values under --config-file, and end"
+    )
+    parser.add_argument(
+        "--verbose", action="store_true", help="print config, environment and model, which log.txt has in any case"
     )
     return parser
 
@@ -61,13 +64,14 @@ def setup(args: argparse.Namespace) -> CfgNode:
     written = config_file(cfg.OUTPUT_DIR)
     trainings = written.read_bytes() if args.eval_only and written.is_file() else None
     comm.synchronize()
+    open_logs(cfg.OUTPUT_DIR)
+    if not getattr(args, "verbose", False):
+        hush()
     default_setup(cfg, args)
     if comm.is_main_process():
         sweep_unfinished(cfg.OUTPUT_DIR)
         if trainings is not None:  # an evaluation leaves the training's config as it was
             write_whole(written, lambda file: file.write(trainings))
-    for name in ("kd_det", "kd_core"):  # default_setup opens the log for detectron2 and fvcore only
-        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name, abbrev_name=name)
     return cfg
 
 

@@ -40,11 +40,13 @@ from kd_det.checks import check_frozen_weights, check_synchronised_norms
 from kd_det.compat import distribute
 from kd_det.config.student import plain_config
 from kd_det.data.loader import TrainLoader, build_train_loader
+from kd_det.engine.console import describe, speak
 from kd_det.engine.hooks.checkpointing import KeepBest, SaveStudentConfig, SeedEachStep
 from kd_det.engine.hooks.health import WatchHealth
 from kd_det.engine.hooks.monitoring import StageTimes, StreamScalars
 from kd_det.engine.hooks.moving_average import MovingAverage, UpdateAverage
 from kd_det.engine.hooks.ranks import CheckRanksAgree, ShareBatchNorm
+from kd_det.engine.hooks.reporting import Report
 from kd_det.engine.train_step import build_step
 from kd_det.engine.writers import build_wandb_writers
 from kd_det.evaluation.evaluator import build_evaluator
@@ -138,6 +140,7 @@ class DistillationTrainer(TrainerBase):
             hooks.PeriodicWriter(self.build_writers(), period=self.log_period) if main else None,
             KeepBest(output / "model_best.pth", student),
             KeepBest(output / "model_best_ema.pth", average.model, "ema") if average else None,
+            Report(cfg) if main else None,
         ]
 
     def build_student_writer(self) -> HookBase:
@@ -206,11 +209,20 @@ class DistillationTrainer(TrainerBase):
         if self.cfg.KD.TEACHER.EVALUATE and self.start_iter == 0 and isinstance(model, DistilledRCNN):
             self.evaluate_teachers(model)
         self.write_final()
+        self.describe()
+        speak()
         super().train(self.start_iter, self.max_iter)
         results = getattr(self, "_last_eval_results", None)
         if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
             verify_results(self.cfg, results)
         return results
+
+    def describe(self) -> None:
+        """Tell the console what is trained, in a few lines."""
+        parameters = list(self.checkpointer.model.parameters())
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        images = len(self.loader.dataset)
+        describe(self.cfg, sum(p.numel() for p in parameters), trained, images, self.start_iter)
 
     def write_final(self) -> None:
         """Write `model_final.pth` where a training was killed after its last periodic checkpoint."""
@@ -250,6 +262,7 @@ class DistillationTrainer(TrainerBase):
         if not cfg.MODEL.WEIGHTS:
             raise UserError("--eval-only: MODEL.WEIGHTS is empty, so there is nothing to evaluate; give a checkpoint")
         model = cls.build_model(cfg)
+        speak()
         load_all_weights(model, cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS")
         results = cls.test(cfg, model)
         if comm.is_main_process():

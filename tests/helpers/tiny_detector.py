@@ -4,6 +4,7 @@ import torch
 from detectron2.structures import Boxes, Instances
 
 TINY = {
+    "REPORT.ENABLED": False,  # of the tests' many trainings; those of the report turn it on
     "MODEL.DEVICE": "cpu",
     "MODEL.META_ARCHITECTURE": "DistilledRCNN",
     "MODEL.BACKBONE.NAME": "build_resnet_fpn_backbone",

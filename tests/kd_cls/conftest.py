@@ -19,6 +19,7 @@ TINY = {
     "SOLVER": {"EPOCHS": 2, "IMS_PER_BATCH": 16, "BASE_LR": 0.02, "SCHEDULE": {"NAME": "cosine"}},
     "DEVICE": "cpu",
     "LOG_PERIOD": 2,
+    "REPORT": {"ENABLED": False},  # of many trainings; the tests of the report turn it on
 }
 
 

@@ -59,3 +59,14 @@ def test_the_calibration_error_is_the_gap_between_confidence_and_accuracy():
     found = Predictions(logits, torch.tensor([0] * 6 + [1] * 4), ["a", "b"])
     (mean,), (accuracy,), error = found.calibration()
     assert (mean, accuracy, error) == pytest.approx((0.9, 0.6, 30.0))
+
+
+def test_a_training_leaves_its_page_its_origin_and_a_status_line(tiny, tmp_path, process):
+    train(tiny("REPORT.ENABLED", True, "SOLVER.EVAL_PERIOD", 1), process)
+    page = Page((tmp_path / "run" / "report.html").read_text())
+    assert "No teacher is among the runs" in page.text and "training time" in page.text
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert info["max_iter"] == 8 and info["training_seconds"] > 0
+    lines = (tmp_path / "run" / "log.txt").read_text().splitlines()
+    assert "Status: at iteration 4 of 8 (50 %), top-1" in "\n".join(lines)
+    assert "Status: finished, iteration 8 of 8 (100 %), top-1" in lines[-1]

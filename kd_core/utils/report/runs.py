@@ -41,6 +41,12 @@ class Run:
     role: str = "student"
 
     @property
+    def name(self) -> str:
+        """The folder's name; for a seed of several its parent's before it."""
+        folder = self.folder
+        return f"{folder.parent.name}/{folder.name}" if folder.name.startswith("seed_") else folder.name
+
+    @property
     def seed(self) -> int | None:
         return self.config.get("SEED")
 

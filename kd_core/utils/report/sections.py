@@ -32,7 +32,7 @@ def common_notes(runs: Sequence[Run], metric: str, label: str) -> list[str]:
     """What a reader must know before the figures."""
     notes, of = [], state(metric)
     for run in runs:
-        name = f"{run.title}, {run.folder.name}"
+        name = f"{run.title}, {run.name}"
         values = run.series(metric)[1]
         if not run.is_finished(metric):
             notes.append(f"{name} {of(run)}." + ("" if values else f" It has no {label} yet."))
@@ -82,7 +82,7 @@ def curves_section(groups: dict[str, list[Run]], families: dict[str, str]) -> Se
 
 def origin_section(runs: Sequence[Run]) -> Section:
     """Command, versions, seed and commit of every run."""
-    return Section("How they were made", [], [Facts(f"{run.title}: {run.folder.name}", origin(run)) for run in runs])
+    return Section("How they were made", [], [Facts(f"{run.title}: {run.name}", origin(run)) for run in runs])
 
 
 def origin(run: Run) -> dict[str, str]:

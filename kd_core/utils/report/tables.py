@@ -103,7 +103,7 @@ def runs_table(runs: Sequence[Run], metrics: Sequence[Metric], status: Callable[
     rows = []
     for run in runs:
         cells: list[Cell] = [[run.title], [str(run.seed)], [status(run).split(" ", 1)[1]]]
-        rows.append((run.folder.name, [*cells, *(group_cell(metric, [run]) for metric in shown)]))
+        rows.append((run.name, [*cells, *(group_cell(metric, [run]) for metric in shown)]))
     return Table(["run", "method", "seed", "state", *(metric.label for metric in shown)], rows)
 
 
