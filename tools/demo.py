@@ -1,6 +1,6 @@
 #!/usr/bin/env python
-"""Distil a detector from nothing: built-in data, a teacher, a plain student and a DKD student, one table and one
-picture.
+"""Distil a detector from nothing: built-in data, a teacher, a plain student and a DKD student, one table, one picture
+and one report.
 
     tools/demo.py                     # one seed: about a quarter of an hour on two CPU cores
     tools/demo.py --seeds 0 1 2       # the students of several seeds (one teacher): mean ± standard deviation
@@ -127,7 +127,10 @@ def main() -> None:
                 trainings.train(student, folder, "SEED", str(seed), *words, *args.options).result()
 
     warnings.simplefilter("ignore")
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
     # detectron2 takes seconds to import: only when there is something to report
+    from report import write_report
+
     from kd_det.evaluation import report
     from kd_det.evaluation.visualize import draw_comparison
 
@@ -138,9 +141,11 @@ def main() -> None:
     first = args.seeds[0]
     columns = {"teacher": teacher} | {TITLES.get(name, name): output / f"{name}_seed{first}" for name in args.students}
     draw_comparison(columns, "digits_val", output / "detections.png")
+    students = [output / f"{name}_seed{seed}" for name in args.students for seed in args.seeds]
+    write_report([teacher, *students], output / "report.html", "The demo: teacher, plain student, distilled students")
     print(
         f"\n{report.table(runs)}\n\nSeeds {args.seeds}; {report.clock(time.time() - start)} in all this time. "
-        f"Table: {output / 'table.md'}, picture: {output / 'detections.png'}"
+        f"Table: {output / 'table.md'}, picture: {output / 'detections.png'}, all of it: {output / 'report.html'}"
     )
 
 

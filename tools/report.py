@@ -35,7 +35,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(options: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore", category=UserWarning)
-    folders = with_teachers(each_run(options.outputs))
+    runs = write_report(options.outputs, options.html, options.title, options.baseline)
+    print(f"{len(runs)} runs: {options.html} ({options.html.stat().st_size / 1e6:.1f} MB)")
+
+
+def write_report(outputs: list[Path], html: Path, title: str | None = None, baseline: str | None = None) -> list[Run]:
+    """Write the page about the trainings in `outputs`; returns them."""
+    folders = with_teachers(each_run(outputs))
     kinds = {kind_of(read_run(folder)) for folder in folders}
     if len(kinds) > 1:
         raise UserError("detectors and classifiers are among the runs: make a report of each")
@@ -50,9 +56,8 @@ def run(options: argparse.Namespace) -> None:
     runs = assign_roles(read(folder) for folder in folders)
     if kinds == {"detector"}:
         measure_cost(runs)
-    title = options.title or ", ".join(by_title(runs))
-    write_page(options.html, make_page(runs, title, options.baseline))
-    print(f"{len(runs)} runs: {options.html} ({options.html.stat().st_size / 1e6:.1f} MB)")
+    write_page(html, make_page(runs, title or ", ".join(by_title(runs)), baseline))
+    return runs
 
 
 def each_run(outputs: list[Path]) -> list[Path]:
@@ -81,8 +86,9 @@ def with_teachers(folders: list[Path]) -> list[Path]:
 
 
 def kind_of(run: Run) -> str:
-    """Which package trained it: detectron2's configs have META_ARCHITECTURE."""
-    return "detector" if lookup(run.config, "MODEL", "META_ARCHITECTURE") else "classifier"
+    """Which package trained it: detectron2's configs have META_ARCHITECTURE, its LazyConfigs a dataloader."""
+    detector = lookup(run.config, "MODEL", "META_ARCHITECTURE") or "dataloader" in run.config
+    return "detector" if detector else "classifier"
 
 
 if __name__ == "__main__":

@@ -81,5 +81,10 @@ def describe(cfg: CfgNode, parameters: int, trained: int, images: int, start_ite
     }
     if start_iter:
         lines["resumed"] = f"at iteration {start_iter}"
+    say(lines)
+
+
+def say(lines: dict[str, str]) -> None:
+    """Log names and values in a way that `hush` lets through."""
     for name, words in lines.items():
         logger.info("%-9s %s", name, words)

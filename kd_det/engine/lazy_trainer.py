@@ -14,7 +14,6 @@ from detectron2.engine import HookBase, default_setup, hooks
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.optim import Optimizer
@@ -35,6 +34,7 @@ from kd_det.config.lazy import (
     write_lazy_student,
 )
 from kd_det.data.loader import TrainLoader, make_train_loader
+from kd_det.engine.console import hush, open_logs, say
 from kd_det.engine.launch import choose_device
 from kd_det.engine.trainer import DistillationTrainer
 from kd_det.evaluation.evaluator import BoxEvaluator
@@ -126,6 +126,19 @@ class LazyTrainer(DistillationTrainer):
             print_csv_format(results)
         return results
 
+    def describe(self) -> None:
+        """Model, schedule and folder: what is trained stands in the LazyConfig."""
+        parameters, solver = sum(p.numel() for p in self.checkpointer.model.parameters()), self.cfg.SOLVER
+        say(
+            {
+                "student": f"{type(self.checkpointer.model).__name__}, {parameters / 1e6:.2f} M parameters",
+                "data": f"{len(self.loader.dataset)} images",
+                "schedule": f"{solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images, seed {self.cfg.SEED}",
+                "device": f"{self.cfg.MODEL.DEVICE}, {comm.get_world_size()} process(es)",
+                "folder": f"{self.cfg.OUTPUT_DIR} (log.txt has config, environment and model)",
+            }
+        )
+
     def build_student_writer(self) -> HookBase:
         def write(trainer: LazyTrainer) -> None:
             if comm.is_main_process():
@@ -173,13 +186,13 @@ def setup(args: argparse.Namespace) -> tuple[DictConfig, CfgNode]:
         source = f"the run in train.output_dir {cfg.OUTPUT_DIR}"
         check_same_run(yaml.safe_load(saved), tree, tree, IGNORED_ON_RESUME, source)
     comm.synchronize()
+    open_logs(cfg.OUTPUT_DIR)
+    hush()
     default_setup(OmegaConf.create(tree), args)
     if comm.is_main_process():
         sweep_unfinished(cfg.OUTPUT_DIR)
         if args.eval_only and saved:  # an evaluation leaves the training's config as it was
             write_whole(written, lambda file: file.write(saved))
-    for name in ("kd_det", "kd_core"):  # default_setup opens the log for detectron2 and fvcore only
-        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name, abbrev_name=name)
     return lazy, cfg
 
 

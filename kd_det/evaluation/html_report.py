@@ -39,7 +39,7 @@ LATENCY = re.compile(r"Total inference pure compute time: .* \(([0-9.]+) s / (?:
 def read_detector_run(folder: Path) -> Run:
     """A detector's training."""
     run = read_run(folder)
-    run.max_iter = lookup(run.config, "SOLVER", "MAX_ITER", default=0)
+    run.max_iter = lookup(run.config, "SOLVER", "MAX_ITER", default=run.info.get("max_iter", 0))
     return run
 
 
