@@ -32,7 +32,7 @@ from kd_cls.engine.writers import Writers
 from kd_cls.task.distillation import DistillationTask
 from kd_core.optim.gsnr import AutoMomenta
 from kd_core.train_step import TrainStep, clip_gradients
-from kd_core.utils.report.live import status_line, write_live_report
+from kd_core.utils.report.live import logged, status_line, write_live_report
 from kd_core.utils.run_info import add_run_info, write_run_info
 
 logger = logging.getLogger("kd_cls")
@@ -182,7 +182,7 @@ class Trainer:
         add_run_info(self.output, training_seconds=time.perf_counter() - self.started)
         if self.cfg.REPORT.ENABLED:
             write_live_report(self.output, read_classifier_run, partial(classifier_page, predictions=False), running)
-        values = list(zip(*read_classifier_run(self.output).series(TOP1), strict=True))
+        values = list(zip(*logged(self.output).series(TOP1), strict=True))
         logger.info(status_line(self.iteration, self.max_iter, "top-1", values))
 
     @property

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_core.utils.report.page import write_page
-from kd_core.utils.report.runs import Run, assign_roles, teacher_folder
+from kd_core.utils.report.runs import Run, assign_roles, read_lines, teacher_folder
 
 logger = logging.getLogger(__name__)
 FILE = "report.html"
@@ -26,6 +26,8 @@ def write_live_report(
         running: the browser then reloads the page every minute.
     """
     folder = Path(output_dir).resolve()
+    if not (folder / "config.yaml").is_file():  # a trainer built in Python, without the command that writes it
+        return
     try:
         run = read(folder)
         teacher = teacher_folder(run)
@@ -36,6 +38,11 @@ def write_live_report(
         logger.warning("%s is not written: %s (pip install matplotlib jinja2, or REPORT.ENABLED False)", FILE, error)
     except Exception:  # a page is not worth a training
         logger.exception("%s could not be written; the training goes on", FILE)
+
+
+def logged(output_dir: str | Path) -> Run:
+    """What metrics.json has so far."""
+    return Run(Path(output_dir), {}, read_lines(Path(output_dir, "metrics.json")))
 
 
 def status_line(iteration: int, max_iter: int, label: str, values: list[tuple[int, Any]]) -> str:

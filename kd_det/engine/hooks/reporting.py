@@ -2,13 +2,12 @@
 
 import logging
 import time
-from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from kd_core.utils.report.live import status_line, write_live_report
+from kd_core.utils.report.live import logged, status_line, write_live_report
 from kd_core.utils.report.sections import seconds_text
 from kd_core.utils.run_info import write_run_info
 
@@ -57,7 +56,7 @@ class Report(HookBase):
 
         if self.cfg.REPORT.ENABLED:
             write_live_report(self.cfg.OUTPUT_DIR, read_detector_run, detector_page, running)
-        run = read_detector_run(Path(self.cfg.OUTPUT_DIR))
+        run = logged(self.cfg.OUTPUT_DIR)
         prefixes = evaluation_prefixes([run])
         values = list(zip(*run.series(f"{prefixes[0]}/AP"), strict=True)) if prefixes else []
         logger.info(status_line(iteration, self.trainer.max_iter, "AP", values))
