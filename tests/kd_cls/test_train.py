@@ -34,7 +34,7 @@ def test_a_run_leaves_config_log_metrics_events_last_and_best(tiny: Callable, pr
     cfg = tiny("KD.LOSS.NAME", "dkd")
     result = train(cfg, process)
     files = {path.name.split(".out.")[0] for path in Path(cfg.OUTPUT_DIR).iterdir()}
-    assert files == {"config.yaml", "log.txt", "metrics.json", "events", "last.pth", "best.pth"}
+    assert files == {"config.yaml", "log.txt", "metrics.json", "run.json", "events", "last.pth", "best.pth"}
     written = lines(cfg.OUTPUT_DIR)
     steps = [line for line in written if "task" in line]
     assert [line["iteration"] for line in steps] == [2, 4, 6, 8]

@@ -71,6 +71,7 @@ def test_verbose_prints_config_environment_and_model(tmp_path):
 
 def test_a_page_that_fails_is_logged_and_the_old_one_stays(tmp_path, caplog):
     (tmp_path / "report.html").write_text("old")
+    (tmp_path / "config.yaml").write_text("SEED: 0\n")
 
     def read(_: Path):
         raise KeyError("a bug in a page")
