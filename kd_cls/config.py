@@ -83,6 +83,9 @@ def add_data_config(cfg: CfgNode) -> None:
     cfg.DATA.VIEWS = 1
     # Side length of the student's input. 0: the model's own.
     cfg.DATA.INPUT_SIZE = 0
+    # Training images, evenly spaced, that are held out and take the place of the validation images: to choose
+    # hyperparameters without seeing those. The rest is trained on.
+    cfg.DATA.HELD_OUT = 0
     # Number of images to use, evenly spaced over the split; 0: all.
     cfg.DATA.TRAIN_IMAGES = 0
     cfg.DATA.VAL_IMAGES = 0

@@ -37,12 +37,13 @@ from kd_cls.data.reproducible import ReproducibleDataset
 from kd_cls.data.resident import ResidentLoader
 from kd_cls.data.sampler import EpochSampler
 from kd_cls.data.transforms import AUGMENTATIONS, TIMM_OPTIONS, build_transforms
-from kd_cls.data.wrapped import EveryNth
+from kd_cls.data.wrapped import AllButEveryNth, EveryNth
 
 __all__ = [
     "AUGMENTATIONS",
     "DATASETS",
     "TIMM_OPTIONS",
+    "AllButEveryNth",
     "DataSets",
     "EpochSampler",
     "EveryNth",

@@ -5,7 +5,15 @@ from torch.utils.data import Dataset
 
 from kd_cls.checks import mixes
 from kd_cls.config import parse_mapping
-from kd_cls.data import DataSets, EveryNth, Loaders, create_datasets, create_loaders, default_augmentation
+from kd_cls.data import (
+    AllButEveryNth,
+    DataSets,
+    EveryNth,
+    Loaders,
+    create_datasets,
+    create_loaders,
+    default_augmentation,
+)
 from kd_cls.data.statistics import InputStats
 from kd_cls.distributed import Process
 from kd_core.utils.errors import UserError
@@ -15,13 +23,25 @@ def build_data(cfg: CfgNode) -> DataSets:
     """The training and validation images of DATA.
 
     Raises:
-        UserError: an unknown data set, missing files, an empty class, or too few images for TRAIN_IMAGES or VAL_IMAGES.
+        UserError: an unknown data set, missing files, an empty class, or too few images for HELD_OUT, TRAIN_IMAGES or
+            VAL_IMAGES.
     """
     data = create_datasets(cfg.DATA.NAME, cfg.DATA.ROOT, download=cfg.DATA.DOWNLOAD)
+    if cfg.DATA.HELD_OUT:
+        data = hold_out(data, cfg)
     return data._replace(
         train=take(data.train, cfg.DATA.TRAIN_IMAGES, "DATA.TRAIN_IMAGES"),
         val=take(data.val, cfg.DATA.VAL_IMAGES, "DATA.VAL_IMAGES"),
     )
+
+
+def hold_out(data: DataSets, cfg: CfgNode) -> DataSets:
+    """DATA.HELD_OUT training images become the validation images, which are not used."""
+    count = cfg.DATA.HELD_OUT
+    if not 0 < count < len(data.train):
+        raise UserError(f"DATA.HELD_OUT is {count}, expected 0 (none) … {len(data.train) - 1} of the training images")
+    again = create_datasets(cfg.DATA.NAME, cfg.DATA.ROOT)  # a data set has one transform, and the two differ in it
+    return data._replace(train=AllButEveryNth(data.train, count), val=EveryNth(again.train, count))
 
 
 def take(dataset: Dataset, count: int, key: str) -> Dataset:

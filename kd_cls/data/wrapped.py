@@ -41,3 +41,18 @@ class EveryNth(WrappedDataset):
 
     def __getitem__(self, index: int) -> Any:
         return self.dataset[index * len(self.dataset) // self.count]
+
+
+class AllButEveryNth(WrappedDataset):
+    """The images that `EveryNth(dataset, count)` leaves."""
+
+    def __init__(self, dataset: Dataset, count: int) -> None:
+        super().__init__(dataset)
+        taken = {index * len(dataset) // count for index in range(count)}
+        self.indices = [index for index in range(len(dataset)) if index not in taken]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[self.indices[index]]

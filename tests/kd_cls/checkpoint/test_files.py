@@ -82,6 +82,18 @@ def test_a_part_of_a_data_set_is_evenly_spaced(tiny: Callable[..., CfgNode]) -> 
     assert (len(data.train), len(data.val), data.num_classes) == (64, 33, 10)
 
 
+def test_held_out_training_images_are_validated_on_and_not_trained_on(tiny: Callable[..., CfgNode]) -> None:
+    whole = create_datasets("digits").train
+    data = build_data(tiny("DATA.HELD_OUT", 300, "DATA.TRAIN_IMAGES", 0, "DATA.VAL_IMAGES", 0))
+    train, val = ([image.tobytes() for image, _ in part] for part in (data.train, data.val))
+    assert (len(train), len(val)) == (898, 300)
+    assert sorted(train + val) == sorted(image.tobytes() for image, _ in whole)
+    data.train.transform = lambda image: image.size
+    assert data.train[0][0] == (32, 32) and data.val[0][0].size == (32, 32)
+    with pytest.raises(ValueError, match=r"DATA.HELD_OUT is 1198, expected 0 \(none\) … 1197"):
+        build_data(tiny("DATA.HELD_OUT", 1198))
+
+
 def test_meters_give_means_over_rows_and_start_again() -> None:
     meters = StepMeters(["task", "tckd"], torch.device("cpu"))
     output = torch.eye(4)
