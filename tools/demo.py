@@ -69,10 +69,10 @@ class Trainings:
             return
         print(f"[demo] {name}: training into {output_dir}", flush=True)
         command = [sys.executable, str(ROOT / "tools" / "train_net.py"), "--config-file", str(CONFIGS / f"{name}.yaml")]
-        self._run([*command, "--resume", "OUTPUT_DIR", str(output_dir), *options])
+        self.run([*command, "--resume", "OUTPUT_DIR", str(output_dir), *options])
         finished.write_text(settings, encoding="utf-8")
 
-    def _run(self, command: list[str]) -> None:
+    def run(self, command: list[str]) -> None:
         """`subprocess.run(check=True)` in a session of its own, so that Ctrl-C reaches this process alone."""
         with self.lock:
             if self.ended:

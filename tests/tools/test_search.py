@@ -1,0 +1,135 @@
+"""tools/search.py: equal tries, a choice by the search alone, and nothing trained twice after an interruption."""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from helpers import ROOT
+from helpers.processes import run, started
+
+TABLE = {
+    "package": "classification",
+    "tries": 2,
+    "design_seed": 0,
+    "options": {"SOLVER.EPOCHS": 1},  # 2 iterations
+    "teacher": {"config": "configs/Digits/cls_teacher.yaml", "options": {"SOLVER.EPOCHS": 0.1}},
+    "search": {"seed": 100, "options": {"DATA.HELD_OUT": 50}},
+    "test": {"seeds": [0], "options": {}},
+    "methods": {"DKD": {"config": "configs/Digits/cls_dkd.yaml", "grid": {"SOLVER.BASE_LR": [0.05, -1.0]}}},
+}
+SHORT = ["DATA.TRAIN_IMAGES", "24", "DATA.VAL_IMAGES", "20", "SOLVER.IMS_PER_BATCH", "12"]
+
+
+def write_table(folder: Path, **changes: object) -> Path:
+    path = folder / "table.yaml"
+    path.write_text(yaml.safe_dump({**TABLE, **changes}, sort_keys=False))
+    return path
+
+
+def read_results(folder: Path) -> list[dict]:
+    return json.loads((folder / "out" / "results.json").read_text())["trainings"]
+
+
+def test_an_interrupted_search_resumes_counts_a_failed_try_and_tests_the_best_on_fresh_seeds(tmp_path: Path) -> None:
+    words = [str(write_table(tmp_path)), "--output", str(tmp_path / "out"), *SHORT]
+    command = [sys.executable, "-W", "ignore", "tools/search.py", *words]
+    with open(tmp_path / "said", "w") as said, started(command, cwd=ROOT, stdout=said, stderr=said) as interrupted:
+        while not (tmp_path / "out" / "results.json").is_file() and interrupted.poll() is None:
+            time.sleep(0.05)
+        os.killpg(interrupted.pid, signal.SIGINT)
+        interrupted.wait(timeout=60)
+    assert "[search] interrupted; run the same command" in (tmp_path / "said").read_text()
+    assert [entry["training"] for entry in read_results(tmp_path)] == ["search/DKD/try0_seed100"]
+    weights = tmp_path / "out" / "search" / "DKD" / "try0_seed100" / "last.pth"
+    written = weights.stat().st_mtime_ns
+
+    done = run(command, timeout=900, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    good, failed, tested = read_results(tmp_path)
+    assert weights.stat().st_mtime_ns == written
+    assert (failed["training"], failed["value"], failed["exit"]) == ("search/DKD/try1_seed100", None, 1)
+    assert (tested["training"], tested["config"]) == ("test/DKD/try0_seed0", "configs/Digits/cls_dkd.yaml")
+    assert "DATA.HELD_OUT" in good["overrides"] and "DATA.HELD_OUT" not in tested["overrides"]
+    last = (tmp_path / "out" / tested["training"] / "metrics.json").read_text().splitlines()[-1]
+    assert tested["value"] == json.loads(last)["val/top1"]
+    assert {"cores", "threads", "machine", "versions", "seed", "overrides"} <= set(good)
+    cells = [cell.strip() for cell in (tmp_path / "out" / "report.md").read_text().splitlines()[-1].split("|")[1:-1]]
+    value = f"{tested['value']:.2f}"
+    assert cells == ["DKD", value, "1", f"{good['value']:.2f}", "2", "1", "SOLVER.BASE_LR 0.05"]
+
+
+def test_the_try_with_the_highest_search_result_is_chosen_whatever_the_test_says(load_tool, tmp_path: Path) -> None:
+    tool = load_tool("search")
+    method = {"config": "configs/Digits/cls_dkd.yaml", "grid": {"SOLVER.BASE_LR": [0.05, 0.1, 0.2]}}
+    path = write_table(tmp_path, tries=3, methods={"DKD": method}, test={"seeds": [0, 1], "options": {}})
+    args = tool.parse([str(path), "--output", str(tmp_path)])
+    search = tool.Search(tool.read_table(path), args, tmp_path)
+    for training, value in zip(search.searches(), (50.0, 70.0, 70.0), strict=True):
+        search.results.add({"training": training.key, "value": value})
+    assert search.best("DKD") == 1
+    assert [training.key for training in search.tests()] == ["test/DKD/try1_seed0", "test/DKD/try1_seed1"]
+    for training, value in zip(search.tests(), (60.0, 62.0), strict=True):
+        search.results.add({"training": training.key, "value": value})
+    assert "61.00 ± 1.41" in search.report() and "70.00" in search.report()
+    assert tool.Search(tool.read_table(path), args, tmp_path).report() == search.report()
+
+
+def test_a_design_starts_at_the_config_repeats_nothing_and_is_that_of_its_seed(load_tool) -> None:
+    tool = load_tool("search")
+    grid = {"a": [1, 2, 3], "b": [True, False]}
+    points = tool.design(grid, 6, 0, "DKD")
+    assert points[0] == {"a": 1, "b": True} and len({tuple(point.values()) for point in points}) == 6
+    assert points[:4] == tool.design(grid, 4, 0, "DKD")
+    assert len({str(tool.design(grid, 6, seed, "DKD")) for seed in range(5)}) > 1
+    with pytest.raises(ValueError, match=r"methods.DKD.grid has 6 points, fewer than the 8 tries"):
+        tool.design(grid, 8, 0, "DKD")
+
+
+def test_results_of_another_table_or_with_other_options_are_not_mixed(load_tool, tmp_path: Path) -> None:
+    tool = load_tool("search")
+    (tmp_path / "out").mkdir()
+    identity = {"table": "table.yaml", "sha256 of the table": "another", "command line options": []}
+    (tmp_path / "out" / "results.json").write_text(json.dumps({**identity, "trainings": []}))
+    with pytest.raises(ValueError, match=r"results.json is of another sha256 of the table"):
+        tool.main([str(write_table(tmp_path)), "--output", str(tmp_path / "out"), "--report"])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "Search").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_table_of_ours_gives_every_method_as_many_tries_of_configs_that_read(path: Path, load_tool) -> None:
+    tool = load_tool("search")
+    table = tool.read_table(path)
+    assert f"tools/search.py {path.relative_to(ROOT)}" in path.read_text() and len(table["methods"]) == 9
+    for name, method in table["methods"].items():
+        for point in tool.design(method["grid"], table["tries"], table["design_seed"], name):
+            words = tool.words_of(table["options"]) + tool.words_of(point)
+            cfg = read_config(table["package"], str(ROOT / method["config"]), list(words))
+            assert (cfg.KD.LOSS.NAME == "none") is not method.get("teacher", True)
+    own = {name: read_config(table["package"], str(ROOT / m["config"]), []) for name, m in table["methods"].items()}
+    for name, cfg in own.items():  # the first try is the config as it stands
+        for key, value in tool.design(table["methods"][name]["grid"], 1, 0, name)[0].items():
+            assert lookup(cfg, key) == value, (name, key)
+
+
+def read_config(package: str, path: str, words: list[str]):
+    if package == "classification":
+        from kd_cls.config import load_cfg
+
+        return load_cfg(path, words)
+    from kd_det.config import kd_defaults, merge_file, merge_list
+
+    cfg = kd_defaults()
+    merge_file(cfg, path)
+    merge_list(cfg, words)
+    return cfg
+
+
+def lookup(cfg, key: str):
+    for name in key.split("."):
+        cfg = cfg[name]
+    return cfg

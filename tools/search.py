@@ -1,0 +1,304 @@
+#!/usr/bin/env python
+"""A table of methods, each tuned by the same number of tries: tools/search.py TABLE.
+
+    tools/search.py configs/Search/detection_digits.yaml --jobs 2          # hours on two CPU cores
+    tools/search.py configs/Search/detection_digits.yaml --report          # draw what is finished; trains nothing
+
+1. Search. Each method of TABLE is trained `tries` times on the search seed: first as its config says, then with values
+   drawn at random, without repetition, from its grid. Judged by the metric on the search's images.
+2. Test. The best try of each method is trained on fresh seeds, untouched, and judged once on images that no search saw.
+
+Interrupt it at any time: the same command skips what is finished and resumes the rest. Everything is in OUTPUT (by
+default output/search/TABLE): a folder for each training, results.json, and report.md, which is drawn from the former.
+A training that fails, such as one that diverges, counts as a try without a result.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import math
+import os
+import random
+import statistics
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from demo import ROOT, Trainings, listen
+
+from kd_core.utils.config import read_yaml
+from kd_core.utils.errors import UserError
+from kd_core.utils.files import write_text
+from kd_core.utils.run_info import machine, source, versions
+
+# package → command, metric in metrics.json, the teacher's file
+PACKAGES = {
+    "detection": (["tools/train_net.py"], "bbox/AP", "model_final.pth"),
+    "classification": (["-m", "kd_cls.train"], "val/top1", "last.pth"),
+}
+KEYS = ("package", "tries", "design_seed", "options", "teacher", "search", "test", "methods")
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training of a table.
+
+    Attributes:
+        phase: "search" or "test".
+        number: of the try.
+        words: the try's own overrides, then those of its phase.
+    """
+
+    method: str
+    phase: str
+    number: int
+    seed: int
+    config: str
+    words: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        return f"{self.phase}/{self.method}/try{self.number}_seed{self.seed}"
+
+
+@dataclass
+class Results:
+    """results.json: one entry for each finished training."""
+
+    path: Path
+    identity: dict[str, Any]
+    entries: dict[str, dict[str, Any]] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def read(self) -> None:
+        """Take over the entries of an earlier call.
+
+        Raises:
+            UserError: the file is of another table, or of other options.
+        """
+        if not self.path.is_file():
+            return
+        found = json.loads(self.path.read_text(encoding="utf-8"))
+        for name, value in self.identity.items():
+            if found[name] != value:
+                raise UserError(f"{self.path} is of another {name}: remove its folder, or choose another --output")
+        self.entries = {entry["training"]: entry for entry in found["trainings"]}
+
+    def add(self, entry: dict[str, Any]) -> None:
+        with self.lock:
+            self.entries[entry["training"]] = entry
+            content = {**self.identity, "trainings": list(self.entries.values())}
+            write_text(self.path, json.dumps(content, indent=1) + "\n")
+
+
+def design(grid: dict[str, list[Any]], tries: int, seed: int, method: str) -> list[dict[str, Any]]:
+    """`tries` points of a grid: the first value of every key, then others in a random order that `seed` determines.
+
+    Raises:
+        UserError: the grid has fewer points.
+    """
+    points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    if len(points) < tries:
+        raise UserError(f"methods.{method}.grid has {len(points)} points, fewer than the {tries} tries of each method")
+    rest = points[1:]
+    random.Random(f"{seed} {method}").shuffle(rest)
+    return [points[0], *rest[: tries - 1]]
+
+
+def words_of(options: dict[str, Any]) -> tuple[str, ...]:
+    """KEY VALUE words of a command line."""
+    return tuple(str(word) for pair in options.items() for word in pair)
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """A table's yaml.
+
+    Raises:
+        UserError: no such file, a missing or unknown key, or an unknown package.
+    """
+    if not path.is_file():
+        raise UserError(f"TABLE: there is no file {path}")
+    table = read_yaml(str(path))
+    if wrong := set(KEYS) ^ set(table):
+        raise UserError(f"{path}: {', '.join(sorted(wrong))} missing or unknown; a table has {', '.join(KEYS)}")
+    if table["package"] not in PACKAGES:
+        raise UserError(f"{path}: package is {table['package']!r}, expected {' or '.join(PACKAGES)}")
+    return table
+
+
+class Search:
+    """The trainings of a table and their results."""
+
+    def __init__(self, table: dict[str, Any], args: argparse.Namespace, output: Path) -> None:
+        self.table, self.args, self.output = table, args, output
+        self.command, self.metric, self.weights = PACKAGES[table["package"]]
+        self.teacher = output / "teacher"
+        digest = hashlib.sha256(args.table.read_bytes()).hexdigest()
+        self.results = Results(output / "results.json", {"table": args.table.name, "sha256 of the table": digest,
+                                                         "command line options": args.options})  # fmt: skip
+        self.results.read()
+        self.tries = {
+            name: design(method["grid"], table["tries"], table["design_seed"], name)
+            for name, method in table["methods"].items()
+        }
+
+    def training(self, name: str, phase: str, number: int, seed: int) -> Training:
+        method = self.table["methods"][name]
+        words = words_of(self.tries[name][number]) + words_of(self.table[phase]["options"])
+        return Training(name, phase, number, seed, method["config"], words)
+
+    def searches(self) -> list[Training]:
+        seed = self.table["search"]["seed"]
+        return [
+            self.training(name, "search", number, seed) for number in range(self.table["tries"]) for name in self.names
+        ]
+
+    def tests(self) -> list[Training]:
+        """The best try of each method on every fresh seed."""
+        return [
+            self.training(name, "test", best, seed)
+            for seed in self.table["test"]["seeds"]
+            for name in self.names
+            if (best := self.best(name)) is not None
+        ]
+
+    @property
+    def names(self) -> list[str]:
+        return self.args.methods or list(self.table["methods"])
+
+    def value(self, training: Training) -> float | None:
+        """The metric of a training; None where it failed or is not finished."""
+        return self.results.entries.get(training.key, {}).get("value")
+
+    def best(self, name: str) -> int | None:
+        """The try with the highest metric in the search, the first of equals; None where none has one."""
+        seed = self.table["search"]["seed"]
+        values = [self.value(self.training(name, "search", number, seed)) for number in range(self.table["tries"])]
+        found = [number for number, value in enumerate(values) if value is not None]
+        return max(found, key=lambda number: (values[number], -number)) if found else None
+
+    def run(self, trainings: Trainings) -> None:
+        """Train whatever is missing: the teacher, every try, and the best of each method on the fresh seeds."""
+        teacher = self.table["teacher"]
+        words = (*words_of(teacher["options"]), *self.args.options)
+        finished, identity = self.teacher / "finished", json.dumps(self.results.identity)
+        if not finished.is_file():
+            trainings.pool.submit(trainings.run, self.command_of(teacher["config"], self.teacher, 0, words)).result()
+            write_text(finished, identity)
+        elif finished.read_text(encoding="utf-8") != identity:
+            raise UserError(f"{self.teacher} is of another table: remove it, or choose another --output")
+        for phase in (self.searches, self.tests):
+            for future in [trainings.pool.submit(self.train, trainings, training) for training in phase()]:
+                future.result()
+
+    def command_of(self, config: str, folder: Path, seed: int, words: Sequence[str]) -> list[str]:
+        options = ("OUTPUT_DIR", str(folder), "SEED", str(seed), *words)
+        return [sys.executable, *self.command, "--config-file", config, "--resume", *options]
+
+    def train(self, trainings: Trainings, training: Training) -> None:
+        """Train, unless it is finished, and add its entry."""
+        if training.key in self.results.entries:
+            return
+        print(f"[search] {training.key}: {' '.join(training.words)}", flush=True)
+        words = (*words_of(self.table["options"]), *training.words, *self.args.options)
+        taught = self.table["methods"][training.method].get("teacher", True)
+        teacher = ("KD.TEACHER.WEIGHTS", str(self.teacher / self.weights)) if taught else ()
+        folder = self.output / training.key
+        entry: dict[str, Any] = {"training": training.key, "method": training.method, "phase": training.phase}
+        entry |= {"try": training.number, "seed": training.seed, "config": training.config, "overrides": list(words)}
+        try:
+            trainings.run(self.command_of(training.config, folder, training.seed, (*words, *teacher)))
+            entry["value"] = last_value(folder / "metrics.json", self.metric)
+        except subprocess.CalledProcessError as error:
+            if error.returncode < 0:  # a signal's: it was killed, and has not failed
+                raise
+            entry |= {"value": None, "exit": error.returncode}
+            print(f"[search] {training.key} failed (exit {error.returncode}); its message stands above", flush=True)
+        entry |= {"metric": self.metric, **source(), "versions": versions(), "machine": machine()}
+        self.results.add(entry | {"cores": os.cpu_count(), "threads": self.args.threads, "jobs": self.args.jobs})
+
+    def report(self) -> str:
+        """The table, drawn from results.json: mean ± sample standard deviation over the fresh seeds."""
+        from tabulate import tabulate
+
+        rows = []
+        for name in self.names:
+            searched = [t for t in self.searches() if t.method == name]
+            done = [t for t in searched if t.key in self.results.entries]
+            failed = sum(self.value(t) is None for t in done)
+            tests = [t for t in self.tests() if t.method == name]
+            values = [value for t in tests if (value := self.value(t)) is not None]
+            best, validation, chosen = self.best(name), "", ""
+            if best is not None:
+                validation = f"{self.value(searched[best]):.2f}"
+                chosen = ", ".join(f"{key} {value}" for key, value in self.tries[name][best].items())
+            rows.append([name, spread(values), len(values), validation, len(done), failed, chosen])
+        headers = ["", f"test {self.metric}", "seeds", "search", "tries", "failed", "chosen"]
+        return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± sample standard deviation; of one value, only the value."""
+    if len(values) < 2:
+        return "".join(f"{value:.2f}" for value in values)
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def last_value(path: Path, metric: str) -> float:
+    """The last value of a metric in metrics.json. detectron2 says NaN where nothing is detected: 0.
+
+    Raises:
+        UserError: there is none.
+    """
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    values = [line[metric] for line in lines if metric in line]
+    if not values:
+        raise UserError(f"{path} has no {metric}: the training was not evaluated")
+    return 0.0 if math.isnan(values[-1]) else values[-1]
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", type=Path, metavar="TABLE", help="configs/Search/*.yaml")
+    parser.add_argument("--methods", nargs="+", help="of the table; default: all")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time; the cores are divided among them")
+    parser.add_argument("--output", type=Path, help="default: output/search/TABLE")
+    parser.add_argument("--report", action="store_true", help="only draw report.md from results.json")
+    parser.add_argument("options", nargs="*", metavar="KEY VALUE", help="config keys to override, in every training")
+    return parser.parse_intermixed_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> str:
+    """The command; returns the report."""
+    args = parse(arguments)
+    table = read_table(args.table)
+    if unknown := set(args.methods or ()) - set(table["methods"]):
+        raise UserError(f"--methods {', '.join(sorted(unknown))}: {args.table} has {', '.join(table['methods'])}")
+    args.threads = max((os.cpu_count() or 1) // args.jobs, 1)
+    search = Search(table, args, (args.output or ROOT / "output" / "search" / args.table.stem).resolve())
+    if not args.report:
+        with Trainings(args.jobs, {"OMP_NUM_THREADS": str(args.threads)}) as trainings:
+            search.run(trainings)
+    text = search.report()
+    write_text(search.output / "report.md", f"{text}\n")
+    print(f"{text}\n\nDrawn from {search.results.path}")
+    return text
+
+
+if __name__ == "__main__":
+    listen()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"search: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\n[search] interrupted; run the same command again to resume")
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"[search] a training ended (exit {error.returncode}); its message stands above. Run again to resume.")
