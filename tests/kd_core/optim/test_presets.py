@@ -1,5 +1,7 @@
 """The presets are settings of StreamSGD, and nothing more."""
 
+from pathlib import Path
+
 import pytest
 from torch import nn, zeros
 
@@ -63,3 +65,25 @@ def test_the_released_preset_steps_the_task_by_tcgs_momentum() -> None:
 def test_an_unknown_preset_is_an_error() -> None:
     with pytest.raises(ValueError, match="preset is 'ours': it must be 'paper' or 'released'"):
         momenta(preset="ours")
+
+
+DOCS = Path(__file__).resolve().parents[3] / "docs" / "methods" / "deepkd.md"
+RELEASED = {"preset": "released"}
+EFFECTIVE_WEIGHTS = {
+    "SGD, momentum .9": (deepkd_sgd, {"delta": 0.0}),
+    "paper, Δ .075": (deepkd_sgd, {}),
+    "paper, Δ .05": (deepkd_sgd, {"delta": 0.05}),
+    "released, Δ_ncg .05": (deepkd_sgd, {**RELEASED, "delta_ncg": 0.05}),
+    "released, Δ_ncg .075": (deepkd_sgd, RELEASED),
+    "DOT, Δ .075": (dot_sgd, {}),
+    "DOT on ImageNet, Δ .09": (dot_sgd, {"delta": 0.09}),
+}
+
+
+@pytest.mark.parametrize("setting", EFFECTIVE_WEIGHTS)
+def test_the_table_of_effective_weights_in_the_docs_is_of_these_momenta(setting: str) -> None:
+    build, options = EFFECTIVE_WEIGHTS[setting]
+    found = build([nn.Parameter(zeros(1))], 0.1, **options).param_groups[0]["momenta"]
+    weights = [1 / (1 - found[stream]) for stream in ("tog", "tcg", "ncg")]
+    row = " | ".join(f"{weight:.1f} ({weight / 10:.2f})" for weight in weights)
+    assert f"| {setting} | {row} |" in DOCS.read_text(encoding="utf-8")
