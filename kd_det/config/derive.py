@@ -183,7 +183,8 @@ def set_schedule(cfg: CfgNode, teacher: CfgNode, request: Request) -> None:
     solver.BASE_LR = theirs.BASE_LR * solver.IMS_PER_BATCH / theirs.IMS_PER_BATCH
     solver.MAX_ITER = iterations(theirs, solver.IMS_PER_BATCH, request)
     share = solver.MAX_ITER / theirs.MAX_ITER
-    solver.STEPS = tuple(max(round(step * share), 1) for step in theirs.STEPS if step < theirs.MAX_ITER)
+    steps = (max(round(step * share), 1) for step in theirs.STEPS)
+    solver.STEPS = tuple(step for step in steps if step < solver.MAX_ITER)
     solver.WARMUP_ITERS = min(max(theirs.WARMUP_ITERS, 100), max(solver.MAX_ITER // 6, 1))
     if not request.weights:
         solver.WARMUP_ITERS = max(solver.WARMUP_ITERS, math.ceil(SCRATCH_ITERATIONS * solver.MAX_ITER))

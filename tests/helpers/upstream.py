@@ -2,10 +2,11 @@
 
     python tests/helpers/upstream.py DIR [pytest's arguments]
 
-DIR is a clone of github.com/facebookresearch/detectron2, compiled or not. It stays as it is: what it lacks (an empty
-`_C` where nothing was compiled, the model zoo's configs, which its setup.py links) is in a temporary folder of links.
+DIR is a clone of github.com/facebookresearch/detectron2, compiled or not. It stays as it is: what it lacks (a
+stand-in for `_C` where nothing was compiled, the model zoo's configs, which its setup.py links) is in a temporary folder of links.
 """
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -29,8 +30,16 @@ def overlay(checkout: Path, folder: Path) -> Path:
     link_all(source / "model_zoo", package / "model_zoo", leave_out=["configs"])
     (package / "model_zoo" / "configs").symlink_to((checkout / "configs").resolve())
     if not any(source.glob("_C.*")):
-        (package / "_C.py").touch()
+        (package / "_C.py").write_text(stand_in_for_compiled_code(), encoding="utf-8")
     return folder
+
+
+def stand_in_for_compiled_code() -> str:
+    """The module `_C` that tools/install_detectron2.py gives a Python-only detectron2."""
+    spec = importlib.util.spec_from_file_location("install_detectron2", ROOT / "tools" / "install_detectron2.py")
+    installer = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(installer)
+    return installer.C_MODULE
 
 
 def link_all(source: Path, target: Path, leave_out: list[str]) -> None:

@@ -37,6 +37,11 @@ def test_batch_and_learning_rate_follow_the_processes_by_the_linear_rule(teacher
     assert tuple(2 * step for step in teacher.SOLVER.STEPS) == cfg.SOLVER.STEPS
 
 
+def test_steps_lie_inside_a_training_of_a_few_iterations(teacher):
+    cfg = derive_student(teacher, Request("resnet18", iterations=3))
+    assert all(0 < step < 3 for step in cfg.SOLVER.STEPS)
+
+
 def test_epochs_are_passes_over_the_training_images(teacher):
     cfg = derive_student(teacher, Request("resnet18", epochs=3, images=1000))
     assert cfg.SOLVER.MAX_ITER == 750
