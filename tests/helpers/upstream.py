@@ -2,8 +2,9 @@
 
     python tests/helpers/upstream.py DIR [pytest's arguments]
 
-DIR is a clone of github.com/facebookresearch/detectron2, compiled or not. It stays as it is: what it lacks (a
-stand-in for `_C` where nothing was compiled, the model zoo's configs, which its setup.py links) is in a temporary folder of links.
+DIR is a clone of github.com/facebookresearch/detectron2, compiled or not. It stays as it is: what it lacks (a stand-in
+for `_C` where nothing was compiled, the model zoo's configs, which its setup.py links) is in a temporary folder of
+links.
 """
 
 import importlib.util
