@@ -37,7 +37,7 @@ from kd_cls.checkpoint.checkpoint import (
     read_weights,
     save_checkpoint,
 )
-from kd_cls.config import load_cfg
+from kd_cls.config import get_cfg, load_cfg
 from kd_cls.data.build import build_data, build_loaders
 from kd_cls.data.check import check_images
 from kd_cls.data.statistics import InputStats
@@ -45,7 +45,6 @@ from kd_cls.distributed import Process, start_process
 from kd_cls.engine.derive import (
     METHODS,
     Request,
-    as_yaml,
     check_name,
     check_published,
     derive_student,
@@ -59,7 +58,7 @@ from kd_cls.models.factory import build_student, create_network, input_stats
 from kd_cls.task.head import fit_head
 from kd_cls.task.teacher import build_teacher
 from kd_cls.train import train
-from kd_core.utils.config import find_config, merge_list
+from kd_core.utils.config import changes_as_yaml, find_config, merge_list
 from kd_core.utils.errors import UserError, exit_on_user_error
 from kd_core.utils.files import write_text
 from kd_core.utils.packaged_weights import PACKAGED
@@ -83,14 +82,14 @@ def distill(args: argparse.Namespace) -> None:
     files = {"student": output / "distill.yaml", "baseline": output / "baseline.yaml"}
     if not files["student"].is_file():
         cfg = build_config(args, output)
-        write_text(files["student"], as_yaml(cfg, header(args, files["student"])))
+        write_text(files["student"], changes_as_yaml(cfg, get_cfg(), header(args, files["student"])))
         say(f"student's config: {files['student']} (yours to edit; python -m kd_cls.train trains it, too)")
     cfg = load_cfg(str(files["student"]))
     plain = without_teacher(cfg)
     plain.OUTPUT_DIR = str(output / "baseline")
     trainings = {"student": cfg, **({"baseline": plain} if args.baseline else {})}
     if args.baseline:
-        write_text(files["baseline"], as_yaml(plain, header(args, files["baseline"])))
+        write_text(files["baseline"], changes_as_yaml(plain, get_cfg(), header(args, files["baseline"])))
     processes, device = max(args.num_gpus, 1), "auto" if args.num_gpus else "cpu"
     with start_process(device) as process:
         costs = forecast(trainings, process, processes)
@@ -165,7 +164,6 @@ def look_at_data(name: str, root: str) -> tuple[int, int]:
 
 def config_of_data(name: str, root: str) -> CfgNode:
     """A config with these data alone."""
-    from kd_cls.config import get_cfg
 
     cfg = get_cfg()
     cfg.DATA.NAME, cfg.DATA.ROOT = name, root

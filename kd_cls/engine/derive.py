@@ -8,13 +8,12 @@ from typing import Any
 
 import timm
 import torch
-import yaml
 from fvcore.common.config import CfgNode
 
 import kd_cls.models  # noqa: F401  (registers the papers' networks with timm)
 from kd_cls.config import get_cfg
 from kd_cls.data import default_augmentation
-from kd_core.utils.config import flatten, merge_list
+from kd_core.utils.config import set_values
 from kd_core.utils.errors import UserError
 from kd_core.utils.packaged_weights import PACKAGED, find_package
 
@@ -81,7 +80,7 @@ def derive_student(request: Request) -> CfgNode:
         raise UserError(f"--method {request.method}: expected one of {', '.join(METHODS)}")
     check_name(request.student, "--student")
     cfg = get_cfg()
-    set_keys(cfg, {"KD.LOSS.TEMPERATURE": TEMPERATURE, **METHODS[request.method], **request.teacher})
+    set_values(cfg, {"KD.LOSS.TEMPERATURE": TEMPERATURE, **METHODS[request.method], **request.teacher})
     if request.method == "gdkd":  # the top group and the rest each need a class
         cfg.KD.LOSS.GDKD.K = min(cfg.KD.LOSS.GDKD.K, max(request.classes // 2, 1))
     cfg.MODEL.NAME = request.student
@@ -170,21 +169,3 @@ def in_cache(name: str) -> bool:
     if known.hf_hub_id and any(isinstance(try_to_load_from_cache(known.hf_hub_id, file), str) for file in files):
         return True
     return bool(known.url) and Path(torch.hub.get_dir(), "checkpoints", known.url.split("/")[-1]).is_file()
-
-
-def set_keys(cfg: CfgNode, values: dict[str, Any]) -> None:
-    """Set dotted keys, each checked as on a command line."""
-    merge_list(cfg, [word for pair in values.items() for word in pair])
-
-
-def as_yaml(cfg: CfgNode, header: str) -> str:
-    """The keys of `cfg` that differ from the defaults, under a comment: a file that its owner can read."""
-    defaults, tree = flatten(get_cfg()), {}
-    for key, value in flatten(cfg).items():
-        if value != defaults[key]:
-            *groups, name = key.split(".")
-            node = tree
-            for group in groups:
-                node = node.setdefault(group, {})
-            node[name] = list(value) if isinstance(value, tuple) else value
-    return header + yaml.safe_dump(tree, sort_keys=False)

@@ -5,7 +5,7 @@ Everything here takes a CfgNode of fvcore or of a library that subclasses it, su
 
 import ast
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -202,3 +202,28 @@ def list_values(cfg: CfgNode, prefixes: Sequence[str] = ()) -> str:
     if not found:
         raise UserError(f"--list-keys: there are no keys under {' or '.join(prefixes)}")
     return "\n".join(found)
+
+
+def set_values(cfg: CfgNode, values: Mapping[str, Any]) -> None:
+    """Set dotted keys."""
+    for key, value in values.items():
+        group, _, name = key.rpartition(".")
+        (lookup(cfg, group) if group else cfg)[name] = value
+
+
+def changes_as_yaml(cfg: CfgNode, defaults: CfgNode, header: str) -> str:
+    """The keys of `cfg` that differ from the defaults, under a comment: a file that its owner can read."""
+    before, tree = flatten(defaults), {}
+    for key, value in flatten(cfg).items():
+        if value != before[key]:
+            *groups, name = key.split(".")
+            node = tree
+            for group in groups:
+                node = node.setdefault(group, {})
+            node[name] = as_lists(value)
+    return header + yaml.safe_dump(tree, default_flow_style=None, sort_keys=False)
+
+
+def as_lists(value: Any) -> Any:
+    """Tuples, nested ones too, as lists: yaml has no tuples."""
+    return [as_lists(item) for item in value] if isinstance(value, list | tuple) else value

@@ -9,10 +9,10 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from kd_core.utils.errors import UserError
 from kd_core.utils.report.runs import Run
+from kd_det.analysis.latency import multiply_adds
 from kd_det.evaluation.report import read_student
 
 logger = logging.getLogger(__name__)
@@ -30,15 +30,15 @@ def measure_cost(runs: Sequence[Run]) -> None:
             if model_key not in known:
                 cfg.MODEL.DEVICE = "cpu"
                 model = build_model(cfg).eval()
-                known[model_key] = sum(p.numel() for p in model.parameters()), multiply_adds(model, cfg) / 1e9
+                known[model_key] = sum(p.numel() for p in model.parameters()), of_test_image(model, cfg) / 1e9
             run.info["parameters"], run.info["gflops"] = known[model_key]
         except (UserError, OSError, KeyError, RuntimeError, AssertionError) as error:
             logger.warning("%s: the model's cost is not known: %s", run.folder / "student.yaml", error)
 
 
 @torch.no_grad()
-def multiply_adds(model: nn.Module, cfg: CfgNode) -> int:
-    """Of one image of the test size, 4:3 as far as MAX_SIZE_TEST allows, counted as fvcore and the papers do.
+def of_test_image(model: nn.Module, cfg: CfgNode) -> int:
+    """Multiply-adds of one image of the test size, 4:3 as far as MAX_SIZE_TEST allows.
 
     The weights are random, so NMS leaves another number of proposals than a trained model's: the box head's share
     may differ by a few per cent.
@@ -46,6 +46,4 @@ def multiply_adds(model: nn.Module, cfg: CfgNode) -> int:
     height = cfg.INPUT.MIN_SIZE_TEST
     width = min(height * 4 // 3, cfg.INPUT.MAX_SIZE_TEST)
     image = torch.zeros(3, height, width).random_(256, generator=torch.Generator().manual_seed(0))
-    with FlopCounterMode(display=False) as counter:
-        model([{"image": image, "height": height, "width": width}])
-    return counter.get_total_flops() // 2  # a multiply-add counts as two operations there
+    return multiply_adds(model, [{"image": image, "height": height, "width": width}])

@@ -3,13 +3,12 @@
 import difflib
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
 from detectron2.config import CfgNode
 
+from kd_core.utils.config import set_values
 from kd_core.utils.errors import UserError
 from kd_core.utils.packaged_weights import PACKAGED, find_package
 from kd_det.checkpoint.classifier_weights import IMAGENET_MEAN, IMAGENET_STD
@@ -81,7 +80,7 @@ def derive_student(teacher: CfgNode, request: Request) -> CfgNode:
         set_network(cfg, request)
         set_sizes(cfg, request)
     set_schedule(cfg, teacher, request)
-    set_keys(cfg, {"KD.LOSS.TEMPERATURE": 1.0, **METHODS[request.method]})
+    set_values(cfg, {"KD.LOSS.TEMPERATURE": 1.0, **METHODS[request.method]})
     if request.method == "gdkd":  # k of 5 suits many classes; the top group and the rest each need one
         cfg.KD.LOSS.GDKD.K = min(5, max(cfg.MODEL.ROI_HEADS.NUM_CLASSES // 2, 1))
     return cfg
@@ -142,7 +141,7 @@ def set_timm(cfg: CfgNode, request: Request) -> tuple[tuple[float, ...], tuple[f
 
 def set_fpn_heads(cfg: CfgNode) -> None:
     """Heads over an FPN, for the student of a teacher that has none."""
-    set_keys(
+    set_values(
         cfg,
         {
             "MODEL.RPN.IN_FEATURES": ["p2", "p3", "p4", "p5", "p6"],
@@ -210,16 +209,6 @@ def iterations(teacher_solver: CfgNode, batch: int, request: Request) -> int:
     return count
 
 
-def set_keys(cfg: CfgNode, values: Mapping[str, Any]) -> None:
-    """Set dotted keys."""
-    for key, value in values.items():
-        *parents, last = key.split(".")
-        node = cfg
-        for parent in parents:
-            node = node[parent]
-        node[last] = value
-
-
 def default_weights(student: str) -> str:
     """ImageNet weights for a student that are at hand without a download: the index's packages, or timm's cache."""
     packaged = {network: name for name, network in PACKAGED.items()}
@@ -238,28 +227,3 @@ def in_timms_cache(name: str) -> bool:
     pretrained = timm.get_pretrained_cfg(name)
     hub = getattr(pretrained, "hf_hub_id", None)
     return bool(hub) and isinstance(try_to_load_from_cache(hub, "model.safetensors"), str)
-
-
-def as_yaml(cfg: CfgNode, header: str) -> str:
-    """The keys of `cfg` that differ from kd_det's defaults, under a comment: a file that its owner can read."""
-    return header + yaml.safe_dump(plain(difference(cfg, kd_defaults())), default_flow_style=None, sort_keys=False)
-
-
-def difference(cfg: CfgNode, defaults: CfgNode) -> dict[str, Any]:
-    """Nested keys whose values differ."""
-    found: dict[str, Any] = {}
-    for key, value in cfg.items():
-        if isinstance(value, CfgNode):
-            if inner := difference(value, defaults[key]):
-                found[key] = inner
-        elif value != defaults[key]:
-            found[key] = value
-    return found
-
-
-def plain(value: Any) -> Any:
-    """Tuples as lists, for yaml."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
-

@@ -7,10 +7,9 @@ import logging
 import os
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,14 @@ from detectron2.modeling import build_model
 from tabulate import tabulate
 from torch import nn
 
-from kd_core.utils.config import merge_list
+from kd_core.utils.config import changes_as_yaml, merge_list, set_values
 from kd_core.utils.errors import UserError
 from kd_core.utils.files import write_text
+from kd_core.utils.resume import remember_request
 from kd_det.analysis.cost import measure
+from kd_det.analysis.latency import COST_HEADERS, Cost, cost_cells, inference_cost
 from kd_det.config.defaults import kd_defaults
-from kd_det.config.derive import METHODS, Request, as_yaml, default_weights, derive_student, set_keys
+from kd_det.config.derive import METHODS, Request, default_weights, derive_student
 from kd_det.config.files import merge_file
 from kd_det.data import register_datasets
 from kd_det.data.check import FATAL, check_coco
@@ -42,17 +43,7 @@ from kd_det.modeling.teacher.build import teacher_builders, teacher_config
 logger = logging.getLogger(__name__)
 
 SPREAD_IMAGES = 4  # images on which the spread of the feature maps is measured
-LATENCY_RUNS = 5
 UNDECODABLE = ("image that cannot be decoded", "image of another size than the json says")
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a detector costs at inference on this machine."""
-
-    parameters: int
-    gflops: float | None  # of one image, multiply-adds; None where they cannot be counted
-    seconds: float  # of one image, median
 
 
 def distill(args: argparse.Namespace) -> None:
@@ -63,15 +54,17 @@ def distill(args: argparse.Namespace) -> None:
     """
     warnings.simplefilter("ignore")
     output = Path(args.output)
-    remember_request(output, args)
+    changeable = ("output", "num_gpus", "baseline")
+    remember_request(output / "distill.json", {k: v for k, v in vars(args).items() if k not in changeable})
     config_file, baseline_file = output / "distill.yaml", output / "baseline.yaml"
     if not config_file.is_file():
         cfg = build_config(args, output)
-        write_text(config_file, as_yaml(cfg, header(args, config_file)))
+        write_text(config_file, changes_as_yaml(cfg, kd_defaults(), header(args, config_file)))
         say(f"student's config: {config_file} (yours to edit; tools/train_net.py trains it, too)")
     cfg = read(config_file)
     choose_device(cfg, args.num_gpus)
-    write_text(baseline_file, as_yaml(without_teacher(read(config_file)), header(args, baseline_file)))
+    plain = without_teacher(read(config_file))
+    write_text(baseline_file, changes_as_yaml(plain, kd_defaults(), header(args, baseline_file)))
     costs = forecast(cfg, max(args.num_gpus, 1), args.baseline)
     results = {"teacher": evaluate_teacher(cfg, output)}
     for name, file in {"student": config_file, **({"baseline": baseline_file} if args.baseline else {})}.items():
@@ -79,26 +72,6 @@ def distill(args: argparse.Namespace) -> None:
         results[name] = figures(output / name)
     files = export(output / "student", output / "export", args.torchscript)
     conclude(output, results, costs, files)
-
-
-def remember_request(output: Path, args: argparse.Namespace) -> None:
-    """Refuse a folder in which something else was distilled."""
-    request = {key: value for key, value in vars(args).items() if key not in ("output", "num_gpus", "baseline")}
-    path = output / "distill.json"
-    output.mkdir(parents=True, exist_ok=True)
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [key for key in request if before.get(key) != json.loads(json.dumps(request[key]))]
-        if changed:
-            key = changed[0]
-            raise UserError(
-                f"--output {output} holds another distillation: --{key.replace('_', '-')} was {before.get(key)}, is "
-                f"{request[key]}. Give the same arguments to resume, or another --output"
-            )
-    elif any(output.iterdir()):
-        raise UserError(f"--output {output} is not empty and holds no distillation: give another folder")
-    else:
-        write_text(path, json.dumps(request, indent=1))
 
 
 def build_config(args: argparse.Namespace, output: Path) -> CfgNode:
@@ -248,7 +221,7 @@ def read_at_test_size(cfg: CfgNode, record: dict[str, Any]) -> torch.Tensor:
 
 def without_teacher(cfg: CfgNode) -> CfgNode:
     """The same student and schedule, trained on the labels alone."""
-    set_keys(cfg, {"SOLVER.OPTIMIZER": "sgd", "SOLVER.STEP": "paper", "SOLVER.MOMENTA": ""})
+    set_values(cfg, {"SOLVER.OPTIMIZER": "sgd", "SOLVER.STEP": "paper", "SOLVER.MOMENTA": ""})
     cfg.KD = kd_defaults().KD
     cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR).with_name("baseline"))
     return cfg
@@ -276,7 +249,8 @@ def forecast(cfg: CfgNode, processes: int, baseline: bool) -> dict[str, Cost]:
         }
         del teacher, student
         step = measure(cfg, processes, stands_in=False)
-    say(f"\n{cost_table(costs)}")
+    rows = [[name, *cost_cells(cost)] for name, cost in costs.items()]
+    say("\n" + tabulate(rows, ["", *COST_HEADERS], tablefmt="github", disable_numparse=True))
     trainings = "two trainings of" if baseline else "training:"
     say(
         f"{trainings} {cfg.SOLVER.MAX_ITER} iterations of {cfg.SOLVER.IMS_PER_BATCH} images, about "
@@ -290,42 +264,6 @@ def on_device(cfg: CfgNode) -> CfgNode:
     copy = on_cpu(cfg, loss="none")
     copy.MODEL.DEVICE = cfg.MODEL.DEVICE
     return copy
-
-
-@torch.no_grad()
-def inference_cost(model: nn.Module, image: torch.Tensor) -> Cost:
-    """Parameters, multiply-adds and seconds of one image."""
-    model.eval()
-    inputs = [{"image": image}]
-    times = []
-    for _ in range(LATENCY_RUNS + 1):  # the first one warms up
-        start = time.perf_counter()
-        model(inputs)
-        if next(model.parameters()).is_cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return Cost(sum(p.numel() for p in model.parameters()), multiply_adds(model, inputs), float(np.median(times[1:])))
-
-
-def multiply_adds(model: nn.Module, inputs: list[dict[str, torch.Tensor]]) -> float | None:
-    """GFLOPs of one image as detectron2 counts them; None where it cannot trace the network."""
-    try:
-        from detectron2.utils.analysis import FlopCountAnalysis
-
-        counter = FlopCountAnalysis(model, inputs)
-        return counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False).total() / 1e9
-    except Exception as error:  # it traces the network: whatever the network does may fail there
-        logger.debug("GFLOPs cannot be counted: %s", error)
-        return None
-
-
-def cost_table(costs: dict[str, Cost]) -> str:
-    """Parameters, GFLOPs and latency, and the student's share of the teacher's."""
-    rows = [
-        [name, f"{c.parameters / 1e6:.2f} M", "–" if c.gflops is None else f"{c.gflops:.2f}", f"{1000 * c.seconds:.0f}"]
-        for name, c in costs.items()
-    ]
-    return tabulate(rows, ["", "parameters", "GFLOPs", "ms / image"], tablefmt="github", disable_numparse=True)
 
 
 def evaluate_teacher(cfg: CfgNode, output: Path) -> dict[str, float]:
@@ -387,13 +325,11 @@ def conclude(output: Path, results: dict[str, dict], costs: dict[str, Cost], fil
             [
                 name,
                 *(f"{found.get(f'bbox/{key}', float('nan')):.2f}" for key in ("AP", "AP50", "AP75")),
-                f"{cost.parameters / 1e6:.2f} M",
-                "–" if cost.gflops is None else f"{cost.gflops:.2f}",
-                f"{1000 * cost.seconds:.0f}",
+                *cost_cells(cost),
                 "" if seconds is None else clock(seconds),
             ]
         )
-    headers = ["", "AP", "AP50", "AP75", "parameters", "GFLOPs", "ms / image", "training time"]
+    headers = ["", "AP", "AP50", "AP75", *COST_HEADERS, "training time"]
     table = tabulate(rows, headers, tablefmt="github", disable_numparse=True)
     write_text(output / "table.md", table + "\n")
     summary = {"results": results, "costs": {name: asdict(cost) for name, cost in costs.items()}}

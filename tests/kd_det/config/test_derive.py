@@ -3,9 +3,10 @@
 import pytest
 from detectron2.config import CfgNode
 
+from kd_core.utils.config import changes_as_yaml
 from kd_core.utils.errors import UserError
 from kd_det.config import kd_defaults, merge_file
-from kd_det.config.derive import METHODS, Request, as_yaml, derive_student
+from kd_det.config.derive import METHODS, Request, derive_student
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def test_the_student_of_a_teacher_without_an_fpn_has_one():
 def test_the_written_yaml_reads_back_as_the_same_config(method, teacher, tmp_path):
     cfg = derive_student(teacher, Request("resnet18", method=method))
     path = tmp_path / "student.yaml"
-    path.write_text(as_yaml(cfg, "# derived\n"))
+    path.write_text(changes_as_yaml(cfg, kd_defaults(), "# derived\n"))
     again = kd_defaults()
     merge_file(again, str(path))
     assert again == cfg
