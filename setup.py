@@ -6,12 +6,12 @@ from setuptools import find_packages, setup
 
 # timm.task.evaluator came with timm 1.0.31; torch.nn.utils.get_total_norm and the donated buffers with torch 2.6.
 COMMON = ["torchvision", "timm>=1.0.31", "yacs", "PyYAML", "pillow", "tabulate", "tensorboard", "scikit-learn"]
-# timm brings it: whether weights are in the cache of the hub is asked of it.
+# Comes with timm; tells whether weights are in the hub's cache.
 COMMON += ["huggingface_hub"]
 # Draw the report of a training (kd_core.utils.report); a training without them has none.
 REPORT = ["matplotlib", "jinja2"]
 COMMON += REPORT
-# detectron2 stands in no extra: it is on no package index under its own name. tools/install_detectron2.py brings it.
+# detectron2 is in no extra: no package index has it under its own name. tools/install_detectron2.py installs it.
 DET = [
     *COMMON,
     "iopath",
@@ -22,10 +22,10 @@ DET = [
     "scikit-image",  # the photographs of the built-in data set
     "omegaconf",  # LazyConfig teachers
     "hydra-core",  # and their overrides
-    "huggingface_hub",  # tells whether timm's weights are at hand
+    "huggingface_hub",  # tells whether timm's weights are in its cache
 ]
 CLS = [*COMMON, "safetensors", "tqdm"]
-# Needed by an option each: WANDB.ENABLED, tools/export_student.py --onnx, tools/convert_weights.py efficientnet-lite0.
+# Each needed by one option: WANDB.ENABLED, tools/export_student.py --onnx, tools/convert_weights.py efficientnet-lite0.
 EXTRA = {
     "report": REPORT,
     "wandb": ["wandb"],

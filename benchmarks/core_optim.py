@@ -44,7 +44,7 @@ def optimizers(device: str, seconds: float) -> Iterator[Comparison]:
 
 
 def stepping(optimizer: torch.optim.Optimizer) -> Callable[[], object]:
-    """The step of an optimizer with one gradient a parameter."""
+    """The step of an optimizer with one gradient per parameter."""
     for p in (p for group in optimizer.param_groups for p in group["params"]):
         p.grad = torch.randn_like(p)
     return optimizer.step

@@ -43,8 +43,8 @@ def add_model_config(cfg: CfgNode) -> None:
     cfg.MODEL.NAME = "cifar_resnet8x4"
     # Further keyword arguments of timm.create_model, as a yaml mapping in a string: "{drop_path_rate: 0.1}".
     cfg.MODEL.KWARGS = ""
-    # Weights to start from: a local file, a URL, or the package efficientnet-lite0 (1, 2). Empty: random, or timm's own
-    # if PRETRAINED is set.
+    # Weights to start from: a local file, a URL, or the package efficientnet-lite0, -lite1 or -lite2. Empty:
+    # random, or timm's own if PRETRAINED is set.
     cfg.MODEL.WEIGHTS = ""
     # Start from timm's pretrained weights, with a new classifier if the number of classes differs.
     cfg.MODEL.PRETRAINED = False
@@ -78,13 +78,13 @@ def add_data_config(cfg: CfgNode) -> None:
     # Draw augmentations from (SEED, epoch, image). False: from each worker's own generator, which excludes a teacher
     # cache and a bitwise equal resume.
     cfg.DATA.REPRODUCIBLE = True
-    # Views of each training image: 1, or 2 for mlkd and crld, a weak and a strong one (the augmentation, then
-    # RandAugment and cutout). With 2 the classification loss is the sum over both.
+    # Views of each training image: 1, or 2 for mlkd and crld. The weak view has the augmentation; the strong one has
+    # RandAugment and cutout besides. With 2 the classification loss is the sum over both.
     cfg.DATA.VIEWS = 1
     # Side length of the student's input. 0: the model's own.
     cfg.DATA.INPUT_SIZE = 0
-    # Training images, evenly spaced, that are held out and take the place of the validation images: to choose
-    # hyperparameters without seeing those. The rest is trained on.
+    # Number of training images, evenly spaced, to hold out and to validate on in place of the validation images, so
+    # that hyperparameters are chosen without seeing those. The rest is trained on.
     cfg.DATA.HELD_OUT = 0
     # Number of images to use, evenly spaced over the split; 0: all.
     cfg.DATA.TRAIN_IMAGES = 0
@@ -92,7 +92,7 @@ def add_data_config(cfg: CfgNode) -> None:
     # Visit the training images in a new random order each epoch.
     cfg.DATA.SHUFFLE = True
     # Keep all images on the device and augment whole batches there (augmentation cifar, digits or none), since loader
-    # workers cannot feed a small network on a GPU fast enough. Same distribution, other draws.
+    # workers cannot feed a small network on a GPU fast enough. Same distribution, different random draws.
     cfg.DATA.RESIDENT = False
     # Loader workers per training process.
     cfg.DATA.NUM_WORKERS = 4
@@ -159,12 +159,13 @@ def add_solver_config(cfg: CfgNode) -> None:
     cfg.SOLVER.WEIGHT_DECAY = 5e-4
     # Apply weight decay to norms and biases too, as the papers do.
     cfg.SOLVER.DECAY_NORM_AND_BIAS = True
-    # Momentum of each stream = MOMENTUM + DELTA, for deepkd_sgd and stream_adamw (its first moment).
-    # PRESET "paper": the three keys. "released": what the released code does: tog has DELTA_TCG, DELTA_TOG is unused.
+    # Momentum of each stream = MOMENTUM + its DELTA, for deepkd_sgd and stream_adamw (its first moment).
+    # PRESET "paper": these three keys. "released", as in the released code: tog takes DELTA_TCG, DELTA_TOG is unused.
     cfg.SOLVER.DEEPKD = CfgNode({"PRESET": "paper", "DELTA_TOG": 0.075, "DELTA_TCG": -0.075, "DELTA_NCG": 0.075})
-    # DOT: task MOMENTUM − DELTA, distillation MOMENTUM + DELTA.
+    # dot_sgd: the task's momentum is MOMENTUM − DELTA, distillation's MOMENTUM + DELTA.
     cfg.SOLVER.DOT = CfgNode({"DELTA": 0.075})
-    # "matched" (ours) scales every stream's step by (1−m)/(1−MOMENTUM): a learning rate found for SGD still holds.
+    # "paper" leaves a stream's step size as its momentum m makes it. "matched" (ours) scales it by (1−m)/(1−MOMENTUM),
+    # so that a learning rate tuned for SGD still holds.
     cfg.SOLVER.STEP = "paper"
     # "auto": momenta from the measured gradient signal-to-noise ratio. Empty: those of OPTIMIZER.
     cfg.SOLVER.MOMENTA = ""

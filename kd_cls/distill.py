@@ -329,7 +329,7 @@ def header(args: argparse.Namespace, path: Path) -> str:
 
 
 def progress(results: Any, total: int) -> Any:
-    """A progress bar on stderr, if somebody looks at it."""
+    """A progress bar on stderr, if that is a terminal."""
     return tqdm(results, total=total, unit="image", leave=False, disable=not sys.stderr.isatty())
 
 
@@ -351,9 +351,9 @@ def parser() -> argparse.ArgumentParser:
     """The arguments of the command."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--teacher", required=True, help="a network of timm's, or a yaml of kd_cls")
-    p.add_argument("--teacher-weights", help="'timm', a file, 'efficientnet-lite2' … (default: at hand, else timm's)")
+    p.add_argument("--teacher-weights", help="'timm', a file, 'efficientnet-lite2' … (default: local, else timm's)")
     p.add_argument("--student", required=True, help="a network of timm's")
-    p.add_argument("--student-weights", help="the same, '' for none (default: those at hand)")
+    p.add_argument("--student-weights", help="the same, '' for none (default: those available locally)")
     p.add_argument("--data", default="", metavar="FOLDER", help="with train/<class>/ and val/<class>/")
     p.add_argument("--name", default="folder", help="which data set FOLDER holds: DATA.NAME (default: folder)")
     p.add_argument("--output", required=True, help="folder of everything; the same command resumes there")

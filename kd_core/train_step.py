@@ -1,4 +1,4 @@
-"""One optimizer step over gradient streams: what both engines do between the forward pass and the moved weights."""
+"""One optimizer step over gradient streams, as both engines make it: from the losses to the updated weights."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -41,13 +41,13 @@ class TrainStep:
         iteration: int,
         weight: float = 1.0,
     ) -> None:
-        """The gradients of one step, averaged over the processes with the last micro-batch.
+        """Compute the gradients of one step; they are averaged over the processes with the last micro-batch.
 
         Args:
             micro_batches: at least one.
-            losses_of: a micro-batch's {stream: loss}, from a forward pass that reduces nothing over processes.
+            losses_of: maps a micro-batch to {stream: loss}. Its forward pass must not reduce gradients (DDP: `no_sync()`).
             iteration: number of the step, from 0.
-            weight: of every micro-batch in the step. GSNR is measured without it.
+            weight: factor of every micro-batch's losses. GSNR is measured without it.
         """
         self.optimizer.zero_grad()
         for number, micro_batch in enumerate(micro_batches, 1):

@@ -99,7 +99,7 @@ def splits_of_config(path: str, options: list[str]) -> list[tuple[str, str]]:
 
 
 def progress(results: Iterable, total: int) -> Iterable:
-    """A progress bar on stderr, where somebody looks at it."""
+    """A progress bar on stderr, if that is a terminal."""
     return tqdm(results, total=total, unit="image", file=sys.stderr, leave=False, disable=not sys.stderr.isatty())
 
 

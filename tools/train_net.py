@@ -9,9 +9,9 @@
     tools/train_net.py --config-file configs/Digits/dkd.yaml --eval-only MODEL.WEIGHTS output/digits/dkd/model_final.pth
     tools/train_net.py --config-file configs/Digits/dkd.yaml --list-keys KD SOLVER        # the keys and their values
 
-KEY VALUE words come last and override the file. What a key means: kd_det/config/defaults.py says it of ours,
-detectron2's documentation of its own. Relative paths start at the working folder, those of data sets at
-DETECTRON2_DATASETS (./datasets where that is not set). tools/dry_run.py tells what is missing before hours are spent.
+KEY VALUE words come last and override the file. kd_det/config/defaults.py explains our keys, and detectron2's
+documentation its own. Relative paths start at the working folder, those of data sets at DETECTRON2_DATASETS
+(./datasets if that is not set). tools/dry_run.py reports what is missing before a long training.
 """
 
 from kd_det.engine.launch import argument_parser, run_command

@@ -400,7 +400,7 @@ def machine(device: str) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=20, help="no row starts, and none goes on, after that")
+    parser.add_argument("--minutes", type=float, default=20, help="no row starts, or continues, after that")
     parser.add_argument("--only", default="", help="the rows whose name has this word, also on a CPU; no tests")
     parser.add_argument("--steps", type=int, default=20, help="that are compared")
     parser.add_argument("--rounds", type=int, default=20, help="pairs of steps that are timed")

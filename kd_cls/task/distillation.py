@@ -30,7 +30,7 @@ class DistillationTask(TrainingTask):
         amp_dtype: of autocast around the networks; None leaves it off.
         device: of the task.
         views: of each image. Two, weak and strong, come as one image of six channels; each takes a forward pass of its
-            own, since BatchNorm shall see one view at a time. CE is then the sum over both.
+            own, so that BatchNorm sees one view at a time. CE is then the sum over both.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class DistillationTask(TrainingTask):
             input: images (N, 3, H, W), normalised for the student; two views of them are (N, 6, H, W).
             target: class indices (N,), or soft targets (N, C).
             progress: iteration / max_iter, for warm-up and top-k schedules; None: the end.
-            teacher_logits: as `teacher_logits` returns them, if they are known already.
+            teacher_logits: as `teacher_logits` returns them, if already computed.
             warmup_weight: the loss's warm-up at `progress` as a tensor, for a CUDA graph.
         Returns:
             `loss`, `output` (the task logits of the first view), and each weighted term: `task` and those of the
@@ -104,7 +104,7 @@ class DistillationTask(TrainingTask):
         return [view.contiguous(memory_format=layout) for view in images.chunk(self.views, 1)]
 
     def one_or_both(self, of_views: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
-        """What a loss of as many views takes."""
+        """The tensor of the only view, or the tuple of both, as the loss takes them."""
         return of_views[0] if self.views == 1 else tuple(of_views)
 
     def stream_losses(self, result: dict[str, Tensor], share: float = 1.0) -> dict[str, Tensor]:

@@ -38,8 +38,8 @@ def add_loss_config(node: Any) -> None:
     node.WARMUP = 0.0
     # Z-score both logit vectors first (logit standardization; T 2 and WEIGHT 9 there).
     node.STANDARDIZE = False
-    # torch.compile the loss; falls back to the plain one with a message where that fails. What it gains, of a loss that
-    # is no 1 % of a step, stands in docs/performance.md; compiling takes seconds to a minute.
+    # torch.compile the loss; falls back to eager, with a message, where that fails. The loss is less than 1 % of a step
+    # (docs/performance.md has what compiling gains); compiling takes seconds to a minute.
     node.COMPILE = False
 
     node.DKD = new()
@@ -47,7 +47,7 @@ def add_loss_config(node: Any) -> None:
     node.DKD.ALPHA = 1.0
     # Weight of the non-target term, NCKD.
     node.DKD.BETA = 8.0
-    # What is set against the rest: "target", the label's class, or "teacher_top1", the teacher's largest logit.
+    # Which class is split from the rest: "target", the label's class, or "teacher_top1", the teacher's largest logit.
     node.DKD.PARTITION = "target"
 
     add_gdkd_config(node)

@@ -54,7 +54,7 @@ class ReviewFusion(nn.Module):
         Args:
             student_maps: x_l, (N, C_l, H_l, W_l), fine to coarse.
             teacher_maps: maps whose heights and widths the output shall have, the student's own where None. As in the
-                released code, y_l is resized (nearest) before the last convolution, and goes on in that size.
+                released code, y_l is resized (nearest) before the last convolution, and keeps that size.
 
         Raises:
             ValueError: a number of maps, or of channels, that the module was not built for.

@@ -23,7 +23,7 @@ class StreamOptimizer(torch.optim.Optimizer):
     """An optimizer whose gradient arrives in streams, each with its momentum (`kd_core.streams.backward_streams`).
 
     Every parameter group has `momenta` {stream: momentum in [0, 1)}, of the same streams in all groups. Streams of
-    equal momentum form a *set*, with one buffer a parameter: `state[p]["momentum_buffers"][label]`. The sets follow
+    equal momentum form a *set*, with one buffer per parameter: `state[p]["momentum_buffers"][label]`. The sets follow
     from the groups' momenta and are stored nowhere.
     """
 

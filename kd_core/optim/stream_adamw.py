@@ -19,7 +19,7 @@ class StreamAdamW(StreamOptimizer):
     With t the parameter's steps, G the sum of all streams, and b the momentum (Adam's β₁) of a set of streams::
 
         θ ← θ − lr · weight_decay · θ
-        m ← b · m + (1 − b) · Σ_streams g                             one buffer a set
+        m ← b · m + (1 − b) · Σ_streams g                             one buffer per set
         s ← β₂ · s + (1 − β₂) · G²                                    one buffer for all
         θ ← θ − lr · Σ_sets m / (1 − bᵗ) / (√(s / (1 − β₂ᵗ)) + ε)
 

@@ -113,7 +113,7 @@ def backward_streams(
             reduction.finish(gradients.of_set)
             gradients.bytes_sent += reduction.bytes_sent
     except BaseException:
-        gradients.clear()  # half of a step's gradients is worth nothing
+        gradients.clear()  # incomplete: no step may use them
         for p in params:
             p.grad = None
         raise

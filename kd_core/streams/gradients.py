@@ -26,8 +26,8 @@ class StreamGradients:
     `check` notices every change of it. A change by one common factor (`torch.nn.utils.clip_grad_norm_`,
     `GradScaler.unscale_`) is applied to every stream; any other would be lost, and is an error.
 
-    The check costs nothing in the usual case: the memory of `p.grad` is marked copy-on-write, and the mark goes when
-    anybody asks to write to it, by whatever alias (`p.grad.data`, numpy). Only then is its content compared with the
+    The check costs nothing in the usual case: the memory of `p.grad` is marked copy-on-write, and any request to write
+    to it, also through an alias (`p.grad.data`, numpy), removes the mark. Only then is its content compared with the
     sum of the streams, which takes about as long as two steps of the optimizer.
     """
 
@@ -40,11 +40,11 @@ class StreamGradients:
         self.of_set: list[dict[Tensor, Tensor]] = []
         self.shown: dict[Tensor, Shown] = {}
         self.scaler: torch.amp.GradScaler | None = None
-        self.scale: Tensor | None = None  # what the streams have yet to be divided by
+        self.scale: Tensor | None = None  # by which the streams must still be divided
         self.is_zeroed = False  # by `zero_grad(set_to_none=False)`, and nothing added since
 
     def open(self, params: Sequence[Tensor], sets: StreamSets, scaler: torch.amp.GradScaler | None) -> None:
-        """Makes ready to add another backward pass to what is there."""
+        """Prepares for another backward pass, whose gradients are added to those so far."""
         if len(sets) == 1:
             of_set = [{p: p.grad for p in params if p.grad is not None}]
         else:
@@ -76,7 +76,7 @@ class StreamGradients:
                 if p.grad.is_sparse:
                     raise RuntimeError("sparse gradients have no streams: build nn.Embedding with sparse=False")
                 gradient[p] = p.grad
-                p.grad = None  # the reduction moves it into a bucket: nobody else may keep it alive
+                p.grad = None  # the reduction moves it into a bucket, so nothing else may keep it alive
 
     @torch.no_grad()
     def show(self, params: Iterable[Tensor]) -> None:
@@ -103,10 +103,10 @@ class StreamGradients:
 
     @torch.no_grad()
     def check(self, params: Sequence[Tensor], sets: StreamSets, unscaled_by: Tensor | None = None) -> None:
-        """Raises where `p.grad` is neither what was shown nor that times one factor, which every stream then follows.
+        """Raises if `p.grad` was changed, but for one common factor, by which every stream is multiplied then.
 
-        All None is `model.zero_grad()`: nothing is left then. Zeros where nothing was shown are a gradient of 0 in
-        every stream: `torch.distributed.checkpoint` steps them to build the optimizer's state.
+        If every `p.grad` is None, as after `model.zero_grad()`, the streams are cleared. Zeros where nothing was shown
+        are a gradient of 0 in every stream: `torch.distributed.checkpoint` steps them to build the optimizer's state.
 
         Args:
             unscaled_by: the factor by which a GradScaler has multiplied `p.grad`.
@@ -137,7 +137,7 @@ class StreamGradients:
             return
         over_ranks = any(is_sharded(shown.grad) for shown in self.shown.values())
         if self.scale is not None and not has_moved and all(p.device.type != "cpu" for p in self.shown):
-            # Only the scaler has written, or somebody through `.data`: the factor is known, and the host need not wait.
+            # Only the scaler has written, or code through `.data`: the factor is known, and the host need not wait.
             factor = unscaled_by if unscaled_by is not None else torch.ones_like(self.scale)
             torch._assert_async(~differs(self._grads_and_sums(), factor), CHANGED)
         else:
@@ -216,15 +216,15 @@ def sums(parts: Mapping[Tensor, Sequence[Tensor]]) -> dict[Tensor, Tensor]:
 
 
 def mark_unwritten(t: Tensor) -> None:
-    """Marks the memory of a tensor, until somebody asks to write to it (or a kernel that only reads asks as if)."""
+    """Marks a tensor's memory; a request to write removes the mark (some kernels request it and only read)."""
     if CAN_MARK:
-        t._lazy_clone()  # the clone goes at once, so a write copies nothing; the mark stays
+        t._lazy_clone()  # the clone is freed at once, so a write copies nothing; the mark stays
 
 
 def is_written(t: Tensor) -> bool:
-    """Whether somebody may have written since `mark_unwritten`."""
+    """Whether the tensor may have been written to since `mark_unwritten`."""
     if type(t) is not Tensor or not t.numel():
-        return False  # FakeTensor and its like have no memory: their version counter has to do
+        return False  # a FakeTensor has no memory: only its version counter shows a write
     return not (CAN_MARK and torch._C._is_cow_tensor(t))
 
 
@@ -267,7 +267,7 @@ def differs(grads_and_sums: Iterable[tuple[Tensor, Tensor]], factor: Tensor) -> 
 
 
 def wide_dtype(t: Tensor) -> torch.dtype:
-    """A type in which products of the tensor's elements are as good as exact."""
+    """A type in which products of the tensor's elements are exact, or nearly."""
     return torch.float32 if t.device.type == "mps" else torch.float64
 
 

@@ -1,4 +1,4 @@
-"""Errors that the user can mend, and how a command ends on one."""
+"""Errors that the user can fix, and how a command ends on one."""
 
 import sys
 from collections.abc import Callable
@@ -20,7 +20,7 @@ class DivergedError(UserError, FloatingPointError):
 
 
 def exit_on_user_error(name: str, main: Callable[[], Result], interrupted: str = "interrupted") -> Result:
-    """`main()`; what the user can mend ends the process with one line on stderr and status 1.
+    """`main()`; what the user can fix ends the process with one line on stderr and status 1.
 
     That is a `UserError`, an OSError that names a file, and Ctrl-C. Works in any process of a training.
 

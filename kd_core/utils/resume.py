@@ -1,4 +1,4 @@
-"""What `--resume` means, in detection as in classification: the same run goes on, or the command refuses."""
+"""What `--resume` means, in detection as in classification: it continues the same run, or is refused."""
 
 import json
 from collections.abc import Collection

@@ -117,7 +117,7 @@ def settings(step: SimpleTrainer) -> dict[str, Any]:
 
 
 def check_begun(path: str, with_trainer: bool) -> None:
-    """A file without a trainer's state gives weights, and no training to go on with."""
+    """A file without a trainer's state has weights, but no training to resume."""
     if not with_trainer:
         raise UserError(
             f"--resume: {path} holds weights, but no training (key trainer): give it as MODEL.WEIGHTS, without --resume"

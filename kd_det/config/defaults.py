@@ -18,16 +18,16 @@ def add_kd_config(cfg: CfgNode) -> None:
     cfg.KD.TEACHER = CfgNode()
     # A complete detectron2 yaml or a LazyConfig .py (code, which is run): a path, or a name in detectron2's model zoo.
     cfg.KD.TEACHER.CONFIG_FILE = ""
-    # Of a LazyConfig: a list of overrides, such as [model.backbone.net.depth=6].
+    # Overrides of a LazyConfig: a list such as [model.backbone.net.depth=6].
     cfg.KD.TEACHER.OVERRIDES = []
-    # The teacher's weights: a path, an URL or a detectron2:// name. The yaml's own MODEL.WEIGHTS is never used.
+    # The teacher's weights: a path, a URL or a detectron2:// name. The yaml's own MODEL.WEIGHTS is never used.
     cfg.KD.TEACHER.WEIGHTS = ""
     # Accept a teacher with random weights. For tests only.
     cfg.KD.TEACHER.ALLOW_RANDOM = False
     # Report the teacher's AP on DATASETS.TEST before training starts.
     cfg.KD.TEACHER.EVALUATE = False
-    # Size of the view that the teacher sees, as a factor of the student's: 2.0 trains a student at 400 px by a teacher
-    # at 800 px of the same crop and flip. Every teacher's; needs the memory of a second image in the data loader.
+    # Size of the teachers' image, as a factor of the student's: with 2.0 a student at 400 px learns from a teacher at
+    # 800 px, with the same crop and flip. The data loader then holds two images in memory in place of one.
     cfg.KD.TEACHER.IMAGE_SCALE = 1.0
     add_speed_config(cfg.KD)
     add_distillation_config(cfg.KD)
@@ -64,7 +64,8 @@ def add_timm_config(cfg: CfgNode) -> None:
     cfg.MODEL.TIMM.WEIGHTS = ""
     # Stages to take feature maps from (timm's out_indices). Empty: timm's default.
     cfg.MODEL.TIMM.OUT_INDICES = []
-    # "BN": the network's own norms. "FrozenBN": every BatchNorm with fixed statistics and weights. "SyncBN".
+    # "BN": the network's own norms. "FrozenBN": every BatchNorm with fixed statistics and weights. "SyncBN": BatchNorm
+    # synchronized over the processes.
     cfg.MODEL.TIMM.NORM = "BN"
     # More arguments of timm.create_model: a list of [argument, value], such as [[drop_path_rate, 0.1]].
     cfg.MODEL.TIMM.KWARGS = []
@@ -76,7 +77,7 @@ def add_speed_config(node: CfgNode) -> None:
     node.CHANNELS_LAST = False
     # torch.compile the student's backbone and box head; falls back to eager, with a warning, where that fails.
     node.COMPILE = False
-    # The same of every teacher.
+    # The same for every teacher.
     node.TEACHER.COMPILE = False
     # Fold the frozen batch norms of every teacher into its convolutions.
     node.TEACHER.FOLD_BN = True
@@ -113,22 +114,23 @@ def add_solver_config(node: CfgNode) -> None:
     node.OPTIMIZER = "sgd"
 
     node.DEEPKD = CfgNode()
-    # "paper": the three keys below. "released": what the released code does, where the task gradient decays with tcg's
-    # momentum: tog has DELTA_TCG, and DELTA_TOG is unused.
+    # "paper": the three keys below. "released": what the released code does. Its task gradient has tcg's momentum, so
+    # tog takes DELTA_TCG, and DELTA_TOG is unused.
     node.DEEPKD.PRESET = "paper"
     # Momentum of the task gradient (all detection losses) = MOMENTUM + this; deepkd_sgd and stream_adamw.
     node.DEEPKD.DELTA_TOG = 0.075
-    # The same of the target-class gradient: tckd, mass, explicit.
+    # The same for the target-class gradient: tckd, mass, explicit.
     node.DEEPKD.DELTA_TCG = -0.075
-    # The same of the non-target gradient: nckd, within_*, implicit. .05 in 45 of the 72 released configs.
+    # The same for the non-target gradient: nckd, within_*, implicit. .05 in 45 of the 72 released configs.
     node.DEEPKD.DELTA_NCG = 0.075
 
     node.DOT = CfgNode()
-    # dot_sgd: momentum of the task MOMENTUM − this, of distillation MOMENTUM + this. Published: .075, on ImageNet .09.
+    # dot_sgd: the task's momentum is MOMENTUM − this, distillation's MOMENTUM + this. Published: .075, on ImageNet .09.
     node.DOT.DELTA = 0.075
 
-    # Size of a stream's step, lr / (1 − its momentum): "paper" leaves it (.975 takes steps four times those of .9);
-    # "matched" (ours) scales it to lr / (1 − MOMENTUM), so that a learning rate tuned for plain SGD still holds.
+    # Size of a stream's step, lr / (1 − its momentum): "paper" leaves it as it is (momentum .975 takes steps four times
+    # as large as .9); "matched" (ours) scales it to lr / (1 − MOMENTUM), so that a learning rate tuned for plain SGD
+    # still holds.
     node.STEP = "paper"
     # "auto": set the momenta from the streams' gradient signal-to-noise ratio. Empty: those above.
     node.MOMENTA = ""

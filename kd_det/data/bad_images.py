@@ -60,7 +60,7 @@ class NamedBadImages(Dataset):
             if self.on_bad_image == "error":
                 return BadImage(
                     f"{record['file_name']} cannot be used: {reason}. tools/check_data.py lists all such files and "
-                    "writes a json without them; DATASETS.BAD_IMAGES skip goes on without them"
+                    "writes a json without them; DATASETS.BAD_IMAGES skip leaves them out"
                 )
             if record["file_name"] not in self.logged:
                 self.logged.add(record["file_name"])

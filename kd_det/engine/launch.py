@@ -32,10 +32,10 @@ def argument_parser(usage: str) -> argparse.ArgumentParser:
     parser = default_argument_parser(epilog=" ")
     parser.description = usage
     parser.add_argument(
-        "--list-keys", action="store_true", help="print the keys and their values under --config-file, and end"
+        "--list-keys", action="store_true", help="print the keys and values of --config-file, and exit"
     )
     parser.add_argument(
-        "--verbose", action="store_true", help="print config, environment and model, which log.txt has in any case"
+        "--verbose", action="store_true", help="also print config, environment and model, which log.txt always has"
     )
     return parser
 

@@ -65,7 +65,7 @@ class StreamTrainer(SimpleTrainer):
         device, dtype = self.train_step.device.type, self.train_step.dtype
         with alone, torch.autocast(device, dtype, enabled=dtype is not None):
             losses = self.model(batch)
-        self.shown.append(AsyncScalars(losses))  # now, so that nobody waits for the backward pass
+        self.shown.append(AsyncScalars(losses))  # queued now: reading need not wait for the backward pass
         return stream_losses(losses, self.streams)
 
     def state_dict(self) -> dict[str, Any]:
@@ -80,10 +80,10 @@ class StreamTrainer(SimpleTrainer):
 
 
 class AsyncScalars:
-    """Named losses, copied to the host while the device goes on.
+    """Named losses, copied to the host while the device continues.
 
-    `.item()` of each would wait for everything that is queued. This is one copy, queued where it is made, into pinned
-    memory; `read` waits for that copy alone, not for the backward pass that was queued since.
+    `.item()` of each would wait for everything that is queued. The constructor queues one copy into pinned memory;
+    `read` waits for that copy alone, not for the backward pass that was queued after it.
 
     Args:
         scalars: tensors of one device, detached here.

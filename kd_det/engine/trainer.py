@@ -1,4 +1,4 @@
-"""The trainer: what `DefaultTrainer` is for detectron2, exact on resume and clear about what goes wrong."""
+"""The counterpart of detectron2's `DefaultTrainer`: resumes exactly and explains what goes wrong."""
 
 import logging
 import weakref
@@ -59,12 +59,12 @@ logger = logging.getLogger(__name__)
 
 
 class DistillationTrainer(TrainerBase):
-    """Trains a `DistilledRCNN`, or any detector, from a config, as `DefaultTrainer` does and with its methods.
+    """Trains a `DistilledRCNN`, or any detector, from a config; its methods have `DefaultTrainer`'s names.
 
     It adds to `DefaultTrainer`:
 
     - The teacher is built before training, so that its errors show early.
-    - With SEED ≥ 0, `--resume` continues to the bit: weights, optimizer, schedules, random numbers, data.
+    - With SEED ≥ 0 a resumed training has the same weights, optimizer, schedules, random numbers and data, to the bit.
     - Checkpoints are whole or absent, and `student.yaml` is written beside them.
     - A loss that is not finite ends the training with its iteration and terms.
     - SOLVER.EMA's average is evaluated and saved beside the student.
@@ -279,7 +279,7 @@ class DistillationTrainer(TrainerBase):
             self.test(cfg, teacher.model)
 
     def run_step(self) -> None:
-        """One iteration; a loss that is not finite raises a DivergedError that tells where."""
+        """One iteration; a loss that is not finite raises a DivergedError that says where."""
         self._trainer.iter = self.iter
         try:
             self._trainer.run_step()
@@ -342,7 +342,7 @@ class DistillationTrainer(TrainerBase):
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
-        """The results of `model` on DATASETS.TEST, by data set where there are several; {} but on rank 0."""
+        """The results of `model` on DATASETS.TEST, per data set if there are several; only on rank 0."""
         results = {}
         for name in cfg.DATASETS.TEST:
             loader, evaluator = cls.build_test_loader(cfg, name), cls.build_evaluator(cfg, name)

@@ -79,7 +79,7 @@ def _released_builders(checkout: Path) -> dict[str, types.FunctionType]:
 
 
 def _write(name: str, facts: dict[str, dict]) -> None:
-    """One network a line, whole or not at all."""
+    """One network per line, whole or not at all."""
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value, separators=(',', ':'))}" for key, value in facts.items())
     temporary = GOLDEN / f"{name}.tmp"
     temporary.write_text(f"{{\n{lines}\n}}\n")

@@ -1,4 +1,4 @@
-"""A small DeepKD training that saves every step and goes on from what is saved, started by test_resume.py.
+"""A small DeepKD training that saves every step and resumes from what is saved, started by test_resume.py.
 
 python resumable.py FOLDER STEPS [DIE_AT]: with DIE_AT the process is killed, as by kill -9, in the middle of that step.
 """

@@ -27,7 +27,7 @@ RANDOM_TEACHER = ["KD.TEACHER.WEIGHTS", "", "KD.TEACHER.ALLOW_RANDOM", "True"]
 
 @pytest.fixture(scope="module")
 def environment():
-    """One thread a process: two processes share two cores, and sums are in one order."""
+    """One thread per process: two processes share two cores, and sums are in one order."""
     return os.environ | {"OMP_NUM_THREADS": "1"}
 
 

@@ -51,7 +51,7 @@ class DistilledRCNN(GeneralizedRCNN):
         kwargs: those of GeneralizedRCNN.
 
     Raises:
-        UserError: a loss without a teacher, or an option that is none of these.
+        UserError: a loss without a teacher, or an unknown value of an option.
     """
 
     @configurable
@@ -104,7 +104,7 @@ class DistilledRCNN(GeneralizedRCNN):
         if not self.training or self.loss is None:
             return super().forward(batched_inputs)
         self.load_teacher()
-        # Once for the student and its teachers.
+        # Moved to the device once, for the student and its teachers.
         batched_inputs = [{**item, "image": item["image"].to(self.device)} for item in batched_inputs]
         views = self.teacher_views(batched_inputs)
         more = capture_head_inputs(self.roi_heads) if self.proposals == "student+teacher" else nullcontext()
@@ -114,7 +114,7 @@ class DistilledRCNN(GeneralizedRCNN):
         return losses
 
     def teacher_views(self, batched_inputs: list[dict[str, Any]]) -> Iterator[TeacherView]:
-        """What each teacher sees of the batch, made when it is asked for; with `overlap` the first is begun now."""
+        """Each teacher's view of the batch, made when the iterator reaches it; with `overlap` the first starts now."""
         first, *others = (partial(teacher.view, batched_inputs, self.input_format) for teacher in self.teachers)
         if self.overlap and self.device.type == "cuda":
             first = PrefetchedView(self.device, first).wait
@@ -156,7 +156,7 @@ class DistilledRCNN(GeneralizedRCNN):
         teacher_logits = []
         for view in views:
             teacher_logits.append(view.box_logits(boxes))
-            del view  # its feature maps: the next teacher's are made when the loop goes on
+            del view  # frees its feature maps before the loop makes the next teacher's
         losses = {}
         for k, (stage, logits) in enumerate(zip(stages, zip(*teacher_logits, strict=True), strict=True)):
             suffix = f"_stage{k}" if len(stages) > 1 else ""
@@ -199,7 +199,7 @@ class DistilledRCNN(GeneralizedRCNN):
 
 
 def check_options(proposals: str, rows: str, teachers_mean: str, background_weight: float) -> None:
-    """Raise a UserError where an option of KD is none of those that there are."""
+    """Raise a UserError where an option of KD has an unknown value."""
     options = {
         "PROPOSALS": (proposals, PROPOSALS),
         "ROWS": (rows, ROWS),

@@ -79,7 +79,7 @@ class TapeRecorder:
 
 
 def take_steps(trainer: Trainer, steps: int = STEPS) -> dict[str, Tensor]:
-    """Train on four batches by turns, logging every tenth step; returns weights, average, momenta, what was logged."""
+    """Train on four batches in turn, logging every tenth step; returns weights, average, momenta, what was logged."""
     trainer.task.train()
     batches = [(images.clone(), target.clone()) for images, target in trainer.loaders.train]
     logged = []

@@ -53,7 +53,7 @@ PLAIN_TEACHER = ["KD.TEACHER.FOLD_BN", False]
 
 
 def pairs(methods: Iterable[str], start: int) -> list[tuple[str, str]]:
-    """Every method with one of the settings by turns, and the masked DeepKD with all of them."""
+    """Every method with one of the settings in turn, and the masked DeepKD with all of them."""
     turns = list(zip(methods, islice(cycle(SETTINGS), start, None), strict=False))
     return turns + [pair for pair in product([MASKED], SETTINGS) if pair not in turns]
 

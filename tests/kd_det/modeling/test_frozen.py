@@ -1,4 +1,4 @@
-"""What is frozen must have been trained by someone."""
+"""Frozen layers without pretrained weights are refused."""
 
 from pathlib import Path
 
