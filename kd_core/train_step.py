@@ -45,7 +45,7 @@ class TrainStep:
 
         Args:
             micro_batches: at least one.
-            losses_of: maps a micro-batch to {stream: loss}. Its forward pass must not reduce gradients (DDP: `no_sync()`).
+            losses_of: maps a micro-batch to {stream: loss}. Its forward pass reduces no gradients (`no_sync()`).
             iteration: number of the step, from 0.
             weight: factor of every micro-batch's losses. GSNR is measured without it.
         """

@@ -375,7 +375,7 @@ def parser(usage: str) -> argparse.ArgumentParser:
     p.add_argument("--student", required=True, help="resnet18 …, any model of timm's, or a detectron2 yaml")
     p.add_argument("--output", required=True, help="folder of everything; the same command resumes there")
     p.add_argument("--method", default="dkd", help=f"{', '.join(METHODS)} (default: dkd)")
-    p.add_argument("--student-weights", help="'timm', a file, 'efficientnet-lite0' …, '' for none (default: local ones)")
+    p.add_argument("--student-weights", help="'timm', a file, 'efficientnet-lite0' …, '' for none (default: local)")
     p.add_argument("--scale", type=float, default=1.0, help="size of the student's images, of the teacher's")
     p.add_argument("--width", type=float, default=1.0, help="width of the student's FPN and box head, of the teacher's")
     p.add_argument("--train", nargs=2, metavar=("JSON", "IMAGES"), help="COCO json and images (default: the teacher's)")
