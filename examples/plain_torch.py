@@ -2,7 +2,7 @@
 
     python examples/plain_torch.py
 
-backward_streams stands in place of loss.backward(); all else is the usual loop.
+backward_streams replaces loss.backward(); all else is the usual loop.
 """
 
 import torch

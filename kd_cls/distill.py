@@ -5,8 +5,8 @@
 
 FOLDER has train/<class>/ and val/<class>/. The teacher is a network of timm's, or a config of kd_cls that has been
 trained. A network that knows other classes gets a linear classifier first, fitted on its frozen features. The student's
-config is written to OUT/distill.yaml and is yours to edit. Before training you are told what will come out and how long
-it takes; at the end a table is printed. Interrupted anywhere, the same command resumes.
+config is written to OUT/distill.yaml and is yours to edit. The command first reports what will come out and how long it
+takes, and prints a table at the end. If it is interrupted, the same command resumes.
 """
 
 import argparse

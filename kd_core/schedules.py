@@ -6,7 +6,7 @@ def warmup(progress: float | None, share: float) -> float:
 
     Args:
         progress: iteration / max_iter, or None for the end of training.
-        share: the part of the training that the rise takes, in [0, 1]; 0 is no warm-up.
+        share: the share of the training over which it rises, in [0, 1]; 0 for no warm-up.
 
     Raises:
         ValueError: `progress` is negative.

@@ -157,6 +157,6 @@ if __name__ == "__main__":
         sys.exit(f"\n[demo] interrupted; to resume: {shlex.join([sys.executable, *sys.argv])}")
     except subprocess.CalledProcessError as error:
         sys.exit(
-            f"[demo] a training failed (exit {error.returncode}); its message stands above. "
+            f"[demo] a training failed (exit {error.returncode}); its message is above. "
             "The same command resumes from its last checkpoint."
         )

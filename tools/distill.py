@@ -7,10 +7,10 @@
 
 The teacher is a detectron2 config (a yaml, or a LazyConfig .py, which is code and is run) and its weights. The
 student's config is derived from it: classes, data, heads, anchors and schedule are the teacher's, batch and learning
-rate follow the GPUs by the linear rule, the FPN gets the norm that its backbone's maps need. It is written to
-OUTPUT/distill.yaml and is yours to edit. Before training you are told what will come out and how long it takes; then
-the teacher is evaluated, the student trained, evaluated and exported (plain detectron2, TorchScript), and a table
-printed. Interrupted anywhere, the same command resumes.
+rate follow the number of GPUs by the linear rule, and the FPN gets the norm that its backbone's maps need. It is
+written to OUTPUT/distill.yaml and is yours to edit. The command first reports what will come out and how long it takes.
+Then it evaluates the teacher, trains, evaluates and exports the student (plain detectron2, TorchScript), and prints a
+table. If it is interrupted, the same command resumes.
 """
 
 from collections.abc import Sequence

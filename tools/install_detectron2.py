@@ -217,7 +217,7 @@ def pip_install(project: Path) -> None:
     """Install with the setuptools at hand; nothing is downloaded where the dependencies are already there."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", str(project)]
     if subprocess.run(command, check=False).returncode:
-        raise InstallError("pip could not install the repackaged detectron2 (its message stands above).")
+        raise InstallError("pip could not install the repackaged detectron2 (its message is above).")
 
 
 def install() -> None:

@@ -134,4 +134,4 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit("\n[table] interrupted; run the same command again to resume")
     except subprocess.CalledProcessError as error:
-        sys.exit(f"[table] a training failed (exit {error.returncode}); its message stands above. Run again to resume.")
+        sys.exit(f"[table] a training failed (exit {error.returncode}); its message is above. Run again to resume.")

@@ -220,7 +220,7 @@ class Search:
             if error.returncode < 0:  # a signal's: it was killed, and has not failed
                 raise
             entry |= {"value": None, "exit": error.returncode}
-            print(f"[search] {training.key} failed (exit {error.returncode}); its message stands above", flush=True)
+            print(f"[search] {training.key} failed (exit {error.returncode}); its message is above", flush=True)
         entry |= {"metric": self.metric, **source(), "versions": versions(), "machine": machine()}
         self.results.add(entry | {"cores": os.cpu_count(), "threads": self.args.threads, "jobs": self.args.jobs})
 
@@ -301,4 +301,4 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit("\n[search] interrupted; run the same command again to resume")
     except subprocess.CalledProcessError as error:
-        sys.exit(f"[search] a training ended (exit {error.returncode}); its message stands above. Run again to resume.")
+        sys.exit(f"[search] a training ended (exit {error.returncode}); its message is above. Run again to resume.")

@@ -5,7 +5,7 @@
     tools/verify_gpu.py --only COMPILE            # the rows whose name has this word
 
 First the tests that need CUDA (pytest -m gpu). Then every fast path beside its slow one, in a process of its own: a
-ResNet-18 FPN detector taught by a ResNet-50 on the built-in digits, ResNet-8x4 taught by ResNet-32x4 likewise, both
+ResNet-18 FPN detector taught by a ResNet-50, and ResNet-8x4 taught by ResNet-32x4, both on the built-in digits and
 under DKD with random weights. Compared, in float32 without TF32, are the logits of student and teacher, the loss of the
 first step, the losses of all steps and the weights after the last. Rounding alone drives two trainings apart: a ReLU's
 gradient jumps at 0, and so does the choice of the boxes that are sampled. So losses and weights may differ ten times as

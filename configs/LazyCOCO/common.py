@@ -1,7 +1,7 @@
 """What the students of this folder share: Faster R-CNN FPN on COCO, batches of 8, 180k iterations (DKD's code).
 
-Learning rate: the paper's, 0.01 for 8 images, under SGD with momentum 0.9. The teachers are Mask R-CNNs, of which the
-box head teaches.
+Learning rate: the paper's, 0.01 for 8 images, under SGD with momentum 0.9. Of the teachers,
+Mask R-CNNs, the box head teaches.
 """
 
 import os
@@ -16,7 +16,7 @@ from fvcore.common.param_scheduler import MultiStepParamScheduler
 from kd_core.losses import DKDLoss
 from kd_det import DistilledRCNN, Teacher
 
-# A checkout of detectron2's main branch, for configs of its projects/. Its detectron2 must be the one that runs, too.
+# A checkout of detectron2's main branch, for configs of its projects/. Its detectron2 must also be the one that runs.
 DETECTRON2 = os.getenv("DETECTRON2", "detectron2")
 IMAGENET_MEAN, IMAGENET_STD = [123.675, 116.280, 103.530], [58.395, 57.120, 57.375]  # RGB
 

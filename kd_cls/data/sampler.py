@@ -22,8 +22,8 @@ class EpochSampler(Sampler[int]):
         seed: of the order.
         rank, world_size: this process among all.
         shuffle: False keeps the data set's order.
-        drop_last: leave out an incomplete last batch. Otherwise it is kept; where the number of images is no multiple
-            of the ranks, the first images of the order are repeated to fill it.
+        drop_last: leave out an incomplete last batch. Otherwise it is kept; where the number of images is not a
+            multiple of the ranks, the first images of the order are repeated to fill it.
 
     Raises:
         UserError: with `drop_last`, if there is not one full batch.

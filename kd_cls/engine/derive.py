@@ -135,7 +135,7 @@ def check_name(name: str, option: str) -> None:
 
 
 def check_published(name: str, option: str) -> None:
-    """Fetch timm's weights of a network, so that what is missing is told before anything is trained."""
+    """Fetch timm's weights of a network, so that a missing file is reported before anything is trained."""
     try:
         timm.create_model(name, pretrained=True)
     except (RuntimeError, OSError) as error:

@@ -20,7 +20,7 @@ def fit_head(model: nn.Module, loader: Any, device: torch.device) -> None:
         model: timm's, its classifier an `nn.Linear` of the new classes; the rest keeps its weights.
         loader: batches of normalised images and labels, without augmentation.
     Raises:
-        UserError: the classifier is no linear layer.
+        UserError: the classifier is not a linear layer.
     """
     classifier = model.get_classifier()
     if not isinstance(classifier, nn.Linear):

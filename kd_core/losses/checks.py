@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def as_number(value: Any, name: str) -> float:
-    """`value` as a float; a ValueError names it where it is no finite number."""
+    """`value` as a float; a ValueError names it where it is not a finite number."""
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -19,7 +19,7 @@ def as_number(value: Any, name: str) -> float:
 
 
 def as_count(value: Any, name: str, least: int = 1) -> int:
-    """`value`; a ValueError names it where it is no whole number of at least `least`."""
+    """`value`; a ValueError names it where it is not a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be a whole number >= {least}, not {value!r}")
     return value

@@ -21,8 +21,8 @@ class DISTLoss(DistillationLoss):
         intra = γ · T² · mean_classes (1 − ρ(p^S, p^T))       over the N rows of a class
 
     A row or class that is constant on either side, to rounding, has ρ = 0 with a gradient of 0. The released formula
-    has the same value there, and a gradient of up to 1e8. In float16, which that overflows, whatever varies by less
-    than 1/256 of its size counts as constant. Both are ours.
+    has the same value there, and a gradient of up to 1e8. That overflows float16, where a row or class that
+    varies by less than 1/256 of its size counts as constant. Both are ours.
 
     Both terms are in stream "ncg": they compare whole distributions, as the non-target terms do. The choice is ours.
 
@@ -34,8 +34,8 @@ class DISTLoss(DistillationLoss):
             means and sums of `intra`, so a row of weight 0 takes no part in it.
 
     Raises:
-        ValueError: `reduction` "none" or `chunk_rows`, as `intra` is no term of rows, or what `DistillationLoss`
-            refuses.
+        ValueError: `reduction` "none" or `chunk_rows`, as `intra` has no terms of single rows, or what
+            `DistillationLoss` refuses.
     """
 
     terms = {"inter": "ncg", "intra": "ncg"}

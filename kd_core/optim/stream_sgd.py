@@ -22,8 +22,8 @@ class StreamSGD(StreamOptimizer):
         v ← m · v + g
         θ ← θ − lr · s · v              with nesterov: θ ← θ − lr · s · (g + m · v)
 
-    `step="paper"`: s = 1; momentum .975 then takes steps, lr / (1 − m), four times those of .9. `step="matched"`
-    (ours): s = (1 − m) / (1 − base_momentum), so that a learning rate found for plain SGD of that momentum still holds.
+    `step="paper"`: s = 1; momentum .975 then takes steps, lr / (1 − m), four times as large as .9. `step="matched"`
+    (ours): s = (1 − m) / (1 − base_momentum), so that a learning rate tuned for plain SGD of that momentum still holds.
 
     One stream, or equal momenta, is `torch.optim.SGD`. A stream that does not reach a parameter counts as g = 0 there;
     a parameter that no stream reaches is left alone, as SGD leaves `grad is None`. All values may differ by group.
@@ -33,7 +33,7 @@ class StreamSGD(StreamOptimizer):
         lr: learning rate, ≥ 0.
         momenta: {stream: momentum in [0, 1)}.
         weight_decay: L2 penalty, applied once for every parameter, through `decay_stream`.
-        decay_stream: by default "tog", or the first stream where there is no such.
+        decay_stream: by default "tog", or the first stream where there is no "tog".
         nesterov: as in `torch.optim.SGD`, for each set.
         step: "paper" or "matched".
         base_momentum: the μ of step="matched".

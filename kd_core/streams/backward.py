@@ -89,7 +89,7 @@ def backward_streams(
     Warns:
         RuntimeWarning: after the last micro-batch (`sync`) no parameter has a gradient, so a step would do nothing.
     Raises:
-        ValueError: an unknown stream; a loss that is no scalar tensor; parameters of `FullyShardedDataParallel`.
+        ValueError: an unknown stream; a loss that is not a scalar tensor; parameters of `FullyShardedDataParallel`.
         RuntimeError: `p.grad` was changed, or filled by another `backward()`, since the last call.
     """
     optimizer = unwrap_optimizer(optimizer)

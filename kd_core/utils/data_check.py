@@ -68,7 +68,7 @@ def file_digest(path: str | Path) -> str:
 
 
 def report_shared(report: DataReport, digests: dict[str, dict[str, Any]]) -> None:
-    """Report each file of one split that stands in another split too.
+    """Report each file of one split that is also in another split.
 
     Args:
         digests: split → {digest: file}.

@@ -192,7 +192,7 @@ def _path(name: str) -> set[str]:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether calling a module is its class's forward on its own parameters, and nobody watches."""
+    """Whether calling a module is its class's forward on its own parameters, with no hooks on it."""
     is_watched = any(getattr(module, hooks) for hooks in HOOKS)
     return not is_watched and not nn.utils.parametrize.is_parametrized(module) and "forward" not in vars(module)
 

@@ -31,7 +31,7 @@ class Estimate:
         image_bytes: what a step needs besides for one image: activations, the teacher's features.
         checkpoint_bytes: size of a checkpoint.
         total_seconds, process_bytes, disk_bytes: of the whole schedule; time and memory are proportional to the images.
-        epochs: how often every image is seen; None where other data stands in.
+        epochs: how often every image is seen; None where other data replaces the training set.
     """
 
     losses: dict[str, float]

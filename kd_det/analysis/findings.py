@@ -49,10 +49,10 @@ def collect_problems(cfg: CfgNode, world_size: int) -> Findings:
 
 
 def use_digits(found: Findings) -> None:
-    """Let the built-in digits stand in for the training set."""
+    """Replace the training set by the built-in digits."""
     cfg = found.runnable
     cfg.DATASETS.TRAIN, cfg.DATASETS.PROPOSAL_FILES_TRAIN = (STAND_IN,), ()
-    cfg.INPUT.RANDOM_FLIP = "none"  # keypoints that stand in have no left and right
+    cfg.INPUT.RANDOM_FLIP = "none"  # the substitute keypoints have no left and right
     found.stood_in.append("the built-in digits, enlarged to INPUT.MIN_SIZE_TRAIN, in the place of DATASETS.TRAIN")
     register_stand_in(cfg)
 

@@ -2,7 +2,7 @@
 
 That code (mdistiller's and ReviewKD's `RCNNKD`) keeps the teacher as a submodule: its weights are called
 `teacher.backbone…`, `teacher.proposal_generator…` and `teacher.roi_heads…`, the student's have GeneralizedRCNN's names,
-and ReviewKD's fusion stands under `kd_trans`. Files to start from hold a whole teacher and an ImageNet backbone;
+and ReviewKD's fusion is under `kd_trans`. Files to start from hold a whole teacher and an ImageNet backbone;
 checkpoints hold both detectors whole.
 """
 

@@ -60,7 +60,7 @@ def add_timm_config(cfg: CfgNode) -> None:
     cfg.MODEL.TIMM.NAME = ""
     # Start from timm's pretrained weights, which timm downloads and caches. Ignored where MODEL.WEIGHTS is given.
     cfg.MODEL.TIMM.PRETRAINED = False
-    # Start from a classifier's weights in a local file (.safetensors, .pth), with timm's names. Ignored likewise.
+    # Start from a classifier's weights in a local file (.safetensors, .pth), with timm's names. Ignored then, too.
     cfg.MODEL.TIMM.WEIGHTS = ""
     # Stages to take feature maps from (timm's out_indices). Empty: timm's default.
     cfg.MODEL.TIMM.OUT_INDICES = []

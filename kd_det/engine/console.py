@@ -1,4 +1,4 @@
-"""What the console shows while a tool starts: a few lines of what is trained; everything stands in log.txt."""
+"""What the console shows while a tool starts: a few lines about the training; log.txt has everything."""
 
 import logging
 import sys

@@ -127,7 +127,7 @@ class LazyTrainer(DistillationTrainer):
         return results
 
     def describe(self) -> None:
-        """Model, schedule and folder: what is trained stands in the LazyConfig."""
+        """Model, schedule and folder: the LazyConfig says what is trained."""
         parameters, solver = sum(p.numel() for p in self.checkpointer.model.parameters()), self.cfg.SOLVER
         say(
             {

@@ -83,7 +83,7 @@ def test_every_key_has_a_comment_above_it() -> None:
 
 
 def previous_line_is_comment(lines: list[str], number: int) -> bool:
-    """A comment may stand above several keys in a row."""
+    """One comment may explain several keys that follow it."""
     while lines[number - 1].startswith("    cfg."):
         number -= 1
     return lines[number - 1].lstrip().startswith("#")

@@ -149,5 +149,5 @@ def test_every_key_of_ours_has_a_comment_above_it():
             makes_node = key and re.fullmatch(r"(CfgNode|new)\(\)", key[2])
             if key and not makes_node and not above.strip().startswith("#"):
                 bare.append(key[1])
-    # One comment may stand above the keys of a family.
+    # One comment may explain a family of keys.
     assert [key for key in bare if not re.fullmatch(r"GDKD3?\.W[12]|GDKDS\.BACKGROUND", key)] == []

@@ -26,8 +26,8 @@ class Gallery:
     """Figures side by side as far as the page is wide.
 
     Attributes:
-        title: stands above them.
-        wide: for photographs, of which fewer stand in a row.
+        title: the heading above them.
+        wide: for photographs: fewer in a row.
     """
 
     figures: list[Figure]
@@ -45,7 +45,7 @@ class Facts:
 
 @dataclass
 class Section:
-    """A heading, sentences, and what stands under them."""
+    """A heading, sentences, and what follows them."""
 
     title: str
     text: list[str] = field(default_factory=list)

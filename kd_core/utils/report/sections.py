@@ -9,7 +9,7 @@ from kd_core.utils.report.page import Facts, Gallery, Section
 from kd_core.utils.report.runs import Run, complete_groups, lookup
 from kd_core.utils.report.tables import Metric, paired_table, results_table, runs_table
 
-LOG_BYTES = 200_000  # of a log.txt, from its beginning: the versions stand there
+LOG_BYTES = 200_000  # of a log.txt, from its beginning, where the versions are
 VERSIONS_IN_LOG = {"python": r"^Python +(\S+)", "torch": r"^PyTorch +(\S+)", "detectron2": r"^detectron2 +(\S+)"}
 COMMAND_IN_LOG = r"Command line arguments: (.+)"
 

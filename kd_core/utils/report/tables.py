@@ -11,7 +11,7 @@ from kd_core.utils.report.runs import Run, finite
 
 @dataclass(frozen=True)
 class Number:
-    """A number in a page: `text` is seen, `value` stands in full beside it.
+    """A number in a page: `text` is shown, `value` is the full value in its tooltip.
 
     Attributes:
         key, run: the key of metrics.json and the OUTPUT_DIR that it comes from, where it comes from one.

@@ -1,4 +1,4 @@
-"""Signs that a training will come to nothing, told while there is time to stop it."""
+"""Early warnings that a training is failing."""
 
 import logging
 import math
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
-PERIOD = 20  # iterations between two looks, as detectron2's log
-PATIENCE = 4  # looks in a row that must agree
+PERIOD = 20  # iterations between two checks, as detectron2's log
+PATIENCE = 4  # consecutive checks that must agree
 LARGE_MAPS = 50.0  # standard deviation; an FPN over ResNet maps stays near 1
 SAME_SCORES = 1e-4  # standard deviation over the boxes, of the class score that varies most
 CONSTANT = 1e-6  # relative range
@@ -21,8 +21,8 @@ class WatchHealth(HookBase):
     """Warns once of each: no foreground box classified right, a box head whose scores do not depend on the box, feature
     maps that explode, a distillation term that does not change.
 
-    It looks every `PERIOD` iterations and warns after `PATIENCE` looks in a row, so within 100 iterations of when it
-    begins. The device is read one look late, so that the host does not wait for it.
+    It checks every `PERIOD` iterations and warns after `PATIENCE` bad checks in a row, so within 100 iterations of when
+    a fault begins. The device's values are read one check late, so that the host does not wait for them.
 
     Args:
         model: the detector that is trained, not its DistributedDataParallel.

@@ -27,7 +27,7 @@ def each_teacher(cfg: CfgNode) -> list[CfgNode]:
     """A copy of `cfg` for each teacher, in which `KD.TEACHER` names it.
 
     Raises:
-        UserError: KD.TEACHERS is no list of pairs, or KD.TEACHER names one beside it.
+        UserError: KD.TEACHERS is not a list of pairs, or KD.TEACHER names one beside it.
     """
     pairs, single = cfg.KD.TEACHERS, cfg.KD.TEACHER
     if not pairs:

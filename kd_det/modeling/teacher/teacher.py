@@ -21,7 +21,7 @@ from kd_det.modeling.teacher.view import TEACHER_IMAGE, TeacherView
 class Teacher:
     """A frozen detector that classifies the boxes it is given.
 
-    It is deliberately not an `nn.Module`: it is no part of the student's `parameters()`, `state_dict()`, `train()` and
+    It is deliberately not an `nn.Module`: it is not part of the student's `parameters()`, `state_dict()`, `train()` and
     DistributedDataParallel, and a deep copy of the student shares it.
 
     Args:
