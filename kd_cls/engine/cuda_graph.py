@@ -73,7 +73,7 @@ class CudaRecorder:
 
 
 class GraphedStep:
-    """A training step from the batch to the moved weights, replayed where it can be.
+    """A training step from the batch to the updated weights, replayed where it can be.
 
     No warm-up has to be undone: the steps before a capture are steps of the training, and a capture runs nothing.
     Random numbers stay those of (SEED, iteration): torch gives every replay the generator's current seed.

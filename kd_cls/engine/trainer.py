@@ -39,7 +39,7 @@ logger = logging.getLogger("kd_cls")
 
 
 class Trainer:
-    """Trains a task; `run` from wherever `iteration` stands to the end.
+    """Trains a task; `run` trains from `iteration` to the end.
 
     Args:
         cfg: the run's config; SOLVER.EPOCHS and the loader say how many iterations there are.
@@ -80,7 +80,7 @@ class Trainer:
         self.graph = GraphedStep(self.run_step, task, optimizer, batch_size) if cfg.SOLVER.CUDA_GRAPH else None
 
     def run(self) -> dict[str, float]:
-        """Train to the end; returns the last evaluation's metrics, the best top-1 and the seconds of all of it."""
+        """Train to the end; returns the last evaluation's metrics, the best top-1 and the seconds it took."""
         self.writers = Writers(self.cfg, self.iteration, self.max_iter, self.process.is_main)
         self.started = time.perf_counter() - self.seconds
         try:
@@ -94,7 +94,7 @@ class Trainer:
         return self.metrics | {"best_top1": self.best, "seconds": self.seconds}
 
     def train_epoch(self, epoch: int, start: int) -> None:
-        """The batches of `epoch` from number `start` on, as far as the training goes."""
+        """The batches of `epoch` from number `start` on, up to the end of the training."""
         self.task.train()
         sampler = self.loaders.train.sampler
         set_epoch(self.loaders.train, epoch, start)
@@ -123,7 +123,7 @@ class Trainer:
         epoch: int = 0,
         indices: Tensor | None = None,
     ) -> None:
-        """From the batch to the moved weights, in SOLVER.ACCUMULATE_STEPS micro-batches.
+        """From the batch to the updated weights, in SOLVER.ACCUMULATE_STEPS micro-batches.
 
         In a CUDA graph the step's number (from 1) and the loss's warm-up are tensors, and there is no teacher's cache
         to look up `indices` (the images' places in the data set) in.
