@@ -120,7 +120,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def build_config(args: argparse.Namespace, output: Path) -> CfgNode:
-    """The derived config, with its data looked at."""
+    """The derived config, with its data checked."""
     classes, images = look_at_data(args.name, args.data)
     weights = weights_at_hand(args.student) if args.student_weights is None else args.student_weights
     say_weights(args.student, weights)

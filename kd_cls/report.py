@@ -50,7 +50,7 @@ CURVES = {
 IMAGES = 10_000  # evaluated for a report, evenly spaced
 BINS = 15  # of the expected calibration error
 PAIRS = 12  # confusions shown
-MAP_CLASSES = 200  # up to so many classes the confusions are drawn
+MAP_CLASSES = 200  # the confusions are drawn for up to this many classes
 
 
 @dataclass(frozen=True)

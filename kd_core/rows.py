@@ -1,4 +1,4 @@
-"""Rows out of whatever has a class axis: images, pixels, tokens."""
+"""Rows from logits with a class axis: images, pixels, tokens."""
 
 from torch import Tensor
 

@@ -41,7 +41,7 @@ class DistillationLoss(nn.Module):
         standardize: z-score both logit vectors of a row first (`standardize_logits`).
         topk: dynamic top-k mask of the non-target distribution, for losses that have one (`takes_topk`).
         reduction: "mean" for scalars, "none" for the terms of every row (N,), whose mean is that scalar.
-        chunk_rows: compute so many rows at a time and again in the backward pass, for a vocabulary of 100,000 classes:
+        chunk_rows: compute this many rows at a time, again in the backward pass, for a vocabulary of 100,000 classes:
             the same numbers in less memory. Not used while compiling.
         validate: check the numbers given, where that waits for no device: the range of `target`, and what is infinite.
             Shapes and types are checked always; numbers never while compiling.
@@ -101,7 +101,7 @@ class DistillationLoss(nn.Module):
         return dict.fromkeys(self.terms, 1.0)
 
     def check_num_classes(self, num_classes: int) -> None:
-        """Raise a ValueError where the loss makes no sense for so many classes."""
+        """Raise a ValueError where the loss makes no sense for this number of classes."""
         if num_classes < 2:
             raise ValueError(f"a distribution needs at least 2 classes, not {num_classes}")
 

@@ -40,7 +40,7 @@ class ForegroundBackground(nn.Module):
         return {f"{side}_{term}": stream for side, part in self.parts.items() for term, stream in part.streams.items()}
 
     def check_num_classes(self, num_classes: int) -> None:
-        """Raise a ValueError where a part makes no sense for so many classes."""
+        """Raise a ValueError where a part makes no sense for this number of classes."""
         for part in self.parts.values():
             part.check_num_classes(num_classes)
 

@@ -16,9 +16,9 @@ class KDLoss(TargetPartitionLoss):
 
     With `topk` the mask acts on p̂ in `nckd` (DeepKD, arXiv 2505.15133); with all classes admitted the sum is KD again.
 
-    The sum is the same whatever class t is. Where a row has no one label (unlabelled images, mixup, soft targets), take
-    `partition="teacher_top1"` and `target=None`: the sum is still KD, and `tckd` is what the teacher's top class
-    contributes.
+    The sum does not depend on which class t is. Where a row has no single label (unlabelled images, mixup, soft
+    targets), take `partition="teacher_top1"` and `target=None`: the sum is still KD, and `tckd` is what the teacher's
+    top class contributes.
 
     Args:
         temperature: T.

@@ -168,7 +168,7 @@ class StreamOptimizer(torch.optim.Optimizer):
             by_scaler = _reciprocal(scale) if scale is not None and grad_scale is None else None
             self.gradients.check(self._params(), sets, unscaled_by=by_scaler)
         self._regroup_buffers(sets)
-        if grad_scale is not None:  # the scaler has looked at p.grad, but not divided it
+        if grad_scale is not None:  # the scaler has checked p.grad, but not divided it
             if len(sets) > 1:
                 self.gradients.multiply_(_reciprocal(grad_scale))
             else:

@@ -103,7 +103,7 @@ class StreamGradients:
 
     @torch.no_grad()
     def check(self, params: Sequence[Tensor], sets: StreamSets, unscaled_by: Tensor | None = None) -> None:
-        """Raises if `p.grad` was changed, but for one common factor, by which every stream is multiplied then.
+        """Raises if `p.grad` was changed, except by one common factor, which is then applied to every stream.
 
         If every `p.grad` is None, as after `model.zero_grad()`, the streams are cleared. Zeros where nothing was shown
         are a gradient of 0 in every stream: `torch.distributed.checkpoint` steps them to build the optimizer's state.
@@ -249,7 +249,7 @@ def common_factor(grads_and_sums: Iterable[tuple[Tensor, Tensor]], over_ranks: b
 
 
 def differs(grads_and_sums: Iterable[tuple[Tensor, Tensor]], factor: Tensor) -> Tensor:
-    """Whether any element of the gradients is not factor · sum, but for rounding to its own type."""
+    """Whether any element of the gradients is not factor · sum, up to rounding to its own type."""
     wrong = torch.zeros((), dtype=torch.bool, device=factor.device)
     for grad, total in grads_and_sums:
         limits, wide = torch.finfo(grad.dtype), wide_dtype(grad)

@@ -20,7 +20,7 @@ class Findings:
 
     Attributes:
         missing: a sentence for each problem that would stop the training, with the key and the fix.
-        to_fetch: weights that training downloads when it starts, which were not looked at.
+        to_fetch: weights that training downloads when it starts; they are not checked.
         stood_in: what the dry run uses in place of what is missing.
         runnable: the config for that number of processes, with all of that replaced.
     """

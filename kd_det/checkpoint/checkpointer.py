@@ -106,7 +106,7 @@ def load_all_weights(model: nn.Module, path: str, key: str) -> None:
 def check_local_file(key: str, path: str, hint: str = "") -> None:
     """Raise a UserError where `key` names a file that is not there.
 
-    URLs, names with a scheme and packaged weights (`efficientnet-lite0`) are not looked at.
+    URLs, names with a scheme and packaged weights (`efficientnet-lite0`) are not checked.
 
     Args:
         hint: where such a file comes from.

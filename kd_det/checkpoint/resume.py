@@ -112,7 +112,7 @@ def load_step(step: SimpleTrainer, state: dict[str, Any], path: str) -> None:
 
 
 def settings(step: SimpleTrainer) -> dict[str, Any]:
-    """The options of the optimizer's first parameter group, but for the current learning rate."""
+    """The options of the optimizer's first parameter group, except the current learning rate."""
     return {key: value for key, value in step.optimizer.param_groups[0].items() if key not in ("params", "lr")}
 
 

@@ -218,7 +218,7 @@ def default_weights(student: str) -> str:
 
 
 def in_timms_cache(name: str) -> bool:
-    """Whether timm's weights of a network lie in the hub's cache already."""
+    """Whether timm's weights of a network are in the hub's cache already."""
     import timm
     from huggingface_hub import try_to_load_from_cache
 

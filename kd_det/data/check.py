@@ -1,4 +1,4 @@
-"""COCO annotation files, looked at before hours are spent: structure, boxes, and every image file."""
+"""Checks COCO annotation files before a training: structure, boxes, and every image file."""
 
 import json
 import math

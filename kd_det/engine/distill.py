@@ -75,7 +75,7 @@ def distill(args: argparse.Namespace) -> None:
 
 
 def build_config(args: argparse.Namespace, output: Path) -> CfgNode:
-    """The derived config, with its data looked at."""
+    """The derived config, with its data checked."""
     teacher_file, teacher_weights = args.teacher
     asked = kd_defaults()
     asked.KD.TEACHER.CONFIG_FILE, asked.KD.TEACHER.WEIGHTS = teacher_file, teacher_weights

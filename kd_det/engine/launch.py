@@ -28,7 +28,7 @@ TIMEOUT = timedelta(minutes=30)  # a rank may wait for another's evaluation
 
 
 def argument_parser(usage: str) -> argparse.ArgumentParser:
-    """detectron2's own parser, opened by what the tool does and how it is called."""
+    """detectron2's own parser, with our options; its help starts with `usage`."""
     parser = default_argument_parser(epilog=" ")
     parser.description = usage
     parser.add_argument(
@@ -46,7 +46,7 @@ def list_keys(path: str, prefixes: list[str]) -> str:
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    """The frozen config of the command line, checked; logging, seeds and OUTPUT_DIR made ready.
+    """The frozen config of the command line, checked; prepares logging, seeds and OUTPUT_DIR.
 
     Raises:
         UserError: what is wrong with the config file, a key, a data set or the weights, before anything is built.
