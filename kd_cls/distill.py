@@ -164,7 +164,6 @@ def look_at_data(name: str, root: str) -> tuple[int, int]:
 
 def config_of_data(name: str, root: str) -> CfgNode:
     """A config with these data alone."""
-
     cfg = get_cfg()
     cfg.DATA.NAME, cfg.DATA.ROOT = name, root
     return cfg
