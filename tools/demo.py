@@ -21,7 +21,7 @@ import threading
 import time
 import warnings
 from collections.abc import Mapping
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,6 +86,16 @@ class Trainings:
             raise subprocess.CalledProcessError(code, command)
 
 
+def wait_for(training: Future) -> None:
+    """`training.result()`, which a signal interrupts whichever thread the system gives it to.
+
+    A main thread that waits without a limit is not woken by a signal that another thread receives.
+    """
+    while not training.done():
+        wait([training], timeout=0.2)
+    training.result()
+
+
 def listen() -> None:
     """Let every signal of `SIGNALS` raise a KeyboardInterrupt, unless it is ignored (nohup, a job in the background).
 
@@ -119,12 +129,12 @@ def main() -> None:
 
     teacher = output / f"teacher_seed{args.seeds[0]}"
     with Trainings() as trainings:
-        trainings.train("teacher", teacher, "SEED", str(args.seeds[0]), *args.options).result()
+        wait_for(trainings.train("teacher", teacher, "SEED", str(args.seeds[0]), *args.options))
         for seed in args.seeds:
             for student in args.students:
                 words = [] if student == "baseline" else ["KD.TEACHER.WEIGHTS", str(teacher / "model_final.pth")]
                 folder = output / f"{student}_seed{seed}"
-                trainings.train(student, folder, "SEED", str(seed), *words, *args.options).result()
+                wait_for(trainings.train(student, folder, "SEED", str(seed), *words, *args.options))
 
     warnings.simplefilter("ignore")
     sys.path.insert(0, str(Path(__file__).resolve().parent))

@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from demo import CONFIGS, ROOT, Trainings, listen
+from demo import CONFIGS, ROOT, Trainings, listen, wait_for
 
 NO_MASK = ("KD.LOSS.TOPK.ENABLED", "False")
 # name → title, config in configs/Digits, overrides
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
     environment = {"OMP_NUM_THREADS": str(threads)} if args.jobs > 1 else {}
     words = teacher_words(teacher)
     with Trainings(args.jobs, environment) as trainings:
-        trainings.train("teacher", teacher, "SEED", "0", *args.options).result()
+        wait_for(trainings.train("teacher", teacher, "SEED", "0", *args.options))
         students = [
             trainings.train(METHODS[name][1], output / f"{name}_seed{seed}", "SEED", str(seed), *own, *args.options)
             for seed in args.seeds
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
             for own in [own_words(name, words)]
         ]
         for training in students:
-            training.result()
+            wait_for(training)
     text = report_table(args, output, iteration_times(args, words))
     (output / "table.md").write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}\n\nSeeds {args.seeds}. Also in {output / 'table.md'}")

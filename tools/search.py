@@ -31,7 +31,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from demo import ROOT, Trainings, listen
+from demo import ROOT, Trainings, listen, wait_for
 
 from kd_core.utils.config import read_yaml
 from kd_core.utils.errors import UserError
@@ -190,13 +190,14 @@ class Search:
         words = (*words_of(teacher["options"]), *self.args.options)
         finished, identity = self.teacher / "finished", json.dumps(self.results.identity)
         if not finished.is_file():
-            trainings.pool.submit(trainings.run, self.command_of(teacher["config"], self.teacher, 0, words)).result()
+            command = self.command_of(teacher["config"], self.teacher, 0, words)
+            wait_for(trainings.pool.submit(trainings.run, command))
             write_text(finished, identity)
         elif finished.read_text(encoding="utf-8") != identity:
             raise UserError(f"{self.teacher} is of another table: remove it, or choose another --output")
         for phase in (self.searches, self.tests):
             for future in [trainings.pool.submit(self.train, trainings, training) for training in phase()]:
-                future.result()
+                wait_for(future)
 
     def command_of(self, config: str, folder: Path, seed: int, words: Sequence[str]) -> list[str]:
         options = ("OUTPUT_DIR", str(folder), "SEED", str(seed), *words)

@@ -61,8 +61,9 @@ def add_loss_config(node: Any) -> None:
     node.AEKT.MAX_RATIO = 10.0
 
     node.DIST = new()
-    # Weights of the correlation over a row's classes and of that over a class's rows.
+    # Weight of the correlation over a row's classes.
     node.DIST.BETA = 1.0
+    # Weight of the correlation over a class's rows.
     node.DIST.GAMMA = 1.0
 
     add_two_view_config(node)
@@ -128,11 +129,13 @@ def add_two_view_config(node: Any) -> None:
     node.MLKD.WEIGHT = 0.5
 
     node.CRLD = new()
-    # Weights of the divergences within a view and across the views.
+    # Weight of the divergences within a view.
     node.CRLD.WITHIN_WEIGHT = 2.0
+    # Weight of the divergences across the views.
     node.CRLD.CROSS_WEIGHT = 0.5
-    # Least confidence of the teacher: in its weak view, within; in its strong view, across.
+    # Least confidence of the teacher in its weak view, for the rows within a view.
     node.CRLD.WITHIN_THRESHOLD = 0.9
+    # Least confidence of the teacher in its strong view, for the rows across the views.
     node.CRLD.CROSS_THRESHOLD = 0.2
 
 

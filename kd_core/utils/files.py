@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,7 +21,7 @@ def write_whole(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> No
     A failure leaves what was at `path`, and nothing beside it; a kill leaves a file for `sweep_unfinished`.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname().replace('.', '-')}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -37,11 +38,28 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def sweep_unfinished(folder: str | os.PathLike) -> None:
-    """Remove the unfinished files that killed writers left in `folder`: those that have not changed for ten minutes."""
+    """Remove the unfinished files that killed writers left in `folder`: on this machine those whose process is gone.
+
+    Of another machine on a shared disk, those that have not changed for ten minutes.
+    """
+    here = socket.gethostname().replace(".", "-")
     for path in Path(folder).glob(UNFINISHED):
+        *_, machine, process, _ = path.name.split(".")
         with suppress(FileNotFoundError):  # finished meanwhile
-            if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+            is_old = time.time() - path.stat().st_mtime > ABANDONED_SECONDS
+            if is_old or (machine == here and not is_running(process)):
                 path.unlink()
+
+
+def is_running(process: str) -> bool:
+    """Whether a process of this number runs on this machine."""
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def cut_metrics(path: str | os.PathLike, last: int) -> None:

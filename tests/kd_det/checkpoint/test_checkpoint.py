@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from kd_det.checkpoint.checkpointer import WholeCheckpointer, load_all_weights
+from kd_det.config import kd_defaults
+from kd_det.modeling.teacher.build import check_teacher_weights
 
 
 class Evil:
@@ -79,8 +81,10 @@ def test_a_truncated_file_is_named(tmp_path):
 
 def test_a_teachers_missing_file_is_told_with_the_way_to_train_it(tmp_path):
     path = str(tmp_path / "model_final.pth")
-    told = rf"there is no file {path}; if KD.TEACHER.CONFIG_FILE is still to be trained, run tools/train_net.py with it"
+    cfg = kd_defaults()
+    cfg.KD.TEACHER.WEIGHTS = path
+    told = rf"there is no file {path} \(tools/train_net.py with KD.TEACHER.CONFIG_FILE trains it\)"
     with pytest.raises(ValueError, match=rf"^KD.TEACHER.WEIGHTS: {told}"):
-        load_all_weights(nn.Linear(2, 3), path, "KD.TEACHER.WEIGHTS")
+        check_teacher_weights(cfg)
     with pytest.raises(ValueError, match=rf"^MODEL.WEIGHTS: there is no file {path}$"):
         load_all_weights(nn.Linear(2, 3), path, "MODEL.WEIGHTS")

@@ -55,6 +55,6 @@ def test_a_result_comes_through():
 
 def test_keys_are_listed_under_their_groups():
     lines = list_keys("", ["SOLVER.DEEPKD", "SEED"]).splitlines()
-    assert "SEED -1" in lines and "SOLVER.DEEPKD.DELTA_TOG 0.075" in lines and len(lines) == 4
+    assert "SEED -1" in lines and "SOLVER.DEEPKD.DELTA_TOG 0.075" in lines and len(lines) == 5
     with pytest.raises(ValueError, match=r"no keys under SOLVER.DEEP"):
         list_keys("", ["SOLVER.DEEP"])

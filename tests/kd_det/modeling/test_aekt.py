@@ -84,7 +84,7 @@ def test_a_predictor_without_a_linear_classifier_is_refused(tiny_model):
     heads = tiny_model().roi_heads
     heads.box_predictor.cls_score = nn.Identity()
     with pytest.raises(
-        ValueError, match="a linear classifier with a bias, cls_score, and that of FastRCNNOutputLayers"
+        ValueError, match="a linear classifier with a bias, cls_score, but that of FastRCNNOutputLayers"
     ):
         build_serialization(heads)
 

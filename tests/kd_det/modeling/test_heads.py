@@ -127,7 +127,7 @@ def test_a_teacher_without_an_rpn_has_no_proposals(tiny_model, batch, storage):
 
 def test_other_heads_are_not_run_again():
     heads = ROIHeads(num_classes=10, batch_size_per_image=8, positive_fraction=0.25, proposal_matcher=None)
-    with pytest.raises(ValueError, match=r"KD.PROPOSALS student\+teacher runs .* but not of ROIHeads: set KD"):
+    with pytest.raises(ValueError, match=r"KD.PROPOSALS student\+teacher runs .* but not for ROIHeads: set KD"):
         stages_on_teacher_proposals(heads, {}, [], [])
 
 

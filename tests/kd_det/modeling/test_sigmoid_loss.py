@@ -104,5 +104,5 @@ def test_a_student_of_sigmoids_learns_from_a_teacher_of_sigmoids_alone(tiny_mode
     assert losses["loss_kd_nckd"].requires_grad and losses["loss_kd_nckd"].item() >= 0
     softmax = Teacher(tiny_model("MODEL.META_ARCHITECTURE", "GeneralizedRCNN"))
     mixed = DistilledRCNN(loss=DKDLoss(), teacher=softmax, **kwargs)
-    with pytest.raises(ValueError, match=r"student classifies by a sigmoid a class .*, its teacher by a softmax"):
+    with pytest.raises(ValueError, match=r"student classifies by one sigmoid per class .*, its teacher by a softmax"):
         mixed.load_teacher()
