@@ -127,7 +127,7 @@ def test_teachers_are_named_by_a_yaml_and_by_the_command_line(tmp_path):
     ("overrides", "message"),
     [
         (["KD.TEACHER.CONFIG_FILE", "t.yaml"], "KD.TEACHERS lists 2 teachers and KD.TEACHER names t.yaml beside them"),
-        (["KD.TEACHERS", "['a.yaml', 'a.pth']"], r"KD.TEACHERS is a list of \[config file, weights, .* …\], but 'a.yaml'"),
+        (["KD.TEACHERS", "['a.yaml', 'a.pth']"], r"KD.TEACHERS is a list of \[config file, weights, .*, but 'a.yaml'"),
         (["KD.TEACHERS", "[['a.yaml']]"], r"but \['a.yaml'\] is none of these"),
     ],
 )
