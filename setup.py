@@ -47,7 +47,7 @@ COMMANDS = [
     "kd-cls-distill = kd_cls.distill:main",
     "kd-cls-train = kd_cls.train:command",
 ]
-DEV = ["pytest>=8", "hypothesis", "ruff"]
+DEV = ["pytest>=8", "pytest-xdist", "hypothesis", "ruff"]
 
 setup(
     name="decoupled-kd",

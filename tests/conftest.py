@@ -5,6 +5,9 @@ import signal
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers of pytest-xdist share the cores; read when torch is loaded
+
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
