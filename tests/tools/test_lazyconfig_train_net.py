@@ -1,7 +1,6 @@
 """tools/lazyconfig_train_net.py: a LazyConfig student of a LazyConfig teacher is killed, resumed, evaluated, loaded."""
 
 import json
-import multiprocessing
 import os
 import runpy
 import signal
@@ -12,81 +11,36 @@ from typing import Any
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
-from detectron2.engine import default_argument_parser
 from detectron2.modeling import GeneralizedRCNN
 
 from helpers.few_digits import few_digits
+from helpers.lazy_training import TINY, arguments, in_a_process, register, train, train_and_die
 from helpers.processes import run
 from kd_core.utils.errors import UserError
-from kd_det.config import kd_defaults
 from kd_det.config.lazy import engine_config, in_lazy_words, write_lazy_student
-from kd_det.data import register_datasets
 from kd_det.engine.lazy_trainer import LazyTrainer, main, setup
 from kd_det.modeling.teacher.lazy import load_lazy
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = str(ROOT / "tests" / "helpers" / "tiny_lazy.py")
 CONFIGS = sorted(path.name for path in (ROOT / "configs" / "LazyCOCO").glob("*_*.py"))
-FORK = multiprocessing.get_context("fork")
 
 
-def arguments(output: Path, *words: str, config: str = TINY) -> Any:
-    """The parsed command line; words that begin with -- are options."""
-    options = [word for word in words if word.startswith("--")]
-    overrides = [word for word in words if not word.startswith("--")]
-    line = ["--config-file", config, "--num-gpus", "0", *options, f"train.output_dir={output}", *overrides]
-    return default_argument_parser().parse_args(line)
-
-
-def in_a_process(function: Any, *args: Any) -> int:
-    """The exit code of `function(*args)` in a forked process, whose output is dropped."""
-
-    def quiet() -> None:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        os.dup2(null, 2)
-        torch.set_num_threads(1)
-        function(*args)
-
-    process = FORK.Process(target=quiet)
-    process.start()
-    process.join()
-    return process.exitcode
-
-
-def train(output: Path, few: str, *words: str) -> None:
-    done = in_a_process(main, arguments(output, few, *words))
+def train_in_a_process(output: Path, entry: list[str], *words: str) -> None:
+    done = in_a_process(train, output, entry, *words)
     assert done == 0, (output / "log.txt").read_text()[-3000:]
 
 
-def train_and_die(output: Path, few: str) -> None:
-    """Die in the fourth iteration, before its step: the last checkpoint is that of the second."""
-    run_step = LazyTrainer.run_step
-
-    def fatal(trainer: LazyTrainer) -> None:
-        if trainer.iter == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
-        run_step(trainer)
-
-    LazyTrainer.run_step = fatal
-    main(arguments(output, few))
+@pytest.fixture(scope="module")
+def entry(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Four digits images, as an entry of DATASETS.REGISTER."""
+    return few_digits(tmp_path_factory.mktemp("data"), 4)
 
 
 @pytest.fixture(scope="module")
-def few(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The override that evaluates on four digits images."""
-    entry = few_digits(tmp_path_factory.mktemp("data"), 4)
-    cfg = kd_defaults()
-    cfg.DATASETS.REGISTER = [entry]
-    register_datasets(cfg)
-    return f"dataloader.test.dataset.names={entry[0]}"
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, few: str) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory, entry: list[str]) -> Path:
     """The output folder of six iterations."""
     output = tmp_path_factory.mktemp("lazy")
-    train(output, few)
+    train_in_a_process(output, entry)
     return output
 
 
@@ -105,10 +59,10 @@ def equal(a: Any, b: Any) -> bool:
     return a == b
 
 
-def test_killed_and_resumed_it_ends_where_an_undisturbed_run_does_to_the_bit(trained, few, tmp_path):
-    assert in_a_process(train_and_die, tmp_path, few) == -signal.SIGKILL
+def test_killed_and_resumed_it_ends_where_an_undisturbed_run_does_to_the_bit(trained, entry, tmp_path):
+    assert in_a_process(train_and_die, tmp_path, entry) == -signal.SIGKILL
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
-    train(tmp_path, few, "--resume")
+    train_in_a_process(tmp_path, entry, "--resume")
     expected, got = load(trained / "model_final.pth"), load(tmp_path / "model_final.pth")
     assert expected.keys() == got.keys() >= {"model", "trainer", "ema"}
     assert all(equal(expected[key], got[key]) for key in ("model", "ema", "trainer"))
@@ -144,8 +98,8 @@ def test_plain_detectron2_builds_and_loads_the_student(trained):
     assert done.stdout.splitlines()[-1] == "GeneralizedRCNN"
 
 
-def test_evaluation_alone_gives_the_ap_that_the_training_ended_with(trained, few, tmp_path):
-    words = ["--eval-only", few, f"train.init_checkpoint={trained}/model_final.pth"]
+def test_evaluation_alone_gives_the_ap_that_the_training_ended_with(trained, entry, tmp_path):
+    words = ["--eval-only", register(entry), f"train.init_checkpoint={trained}/model_final.pth"]
     results = main(arguments(tmp_path / "output", *words))
     logged = [json.loads(line) for line in (trained / "metrics.json").read_text().splitlines()]
     assert results["bbox"]["AP"] == logged[-1]["bbox/AP"] and "ema/bbox/AP" in logged[-1]
