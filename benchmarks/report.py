@@ -2,7 +2,7 @@
 
 Writes the table TABLE of NAME.json between the lines `<!-- bench: NAME.TABLE -->` and `<!-- /bench -->` of the page,
 and the picture for `growth.plot`. Below the first block of each benchmark stand its command, commit and machine. A
-block without figures says how to get them.
+benchmark that was not run keeps its blocks; an empty block says how to fill it.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from figures import OUTPUT, ROOT, Table
 from kd_core.utils.files import write_text
 
 PAGE = ROOT / "docs" / "performance.md"
-BLOCK = re.compile(r"(<!-- bench: (?P<name>\w+)\.(?P<table>\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- bench: (?P<name>\w+)\.(?P<table>\w+) -->\n)(?P<old>.*?)(<!-- /bench -->)", re.DOTALL)
 MISSING = "*Not measured yet: run `make bench`, then `python benchmarks/report.py`.*"
 
 
@@ -39,7 +39,7 @@ def fill(text: str, figures: Path, pictures: Path) -> str:
     def renewed(block: re.Match[str]) -> str:
         first = block["name"] not in named
         named.add(block["name"])
-        return f"{block[1]}{content(block, figures, pictures, with_origin=first)}\n{block[4]}"
+        return f"{block[1]}{content(block, figures, pictures, with_origin=first)}\n{block[5]}"
 
     return BLOCK.sub(renewed, text)
 
@@ -48,7 +48,7 @@ def content(block: re.Match[str], figures: Path, pictures: Path, with_origin: bo
     """What stands between the lines of a block."""
     path = figures / f"{block['name']}.json"
     if not path.exists():
-        return MISSING
+        return block["old"].strip() or MISSING
     measured = json.loads(path.read_text())
     if (block["name"], block["table"]) == ("growth", "plot"):
         growth.plot(measured["curves"], pictures / "growth.png")
