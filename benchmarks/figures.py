@@ -142,7 +142,9 @@ def command(words: Sequence[str]) -> str:
 
 
 def options(usage: str, name: str) -> argparse.ArgumentParser:
-    """The options of every benchmark. A run by hand writes to another folder than run.py."""
+    """The options of every benchmark, which has one thread unless OMP_NUM_THREADS says otherwise: with all cores its
+    ratios would tell what else the machine does. A run by hand writes to another folder than run.py."""
+    torch.set_num_threads(int(os.getenv("OMP_NUM_THREADS", "1")))
     parser = argparse.ArgumentParser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = OUTPUT / "by_hand" / f"{name}.json"
     parser.add_argument("--json", type=Path, default=default, help="where the figures go (%(default)s)")
