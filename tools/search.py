@@ -8,9 +8,12 @@
    drawn at random, without repetition, from its grid. Judged by the metric on the search's images.
 2. Test. The best try of each method is trained on fresh seeds, untouched, and judged once on images that no search saw.
 
-Interrupt it at any time: the same command skips what is finished and resumes the rest. Everything is in OUTPUT (by
-default output/search/TABLE): a folder for each training, results.json, and report.md, which is drawn from the former.
-A training that fails, such as one that diverges, counts as a try without a result.
+A table with one try has no search: every method is trained as its config says, as for the papers' own tables.
+
+Interrupt it at any time: the same command skips what is finished and resumes the rest. So does --minutes, which ends
+it in time. Everything is in OUTPUT (by default output/search/TABLE): a folder for each training, results.json, and
+report.md, which is drawn from the former. A training that fails, such as one that diverges, counts as a try without a
+result.
 """
 
 import argparse
@@ -20,6 +23,7 @@ import json
 import math
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -31,7 +35,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from demo import ROOT, Trainings, listen, wait_for
+from demo import ROOT, Trainings, interrupt, listen, wait_for
 
 from kd_core.utils.config import read_yaml
 from kd_core.utils.errors import UserError
@@ -155,10 +159,8 @@ class Search:
         return Training(name, phase, number, seed, method["config"], words)
 
     def searches(self) -> list[Training]:
-        seed = self.table["search"]["seed"]
-        return [
-            self.training(name, "search", number, seed) for number in range(self.table["tries"]) for name in self.names
-        ]
+        tries, seed = self.table["tries"], self.table["search"]["seed"]
+        return [self.training(name, "search", i, seed) for i in range(tries) for name in self.names if tries > 1]
 
     def tests(self) -> list[Training]:
         """The best try of each method on every fresh seed."""
@@ -179,6 +181,8 @@ class Search:
 
     def best(self, name: str) -> int | None:
         """The try with the highest metric in the search, the first of equals; None where none has one."""
+        if self.table["tries"] == 1:
+            return 0
         seed = self.table["search"]["seed"]
         values = [self.value(self.training(name, "search", number, seed)) for number in range(self.table["tries"])]
         found = [number for number, value in enumerate(values) if value is not None]
@@ -192,6 +196,8 @@ class Search:
         if not finished.is_file():
             command = self.command_of(teacher["config"], self.teacher, 0, words)
             wait_for(trainings.pool.submit(trainings.run, command))
+            value = last_value(self.teacher / "metrics.json", self.metric)
+            self.results.add({"training": "teacher", "value": value} | self.origin(0, teacher["config"], words))
             write_text(finished, identity)
         elif finished.read_text(encoding="utf-8") != identity:
             raise UserError(f"{self.teacher} is of another table: remove it, or choose another --output")
@@ -213,7 +219,7 @@ class Search:
         teacher = ("KD.TEACHER.WEIGHTS", str(self.teacher / self.weights)) if taught else ()
         folder = self.output / training.key
         entry: dict[str, Any] = {"training": training.key, "method": training.method, "phase": training.phase}
-        entry |= {"try": training.number, "seed": training.seed, "config": training.config, "overrides": list(words)}
+        entry["try"] = training.number
         try:
             trainings.run(self.command_of(training.config, folder, training.seed, (*words, *teacher)))
             entry["value"] = last_value(folder / "metrics.json", self.metric)
@@ -222,14 +228,21 @@ class Search:
                 raise
             entry |= {"value": None, "exit": error.returncode}
             print(f"[search] {training.key} failed (exit {error.returncode}); its message is above", flush=True)
-        entry |= {"metric": self.metric, **source(), "versions": versions(), "machine": machine()}
-        self.results.add(entry | {"cores": os.cpu_count(), "threads": self.args.threads, "jobs": self.args.jobs})
+        self.results.add(entry | self.origin(training.seed, training.config, words))
+
+    def origin(self, seed: int, config: str, words: Sequence[str]) -> dict[str, Any]:
+        """What a training's value depends on, and where it was found."""
+        what = {"metric": self.metric, "seed": seed, "config": config, "overrides": list(words)}
+        where = {"cores": os.cpu_count(), "threads": self.args.threads, "jobs": self.args.jobs}
+        return what | source() | {"versions": versions(), "machine": machine()} | where
 
     def report(self) -> str:
         """The table, drawn from results.json: mean ± sample standard deviation over the fresh seeds."""
         from tabulate import tabulate
 
         rows = []
+        if (value := self.results.entries.get("teacher", {}).get("value")) is not None:
+            rows.append(["teacher", f"{value:.2f}", 1, self.table["teacher"].get("published", ""), "", "", "", ""])
         for name in self.names:
             searched = [t for t in self.searches() if t.method == name]
             done = [t for t in searched if t.key in self.results.entries]
@@ -237,12 +250,16 @@ class Search:
             tests = [t for t in self.tests() if t.method == name]
             values = [value for t in tests if (value := self.value(t)) is not None]
             best, validation, chosen = self.best(name), "", ""
-            if best is not None:
+            if best is not None and searched:
                 validation = f"{self.value(searched[best]):.2f}"
                 chosen = ", ".join(f"{key} {value}" for key, value in self.tries[name][best].items())
-            rows.append([name, spread(values), len(values), validation, len(done), failed, chosen])
-        headers = ["", f"test {self.metric}", "seeds", "search", "tries", "failed", "chosen"]
-        return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+            published = self.table["methods"][name].get("published", "")
+            rows.append([name, spread(values), len(values), published, validation, len(done), failed, chosen])
+        headers = ["", f"test {self.metric}", "seeds", "published", "search", "tries", "failed", "chosen"]
+        # Without a search, or published figures, their columns are empty: left out.
+        shown = [column for column, cells in enumerate(zip(*rows, strict=True)) if column < 3 or any(cells)]
+        rows = [[row[column] for column in shown] for row in rows]
+        return tabulate(rows, [headers[column] for column in shown], tablefmt="github", disable_numparse=True)
 
 
 def spread(values: Sequence[float]) -> str:
@@ -271,6 +288,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", help="of the table; default: all")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time; the cores are divided among them")
     parser.add_argument("--output", type=Path, help="default: output/search/TABLE")
+    parser.add_argument("--minutes", type=float, help="stop after so long; the same command resumes")
     parser.add_argument("--report", action="store_true", help="only draw report.md from results.json")
     parser.add_argument("options", nargs="*", metavar="KEY VALUE", help="config keys to override, in every training")
     return parser.parse_intermixed_args(arguments)
@@ -284,12 +302,19 @@ def main(arguments: Sequence[str] | None = None) -> str:
         raise UserError(f"--methods {', '.join(sorted(unknown))}: {args.table} has {', '.join(table['methods'])}")
     args.threads = max((os.cpu_count() or 1) // args.jobs, 1)
     search = Search(table, args, (args.output or ROOT / "output" / "search" / args.table.stem).resolve())
-    if not args.report:
-        with Trainings(args.jobs, {"OMP_NUM_THREADS": str(args.threads)}) as trainings:
-            search.run(trainings)
-    text = search.report()
-    write_text(search.output / "report.md", f"{text}\n")
-    print(f"{text}\n\nDrawn from {search.results.path}")
+    search.output.mkdir(parents=True, exist_ok=True)
+    if args.minutes:
+        signal.signal(signal.SIGALRM, interrupt)
+        signal.setitimer(signal.ITIMER_REAL, 60 * args.minutes)
+    try:
+        if not args.report:
+            with Trainings(args.jobs, {"OMP_NUM_THREADS": str(args.threads)}) as trainings:
+                search.run(trainings)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        text = search.report()
+        write_text(search.output / "report.md", f"{text}\n")
+        print(f"{text}\n\nDrawn from {search.results.path}")
     return text
 
 

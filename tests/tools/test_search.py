@@ -36,22 +36,26 @@ def read_results(folder: Path) -> list[dict]:
     return json.loads((folder / "out" / "results.json").read_text())["trainings"]
 
 
+def has_trained_a_student(folder: Path) -> bool:
+    return (folder / "out" / "results.json").is_file() and len(read_results(folder)) > 1
+
+
 def test_an_interrupted_search_resumes_counts_a_failed_try_and_tests_the_best_on_fresh_seeds(tmp_path: Path) -> None:
     words = [str(write_table(tmp_path)), "--output", str(tmp_path / "out"), *SHORT]
     command = [sys.executable, "-W", "ignore", "tools/search.py", *words]
     with open(tmp_path / "said", "w") as said, started(command, cwd=ROOT, stdout=said, stderr=said) as interrupted:
-        while not (tmp_path / "out" / "results.json").is_file() and interrupted.poll() is None:
+        while interrupted.poll() is None and not has_trained_a_student(tmp_path):
             time.sleep(0.05)
         os.killpg(interrupted.pid, signal.SIGINT)
         interrupted.wait(timeout=60)
     assert "[search] interrupted; run the same command" in (tmp_path / "said").read_text()
-    assert read_results(tmp_path)[0]["training"] == "search/DKD/try0_seed100"
+    assert [entry["training"] for entry in read_results(tmp_path)[:2]] == ["teacher", "search/DKD/try0_seed100"]
     weights = tmp_path / "out" / "search" / "DKD" / "try0_seed100" / "last.pth"
     written = weights.stat().st_mtime_ns
 
     done = run(command, timeout=900, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    good, failed, tested = read_results(tmp_path)
+    _, good, failed, tested = read_results(tmp_path)
     assert weights.stat().st_mtime_ns == written
     assert (failed["training"], failed["value"], failed["exit"]) == ("search/DKD/try1_seed100", None, 1)
     assert (tested["training"], tested["config"]) == ("test/DKD/try0_seed0", "configs/Digits/cls_dkd.yaml")
@@ -133,3 +137,21 @@ def lookup(cfg, key: str):
     for name in key.split("."):
         cfg = cfg[name]
     return cfg
+
+
+def test_the_table_for_a_gpu_stops_in_time_with_what_it_has_and_resumes(tmp_path: Path) -> None:
+    methods = {"DKD": {"config": "configs/Digits/cls_dkd.yaml", "published": 12.5, "grid": {}}}
+    path = write_table(tmp_path, tries=1, methods=methods)
+    words = ["--table", str(path), "--output", str(tmp_path / "out"), *SHORT]
+    command = [sys.executable, "-W", "ignore", "tools/gpu_tables.py", *words]
+    stopped = run([*command, "--minutes", "0.05"], timeout=120, cwd=ROOT)
+    assert stopped.returncode == 1 and "the time is over; run the same command again" in stopped.stderr
+    assert (tmp_path / "out" / "report.md").is_file() and not (tmp_path / "out" / "test").exists()
+
+    done = run(command, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    teacher, tested = read_results(tmp_path)
+    assert (teacher["training"], tested["training"]) == ("teacher", "test/DKD/try0_seed0")  # no search of one try
+    assert {"DATA.RESIDENT", "True"} <= set(tested["overrides"])
+    rows = [line.split("|")[1:-1] for line in (tmp_path / "out" / "report.md").read_text().splitlines()[2:]]
+    assert [cell.strip() for cell in rows[1]] == ["DKD", f"{tested['value']:.2f}", "1", "12.5"]

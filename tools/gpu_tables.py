@@ -1,0 +1,56 @@
+#!/usr/bin/env python
+"""The papers' CIFAR-100 table on one GPU, in pieces of minutes:  tools/gpu_tables.py --minutes 9
+
+    tools/gpu_tables.py --minutes 9 DATA.ROOT datasets/cifar100       # repeat it until every row is there
+
+Trains whatever of configs/Search/cifar100.yaml is missing with tools/search.py: first ResNet-32x4, then every student,
+several at a time on the one GPU, with all images on it. It stops in time, at most an epoch after each training's last
+checkpoint, writes results.json and the table, and resumes when it is called again. --graphs replays each step as a CUDA
+graph, which `make verify-gpu` checks. Never run on a GPU so far.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import search
+from demo import ROOT, listen
+
+from kd_core.utils.errors import UserError
+
+TABLE = ROOT / "configs" / "Search" / "cifar100.yaml"
+
+
+def main(arguments: Sequence[str] | None = None) -> str:
+    """The command; returns the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=9.0, help="stop after so long (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=4, help="trainings at a time on the GPU (%(default)s)")
+    parser.add_argument("--methods", nargs="+", help="of the table; default: all")
+    parser.add_argument("--graphs", action="store_true", help="SOLVER.CUDA_GRAPH True")
+    parser.add_argument("--table", type=Path, default=TABLE, help="default: configs/Search/cifar100.yaml")
+    parser.add_argument("--output", type=Path, default=ROOT / "output" / "gpu_tables", help="where all of it goes")
+    parser.add_argument("options", nargs="*", metavar="KEY VALUE", help="config keys to override, in every training")
+    args = parser.parse_intermixed_args(arguments)
+    words = ["DATA.RESIDENT", "True", *args.options]
+    if args.graphs:
+        words += ["SOLVER.CUDA_GRAPH", "True"]
+    methods = ["--methods", *args.methods] if args.methods else []
+    options = ["--jobs", str(args.jobs), "--minutes", str(args.minutes), "--output", str(args.output)]
+    return search.main([str(args.table), *words, *options, *methods])
+
+
+if __name__ == "__main__":
+    listen()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"gpu_tables: {error}")
+    except KeyboardInterrupt:
+        sys.exit("[gpu_tables] the time is over; run the same command again to resume")
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"[gpu_tables] a training ended (exit {error.returncode}); its message is above. Run again to resume.")
