@@ -17,7 +17,7 @@ from kd_det.config import build_box_loss
 from kd_det.data import check_dataset, check_same_classes, register_datasets
 from kd_det.data.loader import check_sampler
 from kd_det.data.two_sizes import check_scale
-from kd_det.modeling.meta_arch.rcnn import check_options
+from kd_det.modeling.meta_arch.registry import distilled_architecture, distilled_names
 from kd_det.modeling.teacher.acceleration import TeacherSpeed
 from kd_det.modeling.teacher.build import check_teacher_weights, each_teacher, named_in_list, teacher_config
 from kd_det.solver import check_images, check_solver, scale_to_world_size
@@ -77,8 +77,8 @@ def training_checks(cfg: CfgNode, world_size: int = 1, resume: bool = False) -> 
     yield Check("MODEL.META_ARCHITECTURE", partial(check_meta_architecture, cfg))
     yield Check("MODEL.TIMM", partial(check_backbone, cfg))
     yield Check("KD.LOSS.WARMUP_ITERS", partial(check_max_iter, cfg))
-    yield Check("KD.LOSS", partial(build_box_loss, cfg))
-    yield Check("KD", partial(check_options, kd.PROPOSALS, kd.ROWS, kd.TEACHERS_MEAN, kd.BACKGROUND_WEIGHT))
+    yield Check("KD.LOSS", partial(check_loss, cfg))
+    yield Check("KD", partial(check_architecture_options, cfg))
     yield Check("KD.TEACHER.DTYPE", partial(TeacherSpeed.from_config, cfg))
     yield Check("KD.TEACHER.IMAGE_SCALE", partial(check_scale, kd.TEACHER.IMAGE_SCALE))
     yield Check("DATALOADER.SAMPLER_TRAIN", partial(check_sampler, cfg.DATALOADER.SAMPLER_TRAIN))
@@ -140,11 +140,24 @@ def check_max_iter(cfg: CfgNode) -> None:
 
 def check_meta_architecture(cfg: CfgNode) -> None:
     """Refuse a distillation loss with a model that does not read it: the training would be a plain one."""
-    if cfg.KD.LOSS.NAME != "none" and cfg.MODEL.META_ARCHITECTURE != "DistilledRCNN":
+    if cfg.KD.LOSS.NAME != "none" and distilled_architecture(cfg.MODEL.META_ARCHITECTURE) is None:
         raise UserError(
             f"KD.LOSS.NAME is {cfg.KD.LOSS.NAME!r} but MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}, "
-            "which does not distil: set MODEL.META_ARCHITECTURE DistilledRCNN, or KD.LOSS.NAME none"
+            f"which does not distil: set MODEL.META_ARCHITECTURE {' or '.join(distilled_names())}, or KD.LOSS.NAME none"
         )
+
+
+def check_loss(cfg: CfgNode) -> None:
+    """Build the loss as the meta-architecture does."""
+    architecture = distilled_architecture(cfg.MODEL.META_ARCHITECTURE)
+    build_box_loss(cfg) if architecture is None else architecture.build_loss(cfg)
+
+
+def check_architecture_options(cfg: CfgNode) -> None:
+    """The keys of KD that the meta-architecture reads."""
+    architecture = distilled_architecture(cfg.MODEL.META_ARCHITECTURE)
+    if architecture is not None:
+        architecture.check_config(cfg)
 
 
 def check_backbone(cfg: CfgNode) -> None:

@@ -167,6 +167,10 @@ def kd_defaults() -> CfgNode:
 
 
 def build_box_loss(cfg: CfgNode) -> nn.Module | None:
-    """The loss of `cfg.KD.LOSS`, with its warm-up as a share of SOLVER.MAX_ITER; None for "none"."""
-    num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES + 1  # background is a class
+    """The loss of `cfg.KD.LOSS` for a box head, in which background is a class."""
+    return build_logit_loss(cfg, cfg.MODEL.ROI_HEADS.NUM_CLASSES + 1)
+
+
+def build_logit_loss(cfg: CfgNode, num_classes: int) -> nn.Module | None:
+    """The loss of `cfg.KD.LOSS` for C classes, with its warm-up as a share of SOLVER.MAX_ITER; None for "none"."""
     return build_kd_loss(cfg.KD.LOSS, num_classes, "WARMUP_ITERS", cfg.SOLVER.MAX_ITER)

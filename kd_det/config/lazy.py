@@ -4,19 +4,20 @@ import logging
 from collections.abc import Mapping
 from copy import deepcopy
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import yaml
 from detectron2.config import CfgNode
-from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling import META_ARCH_REGISTRY
 from omegaconf import DictConfig, OmegaConf, SCMode
 
 from kd_core.utils.config import coerce, lookup
 from kd_core.utils.errors import UserError
 from kd_core.utils.files import write_text
 from kd_det.config.defaults import kd_defaults
-from kd_det.modeling.meta_arch.rcnn import DistilledRCNN
+from kd_det.modeling.meta_arch.registry import distilled_architecture, plain_name
 from kd_det.modeling.teacher.lazy import as_yacs, select
 
 logger = logging.getLogger(__name__)
@@ -63,10 +64,6 @@ WORDS = {
     "KD.TEACHER.ALLOW_RANDOM": "model.teacher.allow_random",
 }
 PARTS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
-# Arguments of DistilledRCNN that GeneralizedRCNN has not.
-DISTILLATION = (
-    "loss", "teacher", "max_iter", "serialize", "proposals", "rows", "background_weight", "teachers_mean", "overlap",
-)  # fmt: skip
 # What may differ between a run and its resumption, as `checkpoint.resume.IGNORED_ON_RESUME`.
 IGNORED_ON_RESUME = (
     "train.output_dir",
@@ -165,20 +162,23 @@ def name_of(value: Any) -> str:
 
 
 def plain_model(lazy: DictConfig) -> DictConfig:
-    """The `model` node as plain detectron2's: GeneralizedRCNN in the place of DistilledRCNN, without a teacher."""
+    """The `model` node as plain detectron2's, such as GeneralizedRCNN for DistilledRCNN, and without a teacher."""
     copy = deepcopy(lazy)
-    if distils(lazy):
-        copy.model._target_ = GeneralizedRCNN
-        for key in DISTILLATION:
+    name = name_of(lazy.model.get("_target_")).rpartition(".")[2]
+    if (distilled := distilled_architecture(name)) is not None:
+        copy.model._target_ = META_ARCH_REGISTRY.get(plain_name(name))
+        for key in own_arguments(distilled):
             copy.model.pop(key, None)
     kind = SCMode.INSTANTIATE  # dataclasses stay what they are
     container = OmegaConf.to_container(copy.model, resolve=True, structured_config_mode=kind)
     return OmegaConf.create(container, flags={"allow_objects": True})
 
 
-def distils(lazy: DictConfig) -> bool:
-    """Whether its `model` is a DistilledRCNN."""
-    return name_of(lazy.model.get("_target_")).rpartition(".")[2] == DistilledRCNN.__name__
+def own_arguments(distilled: type) -> set[str]:
+    """The arguments of a distilled meta-architecture that its plain class does not have."""
+    initialisers = [cls.__init__ for cls in distilled.__mro__ if getattr(cls, "distils", False)]
+    arguments = [argument for function in initialisers for argument in signature(function).parameters.values()]
+    return {argument.name for argument in arguments if argument.kind is argument.KEYWORD_ONLY}
 
 
 def write_lazy_student(lazy: DictConfig, path: Path) -> None:

@@ -6,13 +6,14 @@ from detectron2.config import CfgNode, get_cfg
 
 from kd_core.utils.files import write_text
 from kd_det.config.defaults import add_timm_config
+from kd_det.modeling.meta_arch.registry import plain_name
 
 # First line of a student's config whose backbone is timm's: detectron2 refuses keys that it does not know.
 TIMM_NOTE = "# Its backbone is timm's: before merging this file, import kd_det and call kd_det.add_timm_config(cfg).\n"
 
 
 def student_config(cfg: CfgNode) -> CfgNode:
-    """`cfg` without the keys of ours that plain detectron2 would refuse: a GeneralizedRCNN with the final weights.
+    """`cfg` without the keys of ours that plain detectron2 would refuse: a plain meta-architecture, the final weights.
 
     MODEL.TIMM stays where the backbone is built from it.
     """
@@ -39,9 +40,8 @@ def copy_shared(source: CfgNode, target: CfgNode) -> None:
 
 
 def plain_config(cfg: CfgNode) -> CfgNode:
-    """What builds the student as a GeneralizedRCNN, keys of ours included (a backbone may read some)."""
+    """What builds the student as detectron2's own class, keys of ours included (a backbone may read some)."""
     plain = cfg.clone()
     plain.defrost()
-    if plain.MODEL.META_ARCHITECTURE == "DistilledRCNN":
-        plain.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
+    plain.MODEL.META_ARCHITECTURE = plain_name(plain.MODEL.META_ARCHITECTURE)
     return plain

@@ -51,7 +51,7 @@ from kd_det.engine.train_step import build_step
 from kd_det.engine.writers import build_wandb_writers
 from kd_det.evaluation.evaluator import build_evaluator
 from kd_det.modeling.aekt import factors, load_factors
-from kd_det.modeling.meta_arch.rcnn import DistilledRCNN
+from kd_det.modeling.meta_arch.distilled import Distilled
 from kd_det.modeling.teacher.build import each_teacher, teacher_config
 from kd_det.solver import build_optimizer, check_solver, scale_to_world_size
 
@@ -59,7 +59,7 @@ logger = logging.getLogger(__name__)
 
 
 class DistillationTrainer(TrainerBase):
-    """Trains a `DistilledRCNN`, or any detector, from a config; its methods have `DefaultTrainer`'s names.
+    """Trains a `Distilled` model, or any of detectron2's, from a config; its methods have `DefaultTrainer`'s names.
 
     It adds to `DefaultTrainer`:
 
@@ -82,7 +82,7 @@ class DistillationTrainer(TrainerBase):
         self.cfg = cfg = scale_to_world_size(cfg, world_size)
         self.check(cfg, world_size)
         student = self.build_model(cfg)
-        if isinstance(student, DistilledRCNN):
+        if isinstance(student, Distilled):
             student.load_teacher()
         optimizer = self.build_optimizer(cfg, student)
         self.loader = self.build_train_loader(cfg)
@@ -206,7 +206,7 @@ class DistillationTrainer(TrainerBase):
     def train(self) -> dict[str, Any] | None:
         """Run the training; returns the last evaluation's results."""
         model = self.checkpointer.model
-        if self.cfg.KD.TEACHER.EVALUATE and self.start_iter == 0 and isinstance(model, DistilledRCNN):
+        if self.cfg.KD.TEACHER.EVALUATE and self.start_iter == 0 and isinstance(model, Distilled):
             self.evaluate_teachers(model)
         self.write_final()
         self.describe()
@@ -269,7 +269,7 @@ class DistillationTrainer(TrainerBase):
             verify_results(cfg, results)
         return results
 
-    def evaluate_teachers(self, model: DistilledRCNN) -> None:
+    def evaluate_teachers(self, model: Distilled) -> None:
         """Log every teacher's AP on the student's test sets, under the teacher's own input settings."""
         for index, (named, teacher) in enumerate(zip(each_teacher(self.cfg), model.teachers, strict=False)):
             cfg = teacher_config(named)

@@ -21,6 +21,12 @@ class BoxStage:
     gt_classes: Tensor  # (N,), background = number of foreground classes
     boxes: list[Boxes]  # per image, in pixels of the student's input image; together N
     weights: Tensor | None = None  # (N,) weights of the rows in the losses, None for 1
+    suffix: str = ""  # of the terms' names
+
+    @property
+    def target(self) -> Tensor:
+        """(N,) the classes, under the name that `Rows` has for them."""
+        return self.gt_classes
 
     @property
     def foreground(self) -> Tensor:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
-from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.roi_heads import Res5ROIHeads
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -50,8 +49,8 @@ class TeacherSpeed:
         return cls(node.FOLD_BN, node.CHANNELS_LAST, dtype, node.COMPILE)
 
 
-def accelerate_teacher(model: GeneralizedRCNN, speed: TeacherSpeed) -> GeneralizedRCNN:
-    """Change a frozen detector, in place, as `speed` says."""
+def accelerate_teacher(model: nn.Module, speed: TeacherSpeed) -> nn.Module:
+    """Change a frozen model, in place, as `speed` says."""
     if speed.fold_bn:
         fold_detector(model)
     for name, part in distilled_parts(model).items():
@@ -63,16 +62,19 @@ def accelerate_teacher(model: GeneralizedRCNN, speed: TeacherSpeed) -> Generaliz
             part.forward = AutocastForward(part, speed.dtype)
         if speed.compile:
             compile_in_place(part, f"teacher's {name}")
-    if speed.dtype is not None:
+    if speed.dtype is not None and hasattr(model, "roi_heads"):
         for predictor in each(model.roi_heads.box_predictor):
             if hasattr(predictor, "cls_score"):  # a custom predictor may name it otherwise
                 predictor.cls_score.forward = AutocastForward(predictor.cls_score, torch.float32)
     return model
 
 
-def distilled_parts(model: GeneralizedRCNN) -> dict[str, nn.Module]:
-    """The backbone and the box head of every stage: the parts of a detector that every distilled step runs."""
-    heads = model.roi_heads
+def distilled_parts(model: nn.Module) -> dict[str, nn.Module]:
+    """The backbone and the box head of every stage: the parts of a detector that every distilled step runs.
+
+    Of a model without ROI heads it is the backbone alone.
+    """
+    heads = getattr(model, "roi_heads", None)
     head = heads.res5 if isinstance(heads, Res5ROIHeads) else getattr(heads, "box_head", [])
     stages = each(head)
     names = ["box head"] if len(stages) == 1 else [f"box head of stage {k}" for k in range(len(stages))]
@@ -84,7 +86,7 @@ def each(modules: nn.Module | Sequence[nn.Module]) -> Sequence[nn.Module]:
     return list(modules) if isinstance(modules, nn.ModuleList | list) else [modules]
 
 
-def fold_detector(model: GeneralizedRCNN) -> None:
+def fold_detector(model: nn.Module) -> None:
     """Fold every batch norm with fixed statistics into its convolution, in detectron2's layers and timm's."""
     for module in model.modules():
         if isinstance(module, TimmBackbone):

@@ -9,13 +9,15 @@ from typing import TypeVar
 import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode
-from detectron2.modeling import GeneralizedRCNN, build_model
+from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
+from torch import nn
 
-from kd_core.utils.config import find_config
+from kd_core.utils.config import find_config, lookup
 from kd_core.utils.errors import UserError
 from kd_det.checkpoint.checkpointer import check_local_file, load_all_weights
 from kd_det.config import kd_defaults, merge_file
+from kd_det.modeling.meta_arch.registry import class_keys, plain_name
 from kd_det.modeling.teacher.lazy import as_yacs, build_lazy, is_lazy, load_lazy
 from kd_det.modeling.teacher.view import convert_channels
 
@@ -51,7 +53,7 @@ def each_teacher(cfg: CfgNode) -> list[CfgNode]:
     return copies
 
 
-def teacher_builders(cfg: CfgNode) -> list[Callable[[], GeneralizedRCNN]]:
+def teacher_builders(cfg: CfgNode) -> list[Callable[[], nn.Module]]:
     """A function that builds it for each teacher that `cfg` names; with several, its errors say which."""
     if not cfg.KD.TEACHERS:
         return [partial(build_teacher, cfg.clone())]
@@ -89,11 +91,10 @@ def teacher_config(cfg: CfgNode, any_classes: bool = False) -> CfgNode:
     else:
         teacher = yacs_teacher(name)
     teacher.MODEL.DEVICE = cfg.MODEL.DEVICE
-    theirs, ours = teacher.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    if theirs != ours and not any_classes:
-        raise UserError(
-            f"The teacher ({name}) has MODEL.ROI_HEADS.NUM_CLASSES {theirs} and the student {ours}: they must agree"
-        )
+    for key in class_keys(cfg.MODEL.META_ARCHITECTURE):
+        theirs, ours = lookup(teacher, key), lookup(cfg, key)
+        if theirs != ours and not any_classes:
+            raise UserError(f"The teacher ({name}) has {key} {theirs} and the student {ours}: they must agree")
     convert_channels(torch.empty(3, 1, 1), cfg.INPUT.FORMAT, teacher.INPUT.FORMAT)  # refuses what cannot be converted
     return teacher
 
@@ -103,8 +104,7 @@ def yacs_teacher(name: str) -> CfgNode:
     teacher = kd_defaults()
     merge_file(teacher, config_path(name))
     teacher.MODEL.TIMM.PRETRAINED, teacher.MODEL.TIMM.WEIGHTS = False, ""
-    if teacher.MODEL.META_ARCHITECTURE == "DistilledRCNN":
-        teacher.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
+    teacher.MODEL.META_ARCHITECTURE = plain_name(teacher.MODEL.META_ARCHITECTURE)
     return teacher
 
 
@@ -122,7 +122,7 @@ def config_path(name: str) -> str:
         ) from None
 
 
-def build_teacher(cfg: CfgNode) -> GeneralizedRCNN:
+def build_teacher(cfg: CfgNode) -> nn.Module:
     """Build the teacher of `cfg.KD.TEACHER` and load every weight of it; the yaml's own MODEL.WEIGHTS is never used.
 
     Raises:
@@ -136,6 +136,8 @@ def build_teacher(cfg: CfgNode) -> GeneralizedRCNN:
         model = build_lazy(load_lazy(node.CONFIG_FILE, node.OVERRIDES)).to(config.MODEL.DEVICE)
     else:
         model = build_model(config)
+    if not hasattr(model, "input_format"):  # a SemanticSegmentor's channel order is known to its config alone
+        model.input_format = config.INPUT.FORMAT
     if weights:
         load_all_weights(model, weights, "KD.TEACHER.WEIGHTS")
         logger.info("Teacher: %s with %s", cfg.KD.TEACHER.CONFIG_FILE, weights)

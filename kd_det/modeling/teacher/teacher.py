@@ -1,4 +1,4 @@
-"""The teacher: one frozen detector with its own architecture, weights, channel order and normalisation."""
+"""The teacher: one frozen model with its own architecture, weights, channel order and normalisation."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -6,9 +6,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import GeneralizedRCNN
-from detectron2.modeling.roi_heads import Res5ROIHeads, StandardROIHeads
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd_core.utils.errors import UserError
 from kd_det.config import kd_defaults
@@ -19,13 +17,13 @@ from kd_det.modeling.teacher.view import TEACHER_IMAGE, TeacherView
 
 
 class Teacher:
-    """A frozen detector that classifies the boxes it is given.
+    """A frozen model of detectron2's whose logits a student learns from.
 
     It is deliberately not an `nn.Module`: it is not part of the student's `parameters()`, `state_dict()`, `train()` and
     DistributedDataParallel, and a deep copy of the student shares it.
 
     Args:
-        model: the detector, or a function that builds it. The function is called when the teacher is first needed, so
+        model: the model, or a function that builds it. The function is called when the teacher is first needed, so
             that inference with a student neither builds a teacher nor looks for its weights.
         own_images: refuse inputs without a `teacher_image`: a config that asks for another size must get one.
         speed: how a detector that the function builds is accelerated; a detector that is given is only frozen.
@@ -33,12 +31,12 @@ class Teacher:
 
     def __init__(
         self,
-        model: GeneralizedRCNN | Callable[[], GeneralizedRCNN],
+        model: nn.Module | Callable[[], nn.Module],
         own_images: bool = False,
         speed: TeacherSpeed | None = None,
     ) -> None:
-        self._build = None if isinstance(model, GeneralizedRCNN) else model
-        self._model = freeze(model) if isinstance(model, GeneralizedRCNN) else None
+        self._build = None if isinstance(model, nn.Module) else model
+        self._model = freeze(model) if isinstance(model, nn.Module) else None
         self.own_images, self.speed = own_images, speed or TeacherSpeed()
 
     @classmethod
@@ -72,11 +70,11 @@ class Teacher:
         return cls.from_config(cfg)[0]
 
     @property
-    def model(self) -> GeneralizedRCNN:
+    def model(self) -> nn.Module:
         """The frozen detector, in eval mode."""
         return self.load()
 
-    def load(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> GeneralizedRCNN:
+    def load(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> nn.Module:
         """Build, load and accelerate the detector, once.
 
         Args:
@@ -113,23 +111,15 @@ class Teacher:
         return self
 
 
-def freeze(model: GeneralizedRCNN) -> GeneralizedRCNN:
-    """Eval mode, no gradients; refuses ROI heads that cannot classify given boxes."""
-    if not isinstance(model, GeneralizedRCNN):
-        raise UserError(
-            f"A teacher must be a GeneralizedRCNN (a detector with an ROI head), got {type(model).__name__}"
-        )
-    if not isinstance(model.roi_heads, StandardROIHeads | Res5ROIHeads):  # cascade heads are standard heads
-        raise UserError(
-            f"A teacher's ROI head must be Standard, Cascade or Res5, got {type(model.roi_heads).__name__}"
-        )
+def freeze(model: nn.Module) -> nn.Module:
+    """Eval mode, no gradients."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model.eval()
 
 
 def mean_of_teachers(logits: Sequence[Tensor], sigmoid: bool = False) -> Tensor:
-    """Logits (N, C) of the mean of several teachers: of their log-probabilities.
+    """Logits (N, C) or (B, C, H, W) of the mean of several teachers: of their log-probabilities.
 
         ẑ = mean_m log softmax(z_m)        softmax(ẑ / T) ∝ ∏_m softmax(z_m / T)^(1/M) for any temperature T
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from detectron2.layers import cat
-from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.roi_heads import (
     CascadeROIHeads,
     FastRCNNOutputLayers,
@@ -30,7 +29,7 @@ class TeacherView:
     It holds the teacher's feature maps: drop it before the student's backward pass.
 
     Args:
-        model: the teacher's detector.
+        model: the teacher: a `backbone`, `pixel_mean` and `pixel_std`, as all of detectron2's.
         batched_inputs: the student's inputs; each `image` (3, H, W) in `input_format`, not normalised. An item may
             have the same view in another size, (3, H', W'), as `teacher_image`.
         input_format: channel order of the images ("BGR", "RGB", …); None means the teacher's own.
@@ -38,17 +37,17 @@ class TeacherView:
 
     @torch.no_grad()
     def __init__(
-        self, model: GeneralizedRCNN, batched_inputs: Sequence[dict[str, Any]], input_format: str | None
+        self, model: nn.Module, batched_inputs: Sequence[dict[str, Any]], input_format: str | None
     ) -> None:
         self.model = model
         self.student_sizes = [tuple(x["image"].shape[1:]) for x in batched_inputs]
+        own = getattr(model, "input_format", None)
         views = [
-            {"image": convert_channels(x.get(TEACHER_IMAGE, x["image"]), input_format, model.input_format)}
-            for x in batched_inputs
+            {"image": convert_channels(x.get(TEACHER_IMAGE, x["image"]), input_format, own)} for x in batched_inputs
         ]
         square = square_size(model.backbone)
         views = [{"image": fit_square(view["image"], square)} for view in views] if square else views
-        images = model.preprocess_image(views)
+        images = preprocess_image(model, views)
         self.sizes = images.image_sizes
         self.features = model.backbone(images.tensor)
 
@@ -77,6 +76,14 @@ class TeacherView:
             rescale_proposals(p, theirs, ours)
             for p, theirs, ours in zip(found, self.sizes, self.student_sizes, strict=True)
         ]
+
+
+def preprocess_image(model: nn.Module, batched_inputs: Sequence[dict[str, Any]]) -> ImageList:
+    """The batch normalised and padded by the model; a SemanticSegmentor has no method for it."""
+    if hasattr(model, "preprocess_image"):
+        return model.preprocess_image(batched_inputs)
+    images = [(x["image"].to(model.pixel_mean.device) - model.pixel_mean) / model.pixel_std for x in batched_inputs]
+    return ImageList.from_tensors(images, model.backbone.size_divisibility)
 
 
 def square_size(backbone: nn.Module) -> int:
