@@ -1,5 +1,8 @@
 """Rows from logits with a class axis: images, pixels, tokens."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 
@@ -38,13 +41,30 @@ def flatten_rows(
         raise ValueError(
             f"target must be {places} for logits {shape}, one class index per row, not {tuple(target.shape)}"
         )
-    student, teacher = (
-        (side.movedim(1, -1) if len(shape) == 4 else side).flatten(0, -2) for side in (student_logits, teacher_logits)
-    )
-    if target is None:
-        return student, teacher, None
-    target = target.flatten()
-    if ignore_index is None:
-        return student, teacher, target
-    rows = (target != ignore_index).nonzero()[:, 0]
-    return tuple(side.index_select(0, rows) for side in (student, teacher, target))
+    last = (side.movedim(1, -1) if len(shape) == 4 else side for side in (student_logits, teacher_logits))
+    if target is None or ignore_index is None:
+        student, teacher = (side.flatten(0, -2) for side in last)
+        return student, teacher, None if target is None else target.flatten()
+    kept = target != ignore_index
+    student, teacher = (KeepRows.apply(side, kept) for side in last)
+    return student, teacher, target[kept]
+
+
+class KeepRows(torch.autograd.Function):
+    """Rows (N, C) of logits (…, C), where `kept` (…) is true: one copy of them, also of a map whose classes come first.
+
+    Indexing would keep the rows' numbers for the backward pass, and add up gradients of rows that occur once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, kept: Tensor) -> Tensor:
+        ctx.save_for_backward(kept)
+        ctx.strides = logits.stride()
+        return logits[kept]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (kept,) = ctx.saved_tensors
+        full = gradient.new_empty_strided((*kept.shape, gradient.shape[-1]), ctx.strides).zero_()
+        full[kept] = gradient
+        return full, None

@@ -23,6 +23,14 @@ from kd_det import data  # noqa: F401  (registers the built-in data sets)
 from kd_det.config import add_kd_config, add_timm_config
 from kd_det.modeling import backbone  # noqa: F401  (registers build_timm_fpn_backbone)
 from kd_det.modeling.meta_arch.rcnn import DistilledRCNN
+from kd_det.modeling.meta_arch.semantic_seg import DistilledPanopticFPN, DistilledSemanticSegmentor
 from kd_det.modeling.teacher.teacher import Teacher
 
-__all__ = ["DistilledRCNN", "Teacher", "add_kd_config", "add_timm_config"]
+__all__ = [
+    "DistilledPanopticFPN",
+    "DistilledRCNN",
+    "DistilledSemanticSegmentor",
+    "Teacher",
+    "add_kd_config",
+    "add_timm_config",
+]

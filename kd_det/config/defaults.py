@@ -106,6 +106,20 @@ def add_distillation_config(node: CfgNode) -> None:
     # ROWS weighted: weight of a background row. The default balances POSITIVE_FRACTION .25: three to one.
     node.BACKGROUND_WEIGHT = 1 / 3
 
+    node.PIXELS = CfgNode()
+    # Pixels are distilled at the stride of the student's segmentation head; True: enlarged to the size of the image.
+    node.PIXELS.UPSAMPLE = False
+    # "label": pixels with an ignored label are left out; "none": every pixel counts, for losses that read no label.
+    node.PIXELS.IGNORE = "label"
+    # Pixels per image that are distilled, drawn at random in each step; 0 for all.
+    node.PIXELS.SAMPLE = 0
+
+    node.PANOPTIC = CfgNode()
+    # DistilledPanopticFPN: weight of the distillation of its boxes.
+    node.PANOPTIC.BOX_WEIGHT = 1.0
+    # The same for its pixels.
+    node.PANOPTIC.PIXEL_WEIGHT = 1.0
+
 
 def add_solver_config(node: CfgNode) -> None:
     """The keys of SOLVER that detectron2 does not have; SOLVER.MOMENTUM is the base momentum of every optimizer."""

@@ -21,7 +21,7 @@ from kd_core.utils.compiling import compile_in_place
 from kd_det.modeling.teacher.acceleration import distilled_parts
 from kd_det.solver import build_clip
 
-KD_TERM = re.compile(r"loss_kd_(?P<term>.+?)(_stage\d+)?")
+KD_TERM = re.compile(r"loss_kd_(?P<term>.+?)(_stage\d+)?(_pixels)?")
 
 
 class StreamTrainer(SimpleTrainer):
@@ -114,7 +114,7 @@ def mean(micro_batches: Sequence[AsyncScalars]) -> dict[str, Tensor]:
 
 
 def stream_losses(losses: Mapping[str, Tensor], streams: Mapping[str, str]) -> dict[str, Tensor]:
-    """The summed loss of every stream: `loss_kd_<term>[_stage<k>]` to the term's stream, all other losses to `tog`.
+    """The summed loss of every stream: `loss_kd_<term>[_stage<k>][_pixels]` to the term's, all others to `tog`.
 
     Raises:
         ValueError: a distillation term that `streams` does not know.

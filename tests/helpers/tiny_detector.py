@@ -1,7 +1,7 @@
 """A real Faster R-CNN with FPN of a few thousand weights, and batches of 64 px for it."""
 
 import torch
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances
 
 TINY = {
     "REPORT.ENABLED": False,  # of the tests' many trainings; those of the report turn it on
@@ -34,6 +34,25 @@ TINY = {
 }
 
 
+TINY_SEGMENTOR = {
+    **TINY,
+    "MODEL.META_ARCHITECTURE": "DistilledSemanticSegmentor",
+    "MODEL.SEM_SEG_HEAD.IN_FEATURES": ["p2", "p3", "p4", "p5"],
+    "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 11,
+    "MODEL.SEM_SEG_HEAD.CONVS_DIM": 8,
+    "MODEL.SEM_SEG_HEAD.NORM": "",
+}
+TINY_PANOPTIC = {
+    **TINY_SEGMENTOR,
+    "MODEL.META_ARCHITECTURE": "DistilledPanopticFPN",
+    "MODEL.MASK_ON": True,
+    "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 5,
+    "MODEL.ROI_MASK_HEAD.NAME": "MaskRCNNConvUpsampleHead",
+    "MODEL.ROI_MASK_HEAD.NUM_CONV": 1,
+    "MODEL.ROI_MASK_HEAD.CONV_DIM": 8,
+}
+
+
 def make_batch(images: int = 2, boxes: int = 3, size: int = 64, seed: int = 0) -> list[dict]:
     """Inputs of a detector as its data set mapper makes them: uint8 images, boxes and classes."""
     generator = torch.Generator().manual_seed(seed)
@@ -46,4 +65,20 @@ def make_batch(images: int = 2, boxes: int = 3, size: int = 64, seed: int = 0) -
         instances.gt_classes = torch.randint(10, (boxes,), generator=generator)
         image = torch.randint(256, (3, size, size), generator=generator, dtype=torch.uint8)
         batch.append({"image": image, "instances": instances, "height": size, "width": size})
+    return batch
+
+
+def make_labelled_batch(images: int = 2, classes: int = 11, size: int = 64, seed: int = 0) -> list[dict]:
+    """`make_batch` with a label map of blobs, a tenth of whose pixels are ignored (255), and masks of the boxes."""
+    batch, generator = make_batch(images, size=size, seed=seed), torch.Generator().manual_seed(seed)
+    for item in batch:
+        coarse = torch.randint(classes, (1, 1, size // 8, size // 8), generator=generator).float()
+        labels = torch.nn.functional.interpolate(coarse, scale_factor=8)[0, 0].long()
+        item["sem_seg"] = labels.masked_fill(torch.rand(labels.shape, generator=generator) < 0.1, 255)
+        masks = torch.zeros(len(item["instances"]), size, size, dtype=torch.bool)
+        for mask, (left, top, right, bottom) in zip(
+            masks, item["instances"].gt_boxes.tensor.int().tolist(), strict=True
+        ):
+            mask[top:bottom, left:right] = True
+        item["instances"].gt_masks = BitMasks(masks)
     return batch

@@ -142,7 +142,8 @@ class Distilled:
     def terms(self, rows: Rows, teacher_logits: Sequence[Tensor]) -> dict[str, Tensor]:
         """The loss of rows against the logits of each teacher, combined as `teachers_mean` says."""
         if self.teachers_mean == "log_probs":
-            teacher_logits = [mean_of_teachers(teacher_logits, self.sigmoid)]
+            pixels = rows.student_logits.dim() == 4  # always a softmax, whatever the boxes of the same model have
+            teacher_logits = [mean_of_teachers(teacher_logits, self.sigmoid and not pixels)]
         found = [self.row_loss(rows, logits) for logits in teacher_logits]
         return {term: sum(terms[term] for terms in found) / len(found) for term in found[0]}
 

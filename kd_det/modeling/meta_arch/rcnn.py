@@ -110,6 +110,12 @@ class DistilledRCNN(Distilled, GeneralizedRCNN):
             captured: the student's box head on its own proposals; feature maps and ground truth that its ROI heads
                 got, where teachers' proposals are distilled, too.
         """
+        return super().distillation_losses(*self.box_rows(views, captured))
+
+    def box_rows(
+        self, views: Iterable[TeacherView], captured: tuple[list[BoxStage], list[Any] | None]
+    ) -> tuple[Iterable[TeacherView], list[BoxStage]]:
+        """The views, and the rows of every stage of the box head that KD.PROPOSALS and KD.ROWS ask for."""
         stages, head_inputs = captured
         if not stages:
             raise UserError(
@@ -123,7 +129,7 @@ class DistilledRCNN(Distilled, GeneralizedRCNN):
         stages = [select_rows(stage, self.rows, self.background_weight) for stage in stages]
         if len(stages) > 1:
             stages = [replace(stage, suffix=f"_stage{k}") for k, stage in enumerate(stages)]
-        return super().distillation_losses(views, stages)
+        return views, stages
 
     def teacher_logits(self, view: TeacherView, rows: Sequence[BoxStage]) -> list[Tensor]:
         """The teacher's box head on the boxes of every stage."""

@@ -49,6 +49,9 @@ class TeacherView:
         views = [{"image": fit_square(view["image"], square)} for view in views] if square else views
         images = preprocess_image(model, views)
         self.sizes = images.image_sizes
+        scale = [ours / theirs for ours, theirs in zip(self.student_sizes[0], self.sizes[0], strict=True)]
+        # Height and width of the padded images, in the student's pixels.
+        self.extent = tuple(n * factor for n, factor in zip(images.tensor.shape[2:], scale, strict=True))
         self.features = model.backbone(images.tensor)
 
     @torch.no_grad()
