@@ -4,6 +4,7 @@ import hashlib
 import logging
 import math
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ from kd_cls.engine.trainer import Trainer
 from kd_cls.models.factory import build_student, input_stats
 from kd_cls.task.distillation import DistillationTask
 from kd_cls.task.logit_cache import LogitCache
+from kd_cls.task.maps import build_readers
 from kd_cls.task.student import Student
 from kd_cls.task.teacher import Teacher, build_teacher
 from kd_core.losses import DistillationLoss, SerializationLayer
 from kd_core.losses.config import build_kd_loss
+from kd_core.losses.feature_config import build_feature_loss, distils
 from kd_core.optim.config import build_auto_momenta
 from kd_core.utils.errors import UserError
 from kd_core.utils.state_dict import weights_digest
@@ -48,18 +51,22 @@ def build_trainer(cfg: CfgNode, process: Process) -> Trainer:
     stats = input_stats(cfg, model)
     student = Student(model, serialization_layer(cfg, data.num_classes), cfg.MODEL.FREEZE_BN)
     loaders = build_loaders(cfg, data, stats, process)
-    teacher = None if loss is None else attach_teacher(cfg, data, stats, process)
+    teacher = attach_teacher(cfg, data, stats, process) if distils(cfg.KD) else None
     criterion = create_classification_loss(smoothing=cfg.SOLVER.LABEL_SMOOTHING, soft_targets=mixes(cfg))
+    features = build_features(cfg, model, stats, teacher)
+    amp_dtype, device = autocast_dtype(cfg), process.device
     task = DistillationTask(
-        student, teacher, loss, criterion, cfg.KD.TASK_WEIGHT, autocast_dtype(cfg), process.device, cfg.DATA.VIEWS
+        student, teacher, loss, criterion, cfg.KD.TASK_WEIGHT, amp_dtype, device, cfg.DATA.VIEWS, **features
     )
-    broadcast_weights(student)
+    for module in filter(None, (student, task.feature)):
+        broadcast_weights(module)
     prepare_networks(cfg, task)
     if teacher is not None and cfg.KD.TEACHER.EVALUATE:
         report_teacher(teacher, loaders, process)
-    optimizer = build_optimizer(cfg, student)
+    optimizer = build_optimizer(cfg, student, task.feature)
     scheduler = build_scheduler(cfg, optimizer, loaders.train.sampler.num_batches)
-    auto_momenta = build_auto_momenta(cfg.SOLVER, optimizer, student.named_parameters())
+    named = chain(*(module.named_parameters() for module in filter(None, (student, task.feature))))
+    auto_momenta = build_auto_momenta(cfg.SOLVER, optimizer, named)
     metadata = partial(describe, cfg, data.num_classes, stats)
     return Trainer(cfg, task, loaders, optimizer, scheduler, process, metadata, auto_momenta)
 
@@ -75,6 +82,16 @@ def build_distillation_loss(cfg: CfgNode, num_classes: int) -> DistillationLoss 
     if loss is not None and mixes(cfg):
         check_mixed_labels(cfg, loss)
     return loss
+
+
+def build_features(cfg: CfgNode, model: nn.Module, stats: InputStats, teacher: Teacher | None) -> dict[str, Any]:
+    """The feature loss of KD.FEATURE and the readers of its maps, as `DistillationTask` takes them; {} without one."""
+    if cfg.KD.FEATURE.NAME == "none":
+        return {}
+    readers = build_readers(cfg, model, stats.size, teacher.model, teacher.stats.size)
+    channels = (reader.channels for reader in readers)
+    loss = build_feature_loss(cfg.KD.FEATURE, *channels, "WARMUP_EPOCHS", cfg.SOLVER.EPOCHS)
+    return {"feature": loss, "readers": readers}
 
 
 def check_mixed_labels(cfg: CfgNode, loss: DistillationLoss) -> None:
@@ -179,7 +196,7 @@ def describe(
 ) -> dict[str, Any]:
     """The metadata of a checkpoint: what the weights are, how they were trained, and their metrics."""
     return {
-        "method": cfg.KD.LOSS.NAME if cfg.SOLVER.OPTIMIZER == "sgd" else f"{cfg.KD.LOSS.NAME}, {cfg.SOLVER.OPTIMIZER}",
+        "method": method_name(cfg),
         "architecture": cfg.MODEL.NAME,
         "num_classes": num_classes,
         "data": cfg.DATA.NAME,
@@ -191,3 +208,10 @@ def describe(
         "finished": iteration == max_iter,
         "metrics": dict(metrics),
     }
+
+
+def method_name(cfg: CfgNode) -> str:
+    """The losses, and the optimizer where it is not SGD."""
+    kd = cfg.KD
+    losses = kd.LOSS.NAME if kd.FEATURE.NAME == "none" else f"{kd.LOSS.NAME} + {kd.FEATURE.NAME}"
+    return losses if cfg.SOLVER.OPTIMIZER == "sgd" else f"{losses}, {cfg.SOLVER.OPTIMIZER}"

@@ -7,6 +7,8 @@ from fvcore.common.config import CfgNode
 from timm.optim import list_optimizers
 
 from kd_cls.distributed import Process
+from kd_cls.task.maps import PREACT
+from kd_core.losses.feature_config import check_feature, distils
 from kd_core.optim.config import STREAM_OPTIMIZERS, check_preset
 from kd_core.utils.config import lookup
 from kd_core.utils.errors import UserError
@@ -43,6 +45,8 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "DATA.VIEWS": ((lambda value: value in (1, 2)), "1 or 2"),
     "KD.TASK_WEIGHT": at_least(0),
     "KD.LOSS.WARMUP_EPOCHS": at_least(0),
+    "KD.FEATURE.WARMUP_EPOCHS": at_least(0),
+    "KD.FEATURE.PREACT": one_of(*PREACT),
     "KD.TEACHER.CACHE": one_of("none", "full", "topk"),
     "KD.TEACHER.DTYPE": one_of("float32", "bfloat16", "float16"),
     "SOLVER.OPTIMIZER": OPTIMIZER,
@@ -117,7 +121,7 @@ def check_loss(cfg: CfgNode, process: Process) -> None:
 def check_streams(cfg: CfgNode, process: Process) -> None:
     """Refuse an optimizer over gradient streams, or momenta drawn from them, where there are none."""
     check_preset(cfg.SOLVER)
-    name, plain = cfg.SOLVER.OPTIMIZER, cfg.KD.LOSS.NAME == "none"
+    name, plain = cfg.SOLVER.OPTIMIZER, not distils(cfg.KD)
     if name in ("dot_sgd", "deepkd_sgd") and plain:
         raise UserError(
             f"SOLVER.OPTIMIZER is {name!r}, which gives distillation its own momentum, but KD.LOSS.NAME is 'none': use "
@@ -132,7 +136,7 @@ def check_streams(cfg: CfgNode, process: Process) -> None:
 
 def check_cache(cfg: CfgNode, process: Process) -> None:
     """Refuse to cache a teacher's logits of images that are never seen again."""
-    if cfg.KD.LOSS.NAME == "none" or cfg.KD.TEACHER.CACHE == "none" or (cfg.DATA.REPRODUCIBLE and not mixes(cfg)):
+    if not distils(cfg.KD) or cfg.KD.TEACHER.CACHE == "none" or (cfg.DATA.REPRODUCIBLE and not mixes(cfg)):
         return
     reason = "SOLVER.MIXUP mixes images at random" if mixes(cfg) else "DATA.REPRODUCIBLE is False"
     raise UserError(
@@ -145,7 +149,7 @@ def check_views(cfg: CfgNode, process: Process) -> None:
     """Refuse what knows one view of an image only."""
     if cfg.DATA.VIEWS == 1:
         return
-    cached = cfg.KD.LOSS.NAME != "none" and cfg.KD.TEACHER.CACHE != "none"
+    cached = distils(cfg.KD) and cfg.KD.TEACHER.CACHE != "none"
     refused = {
         "SOLVER.MIXUP": (
             mixes(cfg),
@@ -159,12 +163,40 @@ def check_views(cfg: CfgNode, process: Process) -> None:
             raise UserError(f"DATA.VIEWS 2 does not go with {key}, {reason}, or set DATA.VIEWS 1")
 
 
+def check_features(cfg: CfgNode, process: Process) -> None:
+    """Refuse what a feature loss cannot be trained with."""
+    check_feature(cfg.KD.FEATURE, "WARMUP_EPOCHS", cfg.SOLVER.EPOCHS)
+    if cfg.KD.FEATURE.NAME == "none":
+        return
+    images = cfg.SOLVER.IMS_PER_BATCH // (process.world_size * cfg.SOLVER.ACCUMULATE_STEPS)
+    refused = {
+        f"KD.TEACHER.CACHE {cfg.KD.TEACHER.CACHE}": (
+            cfg.KD.TEACHER.CACHE != "none",
+            "it keeps logits and no maps: set it to none",
+        ),
+        "MODEL.COMPILE and KD.TEACHER.COMPILE": (
+            cfg.MODEL.COMPILE or cfg.KD.TEACHER.COMPILE,
+            "what is compiled gives no maps: set both False",
+        ),
+        "SOLVER.CUDA_GRAPH": (cfg.SOLVER.CUDA_GRAPH, "its warm-up is a number of the host: set it False"),
+        f"batches of {images} image(s) per forward pass": (
+            images < 2,
+            "BatchNorm of a 1×1 map needs two: raise SOLVER.IMS_PER_BATCH or lower SOLVER.ACCUMULATE_STEPS",
+        ),
+    }
+    for what, (found, reason) in refused.items():
+        if found:
+            raise UserError(
+                f"KD.FEATURE.NAME {cfg.KD.FEATURE.NAME} does not go with {what}: {reason}, or set KD.FEATURE.NAME none"
+            )
+
+
 def check_graph(cfg: CfgNode, process: Process) -> None:
     """Refuse what a CUDA graph of the whole step cannot hold: work of the host between its kernels."""
     if not cfg.SOLVER.CUDA_GRAPH:
         return
     solver, optimizers, world_size = cfg.SOLVER, ("sgd", "dot_sgd", "deepkd_sgd"), process.world_size
-    cached = cfg.KD.LOSS.NAME != "none" and cfg.KD.TEACHER.CACHE != "none"
+    cached = distils(cfg.KD) and cfg.KD.TEACHER.CACHE != "none"
     fp16 = solver.AMP.ENABLED and solver.AMP.DTYPE == "float16"
     refused = {
         f"{world_size} processes, which exchange gradients": (world_size > 1, "start one"),
@@ -198,6 +230,7 @@ CHECKS: tuple[Callable[[CfgNode, Process], None], ...] = (
     check_streams,
     check_cache,
     check_views,
+    check_features,
     check_graph,
     check_wandb,
 )

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from fvcore.common.config import CfgNode
 
-from kd_core.losses import add_loss_config
+from kd_core.losses import add_feature_config, add_loss_config
 from kd_core.utils.config import find_config, merge_file, merge_list
 from kd_core.utils.errors import UserError
 
@@ -110,6 +110,18 @@ def add_distillation_config(cfg: CfgNode) -> None:
     add_loss_config(cfg.KD.LOSS)
     # Epochs over which the distillation loss rises linearly from 0 to its full weight (may be a fraction).
     cfg.KD.LOSS.WARMUP_EPOCHS = 0.0
+
+    # A loss between feature maps, beside KD.LOSS or alone (docs/methods/reviewkd.md): the keys of kd_core.losses.
+    cfg.KD.FEATURE = CfgNode()
+    add_feature_config(cfg.KD.FEATURE)
+    # Epochs over which it rises linearly from 0 to its full weight (may be a fraction).
+    cfg.KD.FEATURE.WARMUP_EPOCHS = 0.0
+    # Whose maps are taken before their last activation: "none", "teacher" or "both".
+    cfg.KD.FEATURE.PREACT = "teacher"
+    # Which maps of timm's forward_intermediates are compared, as two lists of equal length. Empty: as many as both
+    # networks have, from the coarsest, at most four. The pooled feature follows as a map of 1×1.
+    cfg.KD.FEATURE.STUDENT_MAPS = []
+    cfg.KD.FEATURE.TEACHER_MAPS = []
 
     cfg.KD.TEACHER = CfgNode()
     # The teacher's own kd_cls config, whose MODEL is the teacher. Relative paths start at the working directory.

@@ -25,6 +25,7 @@ from kd_cls.distributed import Process, broadcast_object, start_process
 from kd_cls.engine.cli import option_parser, run_command
 from kd_cls.engine.writers import setup_logging
 from kd_cls.task.teacher import teacher_description
+from kd_core.losses.feature_config import distils
 from kd_core.utils.config import list_values, read_yaml
 from kd_core.utils.files import sweep_unfinished, write_text
 
@@ -75,7 +76,7 @@ def settle_seed(cfg: CfgNode, resume: bool) -> CfgNode:
 def train_missing_teacher(cfg: CfgNode, process: Process) -> None:
     """Train the teacher of KD.TEACHER.CONFIG_FILE, or finish its training, where TRAIN_IF_MISSING asks for it."""
     node = cfg.KD.TEACHER
-    if cfg.KD.LOSS.NAME == "none" or not node.TRAIN_IF_MISSING or node.WEIGHTS or not node.CONFIG_FILE:
+    if not distils(cfg.KD) or not node.TRAIN_IF_MISSING or node.WEIGHTS or not node.CONFIG_FILE:
         return
     _, _, weights, own = teacher_description(cfg)
     if not broadcast_object(read_metadata(weights).get("finished", False)):

@@ -10,9 +10,10 @@ from typing import Any
 
 _MODULES = {
     "kd_core.losses": (
-        "AEKTLoss", "CRLDLoss", "DISTLoss", "DKDLoss", "DistillationLoss", "ForegroundBackground", "GDKD3Loss",
-        "GDKDLoss", "KDLoss", "LOSS_REGISTRY", "MLKDLoss", "ReviewFusion", "SerializationLayer", "add_loss_config",
-        "build_loss", "hierarchical_context_loss", "merge_linear", "standardize_logits",
+        "AEKTLoss", "CRLDLoss", "DISTLoss", "DKDLoss", "DistillationLoss", "FEATURE_REGISTRY", "FeatureLoss",
+        "ForegroundBackground", "GDKD3Loss", "GDKDLoss", "KDLoss", "LOSS_REGISTRY", "MLKDLoss", "ReviewFusion",
+        "ReviewLoss", "SerializationLayer", "add_feature_config", "add_loss_config", "build_loss",
+        "hierarchical_context_loss", "merge_linear", "standardize_logits",
     ),
     "kd_core.optim": (
         "StreamAdamW", "StreamOptimizer", "StreamSGD", "deepkd_sgd", "deepkd_sgd_released", "dot_sgd",

@@ -19,6 +19,7 @@ from kd_cls.config import load_cfg
 from kd_cls.distributed import Process, start_process
 from kd_cls.engine.cli import run_command
 from kd_cls.train import summarise, train
+from kd_core.losses.feature_config import distils
 from kd_core.utils.files import write_text
 
 METHODS = {
@@ -40,7 +41,7 @@ def run(method: str, seed: int, output: Path, words: Sequence[str], process: Pro
     cfg.SEED, cfg.OUTPUT_DIR = seed, str(output / f"cls_{method}" / f"seed_{seed}")
     if method == "teacher":
         cfg.OUTPUT_DIR = str(output / "cls_teacher")
-    elif cfg.KD.LOSS.NAME != "none":
+    elif distils(cfg.KD):
         cfg.KD.TEACHER.WEIGHTS = str(output / "cls_teacher" / LAST)
     result = train(cfg, process, resume=True)
     weights = torch.load(Path(cfg.OUTPUT_DIR, LAST), weights_only=True)["model"]

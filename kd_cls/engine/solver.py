@@ -6,6 +6,7 @@ from fvcore.common.config import CfgNode
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
+from torch import nn
 from torch.optim import Optimizer
 
 from kd_cls.task.student import Student
@@ -14,13 +15,13 @@ from kd_core.optim.config import STREAM_OPTIMIZERS, build_stream_optimizer
 from kd_core.utils.errors import UserError
 
 
-def build_optimizer(cfg: CfgNode, student: Student) -> Optimizer:
-    """The optimizer of SOLVER.OPTIMIZER over the student's parameters.
+def build_optimizer(cfg: CfgNode, student: Student, feature: nn.Module | None = None) -> Optimizer:
+    """The optimizer of SOLVER.OPTIMIZER over the parameters of the student, and of a feature loss.
 
     Raises:
         UserError: a hyperparameter that the optimizer refuses, such as a momentum of 1 or more.
     """
-    solver, groups = cfg.SOLVER, parameter_groups(cfg, student)
+    solver, groups = cfg.SOLVER, parameter_groups(cfg, student, feature)
     if solver.OPTIMIZER in STREAM_OPTIMIZERS:
         return build_stream_optimizer(solver, groups)
     common: dict[str, Any] = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY, "momentum": solver.MOMENTUM}
@@ -33,8 +34,8 @@ def build_optimizer(cfg: CfgNode, student: Student) -> Optimizer:
         raise UserError(f"SOLVER.OPTIMIZER {solver.OPTIMIZER}: {error}") from error
 
 
-def parameter_groups(cfg: CfgNode, student: Student) -> list[dict[str, Any]]:
-    """The trained parameters in two groups, with and without weight decay.
+def parameter_groups(cfg: CfgNode, student: Student, feature: nn.Module | None = None) -> list[dict[str, Any]]:
+    """The trained parameters in groups with and without weight decay: the student's, and those of a feature loss.
 
     The serialization layer has none (ours): decay pulls towards 0, and that layer starts from the identity.
     """
@@ -44,7 +45,10 @@ def parameter_groups(cfg: CfgNode, student: Student) -> list[dict[str, Any]]:
     if not cfg.SOLVER.DECAY_NORM_AND_BIAS:
         undecayed |= {f"model.{name}" for name in getattr(student.model, "no_weight_decay", set)()}
     exclude_norms = not cfg.SOLVER.DECAY_NORM_AND_BIAS
-    return param_groups_weight_decay(student, cfg.SOLVER.WEIGHT_DECAY, exclude_norms, undecayed)
+    groups = param_groups_weight_decay(student, cfg.SOLVER.WEIGHT_DECAY, exclude_norms, undecayed)
+    if feature is not None:
+        groups += param_groups_weight_decay(feature, cfg.SOLVER.WEIGHT_DECAY, exclude_norms)
+    return groups
 
 
 def build_scheduler(cfg: CfgNode, optimizer: Optimizer, steps_per_epoch: int) -> Scheduler:

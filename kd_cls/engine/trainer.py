@@ -230,7 +230,8 @@ class Trainer:
         """Give every process the same BatchNorm statistics: each has seen its own images only."""
         how = self.cfg.SOLVER.DISTRIBUTE_BN
         if self.process.world_size > 1 and how:
-            for module in filter(None, (self.task.trainable_module, self.task.get_trainable_module(ema=True))):
+            ema = self.task.get_trainable_module(ema=True)
+            for module in filter(None, (self.task.trainable_module, ema, self.task.feature)):
                 distribute_bn(module, self.process.world_size, reduce=how == "reduce")
 
     def save(self, name: str, resumable: bool) -> None:

@@ -5,11 +5,13 @@ checkpoints load as they are. It departs from the paper: ReLU for ReLU6, channel
 8, a 1×1 convolution that does not expand in the first block, and fewer strides, for 32 px.
 """
 
+from collections.abc import Iterator
+
 import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
-from kd_cls.models.cifar_net import PooledClassifier, cifar_cfg, conv1x1, conv3x3, init_weights
+from kd_cls.models.cifar_net import PooledClassifier, cifar_cfg, conv1x1, conv3x3, init_weights, stage_info
 
 default_cfgs = generate_default_cfgs({"cifar_mobilenetv2": cifar_cfg("classifier.0", "conv1.0")})
 
@@ -24,6 +26,7 @@ STAGES = (
     (None, 160, 3, 2),
     (None, 320, 1, 1),
 )
+LAST_OF_SIZE = (1, 2, 4, 6)  # stages after which the maps get smaller, and the last
 
 
 class InvertedResidual(nn.Module):
@@ -70,6 +73,8 @@ class CifarMobileNetV2(PooledClassifier):
             in_channels = channels
         self.conv2 = nn.Sequential(*_conv_bn_relu(conv1x1(in_channels, self.num_features)))
         self.classifier = self._new_classifier(num_classes)
+        names, widths = zip(*((f"blocks.{n}", int(STAGES[n][1] * width)) for n in LAST_OF_SIZE), strict=True)
+        self.feature_info = stage_info(names, widths, (2, 4, 8, 16))
         init_weights(self.modules(), linear_std=0.01)
 
     def _new_classifier(self, num_classes: int) -> nn.Module:
@@ -79,11 +84,16 @@ class CifarMobileNetV2(PooledClassifier):
         """The last linear layer."""
         return self.classifier[0]
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, in_chans, 32, 32) → (N, 1280, 2, 2)."""
+    def stages(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
+        """(N, in_chans, 32, 32) → the last maps of 16, 8, 4 and 2 px."""
         x = self.conv1(x)
-        for stage in self.blocks:
+        for number, stage in enumerate(self.blocks):
             x = stage(x)
+            if number in LAST_OF_SIZE:
+                yield x
+
+    def after_stages(self, x: torch.Tensor) -> torch.Tensor:
+        """The last 1×1 convolution."""
         return self.conv2(x)
 
 

@@ -1,9 +1,10 @@
 """Shared by the CIFAR networks: timm's classifier interface and the default config."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from timm.models._features import feature_take_indices
 from torch import nn
 from torch.nn import functional as F
 
@@ -31,8 +32,8 @@ class PooledClassifier(nn.Module):
     """A network that averages its last feature map over all positions and classifies the mean with one linear layer.
 
     The papers' code averages with a window of the map's size at 32 px. The mean over all positions is the same there,
-    and also works for other input sizes. Subclasses compute `forward_features`, (N, in_chans, H, W) →
-    (N, num_features, h, w), and name their last layer in `CLASSIFIER`, since the published state dicts differ in it.
+    and also works for other input sizes. Subclasses compute the maps of their `stages`, describe them in timm's
+    `feature_info`, and name their last layer in `CLASSIFIER`, since the published state dicts differ in it.
 
     Args:
         num_features: channels of the last feature map.
@@ -42,6 +43,8 @@ class PooledClassifier(nn.Module):
     """
 
     CLASSIFIER = "fc"
+    # Modules whose outputs are the stages' maps before the activation, where it is not the last module of a stage.
+    PREACTIVATIONS: tuple[str, ...] = ()
 
     def __init__(self, num_features: int, num_classes: int, in_chans: int, drop_rate: float) -> None:
         super().__init__()
@@ -63,9 +66,34 @@ class PooledClassifier(nn.Module):
         self.num_classes = num_classes
         setattr(self, self.CLASSIFIER, self._new_classifier(num_classes))
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """The last feature map (N, num_features, h, w)."""
+    def stages(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The map that each stage ends with, fine to coarse; the papers' code compares these."""
         raise NotImplementedError
+
+    def after_stages(self, x: torch.Tensor) -> torch.Tensor:
+        """The map that is averaged, (N, num_features, h, w), of that of the last stage."""
+        return x
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """The last feature map (N, num_features, h, w) of images (N, in_chans, H, W)."""
+        for stage in self.stages(x):
+            x = stage  # the others are not kept
+        return self.after_stages(x)
+
+    def forward_intermediates(
+        self, x: torch.Tensor, indices: int | list[int] | None = None, intermediates_only: bool = False, **_: Any
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """timm's: (last feature map, maps of the stages), or those maps alone.
+
+        Args:
+            x: images.
+            indices: stages to return, an int for as many of the last; None for all.
+            intermediates_only: return the maps alone.
+        """
+        maps = list(self.stages(x))
+        kept, _ = feature_take_indices(len(maps), indices)
+        found = [maps[index] for index in kept]
+        return found if intermediates_only else (self.after_stages(maps[-1]), found)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Logits (N, num_classes) of a last feature map, or with `pre_logits` its mean (N, num_features)."""
@@ -76,6 +104,12 @@ class PooledClassifier(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (N, num_classes) of images (N, in_chans, H, W)."""
         return self.forward_head(self.forward_features(x))
+
+
+def stage_info(modules: Sequence[str], channels: Sequence[int], strides: Sequence[int]) -> list[dict[str, Any]]:
+    """timm's `feature_info` of the stages that end in `modules`."""
+    rows = zip(modules, channels, strides, strict=True)
+    return [{"module": module, "num_chs": width, "reduction": stride} for module, width, stride in rows]
 
 
 def init_weights(modules: Iterable[nn.Module], linear_std: float | None = None) -> None:

@@ -4,12 +4,14 @@ Names of layers and sizes are those of the code released with CRD (RepDistiller)
 load as they are. `x4` means four times the channels in the stages and twice in the stem, as in that code.
 """
 
+from collections.abc import Iterator
+
 import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, downsample_conv
 from torch import nn
 
-from kd_cls.models.cifar_net import PooledClassifier, cifar_cfg, conv3x3, init_weights
+from kd_cls.models.cifar_net import PooledClassifier, cifar_cfg, conv3x3, init_weights, stage_info
 
 DEPTHS = (8, 14, 20, 32, 44, 56, 110)
 WIDE = (32, 64, 128, 256)  # of the x4 networks: stem, stages
@@ -45,12 +47,15 @@ class CifarResNet(PooledClassifier):
         self.layer2 = _stage(stages[0], stages[1], blocks, stride=2)
         self.layer3 = _stage(stages[1], stages[2], blocks, stride=2)
         self.fc = self._new_classifier(num_classes)
+        self.feature_info = stage_info(("layer1", "layer2", "layer3"), stages, (1, 2, 4))
         init_weights(self.modules())
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, in_chans, 32, 32) → (N, widths[3], 8, 8)."""
+    def stages(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
+        """(N, in_chans, 32, 32) → (N, widths[l], H, W), H = W = 32, 16, 8."""
         x = self.relu(self.bn1(self.conv1(x)))
-        return self.layer3(self.layer2(self.layer1(x)))
+        for stage in (self.layer1, self.layer2, self.layer3):
+            x = stage(x)
+            yield x
 
 
 def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:

@@ -5,12 +5,14 @@ Names of layers are those of `ResNet18` and `ResNet50` in the code released with
 with the activation last.
 """
 
+from collections.abc import Iterator
+
 import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 from torch.nn import functional as F
 
-from kd_cls.models.cifar_net import PooledClassifier, cifar_cfg, conv1x1, conv3x3, init_weights
+from kd_cls.models.cifar_net import PooledClassifier, cifar_cfg, conv1x1, conv3x3, init_weights, stage_info
 
 default_cfgs = generate_default_cfgs({name: cifar_cfg("linear") for name in ("cifar_resnet18", "cifar_resnet50")})
 
@@ -24,6 +26,7 @@ class ShortcutBlock(nn.Module):
         super().__init__()
         out_channels = self.EXPANSION * channels
         self._build_residual(in_channels, channels, stride)
+        self.relu = nn.ReLU()
         self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != out_channels:
             self.shortcut = nn.Sequential(conv1x1(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels))
@@ -36,7 +39,7 @@ class ShortcutBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, in_channels, H, W) → (N, EXPANSION · channels, H / stride, W / stride)."""
-        return F.relu(self._residual(x) + self.shortcut(x))
+        return self.relu(self._residual(x) + self.shortcut(x))
 
 
 class Basic(ShortcutBlock):
@@ -96,12 +99,16 @@ class CifarResNetV2(PooledClassifier):
             layers += [block(in_channels, channels, stride=1) for _ in range(count - 1)]
             self.add_module(f"layer{stage + 1}", nn.Sequential(*layers))
         self.linear = self._new_classifier(num_classes)
+        names, widths = zip(*((f"layer{n + 1}", 64 * 2**n * block.EXPANSION) for n in range(4)), strict=True)
+        self.feature_info = stage_info(names, widths, (1, 2, 4, 8))
         init_weights(self.modules())
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, in_chans, 32, 32) → (N, 512 · expansion, 4, 4)."""
+    def stages(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
+        """(N, in_chans, 32, 32) → (N, 64 · 2^l · expansion, H, W), H = W = 32, 16, 8, 4."""
         x = F.relu(self.bn1(self.conv1(x)))
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+            yield x
 
 
 @register_model

@@ -5,12 +5,14 @@ checkpoints load as they are: a 1×1 stem of stride 1, no max pooling, and a ReL
 the paper leaves out.
 """
 
+from collections.abc import Iterator
+
 import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 from torch.nn import functional as F
 
-from kd_cls.models.cifar_net import PooledClassifier, cifar_cfg, conv1x1, conv3x3
+from kd_cls.models.cifar_net import PooledClassifier, cifar_cfg, conv1x1, conv3x3, stage_info
 
 default_cfgs = generate_default_cfgs({"cifar_shufflev1": cifar_cfg("linear")})
 
@@ -34,6 +36,7 @@ class ShuffleUnit(nn.Module):
         self.shuffle1 = nn.ChannelShuffle(first_groups)
         self.conv2, self.bn2 = conv3x3(middle, middle, stride, groups=middle), nn.BatchNorm2d(middle)
         self.conv3, self.bn3 = conv1x1(middle, branch, groups=groups), nn.BatchNorm2d(branch)
+        self.relu = nn.ReLU()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, in_channels, H, W) → (N, channels, H / stride, W / stride)."""
@@ -41,8 +44,8 @@ class ShuffleUnit(nn.Module):
         out = F.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
         if self.stride == 2:
-            return F.relu(torch.cat([out, F.avg_pool2d(x, 3, stride=2, padding=1)], dim=1))
-        return F.relu(out + x)
+            return self.relu(torch.cat([out, F.avg_pool2d(x, 3, stride=2, padding=1)], dim=1))
+        return self.relu(out + x)
 
 
 class CifarShuffleNetV1(PooledClassifier):
@@ -74,11 +77,14 @@ class CifarShuffleNetV1(PooledClassifier):
             self.add_module(f"layer{stage}", nn.Sequential(*(ShuffleUnit(*shape, groups) for shape in shapes)))
             in_channels = width
         self.linear = self._new_classifier(num_classes)
+        self.feature_info = stage_info(("layer1", "layer2", "layer3"), widths, (2, 4, 8))
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, in_chans, 32, 32) → (N, 960, 4, 4)."""
+    def stages(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
+        """(N, in_chans, 32, 32) → (N, widths[l], H, W), H = W = 16, 8, 4."""
         x = F.relu(self.bn1(self.conv1(x)))
-        return self.layer3(self.layer2(self.layer1(x)))
+        for stage in (self.layer1, self.layer2, self.layer3):
+            x = stage(x)
+            yield x
 
 
 @register_model

@@ -4,12 +4,14 @@ Layers and names are those of `ShuffleV2` in the code released with CRD (RepDist
 checkpoints load as they are: the paper's table 5 with a 1×1 stem of stride 1 and no max pooling.
 """
 
+from collections.abc import Iterator
+
 import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 from torch.nn import functional as F
 
-from kd_cls.models.cifar_net import PooledClassifier, cifar_cfg, conv1x1, conv3x3
+from kd_cls.models.cifar_net import PooledClassifier, cifar_cfg, conv1x1, conv3x3, stage_info
 
 default_cfgs = generate_default_cfgs({"cifar_shufflev2": cifar_cfg("linear")})
 
@@ -84,11 +86,17 @@ class CifarShuffleNetV2(PooledClassifier):
         self.conv2 = conv1x1(in_channels, widths[3])
         self.bn2 = nn.BatchNorm2d(widths[3])
         self.linear = self._new_classifier(num_classes)
+        self.feature_info = stage_info(("layer1", "layer2", "layer3"), widths[:3], (2, 4, 8))
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, in_chans, 32, 32) → (N, 1024, 4, 4)."""
+    def stages(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
+        """(N, in_chans, 32, 32) → (N, widths[l], H, W), H = W = 16, 8, 4."""
         x = F.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
+        for stage in (self.layer1, self.layer2, self.layer3):
+            x = stage(x)
+            yield x
+
+    def after_stages(self, x: torch.Tensor) -> torch.Tensor:
+        """The last 1×1 convolution."""
         return F.relu(self.bn2(self.conv2(x)))
 
 

@@ -4,12 +4,14 @@ Names of layers are those of the code released with CRD (RepDistiller) and DKD (
 they are; VGG-8 with one convolution per block is that code's own.
 """
 
+from collections.abc import Iterator
+
 import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 from torch.nn import functional as F
 
-from kd_cls.models.cifar_net import PooledClassifier, cifar_cfg, init_weights
+from kd_cls.models.cifar_net import PooledClassifier, cifar_cfg, init_weights, stage_info
 
 WIDTHS = (64, 128, 256, 512, 512)  # channels of the five blocks
 # Convolutions in each block: the paper's table 1, columns A, B, D and E, and VGG-8.
@@ -31,6 +33,7 @@ class CifarVGG(PooledClassifier):
     """
 
     CLASSIFIER = "classifier"
+    PREACTIVATIONS = ("block1", "block2", "block3", "block4")
 
     def __init__(self, depth: int, num_classes: int = 100, in_chans: int = 3, drop_rate: float = 0.0) -> None:
         super().__init__(WIDTHS[-1], num_classes, in_chans, drop_rate)
@@ -40,17 +43,23 @@ class CifarVGG(PooledClassifier):
             in_channels = in_chans if number == 0 else WIDTHS[number - 1]
             self.add_module(f"block{number}", _block(in_channels, width, convolutions))
         self.classifier = self._new_classifier(num_classes)
+        self.feature_info = stage_info(self.PREACTIVATIONS, WIDTHS[1:], (2, 4, 8, 8))
         init_weights(self.modules(), linear_std=0.01)
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, in_chans, 32, 32) → (N, 512, 4, 4)."""
+    def stages(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
+        """(N, in_chans, 32, 32) → the maps of the last four blocks, of 16, 8, 4 and 4 px."""
         pool_fourth = x.shape[2] == 64
-        for block in (self.block0, self.block1, self.block2):
-            x = F.max_pool2d(F.relu(block(x)), 2)
+        x = F.max_pool2d(F.relu(self.block0(x)), 2)
+        for block in (self.block1, self.block2):
+            x = F.relu(block(x))
+            yield x
+            x = F.max_pool2d(x, 2)
         x = F.relu(self.block3(x))
+        yield x
         if pool_fourth:
             x = F.max_pool2d(x, 2)
-        return F.relu(self.block4(x))
+        x = F.relu(self.block4(x))
+        yield x
 
 
 def _block(in_channels: int, channels: int, convolutions: int) -> nn.Sequential:

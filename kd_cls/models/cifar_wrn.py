@@ -6,12 +6,14 @@ norm a second time, for methods that compare features, and so moves three runnin
 they move once.
 """
 
+from collections.abc import Iterator
+
 import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 from torch.nn import functional as F
 
-from kd_cls.models.cifar_net import PooledClassifier, cifar_cfg, conv1x1, conv3x3, init_weights
+from kd_cls.models.cifar_net import PooledClassifier, cifar_cfg, conv1x1, conv3x3, init_weights, stage_info
 
 default_cfgs = generate_default_cfgs(
     {f"cifar_wrn_{size}": cifar_cfg("fc") for size in ("16_1", "16_2", "40_1", "40_2")}
@@ -59,6 +61,8 @@ class CifarWideResNet(PooledClassifier):
         num_classes, in_chans, drop_rate: see `PooledClassifier`.
     """
 
+    PREACTIVATIONS = ("block2.layer.0.bn1", "block3.layer.0.bn1", "bn1")
+
     def __init__(
         self, depth: int, widen: int, num_classes: int = 100, in_chans: int = 3, drop_rate: float = 0.0
     ) -> None:
@@ -72,13 +76,20 @@ class CifarWideResNet(PooledClassifier):
         self.block3 = Stage(blocks, 32 * widen, 64 * widen, stride=2)
         self.bn1 = nn.BatchNorm2d(64 * widen)
         self.fc = self._new_classifier(num_classes)
+        self.feature_info = stage_info(("block1", "block2", "block3"), [16 * widen * k for k in (1, 2, 4)], (1, 2, 4))
         init_weights(self.modules())
         if num_classes > 0:
             nn.init.zeros_(self.fc.bias)
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, in_chans, 32, 32) → (N, 64k, 8, 8)."""
-        x = self.block3(self.block2(self.block1(self.conv1(x))))
+    def stages(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
+        """(N, in_chans, 32, 32) → (N, 16k · 2^l, H, W), H = W = 32, 16, 8, before any norm or activation."""
+        x = self.conv1(x)
+        for stage in (self.block1, self.block2, self.block3):
+            x = stage(x)
+            yield x
+
+    def after_stages(self, x: torch.Tensor) -> torch.Tensor:
+        """The last norm and activation."""
         return F.relu(self.bn1(x))
 
 

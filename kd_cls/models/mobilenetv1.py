@@ -4,12 +4,14 @@ Names of layers are those of the code released with DKD (mdistiller), whose chec
 `mobilenetv1_100` is the same network with ReLU6 under other names.
 """
 
+from collections.abc import Iterator
+
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
-from kd_cls.models.cifar_net import PooledClassifier, cifar_cfg, conv1x1, conv3x3
+from kd_cls.models.cifar_net import PooledClassifier, cifar_cfg, conv1x1, conv3x3, stage_info
 
 IMAGENET = {"num_classes": 1000, "input_size": (3, 224, 224), "crop_pct": 0.875}
 IMAGENET |= {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
@@ -17,6 +19,7 @@ default_cfgs = generate_default_cfgs({"kd_mobilenetv1": cifar_cfg("fc", "model.0
 
 # Channels and stride of the depthwise separable convolutions after the stem.
 SEPARABLE = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1))
+LAST_OF_SIZE = (3, 5, 11, 13)  # convolutions after which the maps get smaller, and the last
 
 
 class MobileNetV1(PooledClassifier):
@@ -37,10 +40,15 @@ class MobileNetV1(PooledClassifier):
             in_channels = channels
         self.model = nn.Sequential(*stages)
         self.fc = self._new_classifier(num_classes)
+        names, widths = zip(*((f"model.{n}", SEPARABLE[n - 1][0]) for n in LAST_OF_SIZE), strict=True)
+        self.feature_info = stage_info(names, widths, (4, 8, 16, 32))
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, in_chans, 224, 224) → (N, 1024, 7, 7)."""
-        return self.model(x)
+    def stages(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
+        """(N, in_chans, 224, 224) → the last maps of 56, 28, 14 and 7 px."""
+        for number, layer in enumerate(self.model):
+            x = layer(x)
+            if number in LAST_OF_SIZE:
+                yield x
 
 
 def _conv_bn_relu(conv: nn.Conv2d) -> tuple[nn.Module, nn.Module, nn.Module]:

@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from timm.layers import Conv2dSame, get_notrace_modules
 from torch import Tensor, nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
+from kd_cls.task.maps import MapReader
 from kd_core.utils.compiling import CompiledOrPlain
 from kd_core.utils.errors import UserError
 from kd_core.utils.folding import CONVOLUTIONS, fold_batch_norms
@@ -72,17 +74,31 @@ class FastTeacher:
         example: Tensor | None = None,
     ) -> None:
         self.speed = speed
-        self.forward: Callable[[Tensor], Tensor] = accelerate_teacher(network, speed, example)
+        self.network = accelerate_teacher(network, speed, example)
+        self.forward: Callable[[Tensor], Tensor] = self.network
         if compile_options is not None:
             self.forward = CompiledOrPlain(self.forward, "teacher", log=logger, **compile_options)
 
     def __call__(self, images: Tensor) -> Tensor:
+        with self.precision(images):
+            logits = self.forward(self.prepare(images))
+        return logits.float() if self.speed.casts else logits
+
+    def with_maps(self, images: Tensor, reader: MapReader) -> tuple[Tensor, list[Tensor]]:
+        """Logits as of a call, and the feature maps, in the dtype in which they were computed; not compiled."""
+        with self.precision(images):
+            logits, maps = reader(self.network, self.prepare(images))
+        return logits.float() if self.speed.casts else logits, maps
+
+    def precision(self, images: Tensor) -> AbstractContextManager[Any]:
+        """No autocast where `speed` has a dtype of its own."""
+        return torch.autocast(images.device.type, enabled=False) if self.speed.casts else nullcontext()
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Images in the memory format and the dtype of the network."""
         if self.speed.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        if not self.speed.casts:
-            return self.forward(images)
-        with torch.autocast(images.device.type, enabled=False):
-            return self.forward(images.to(self.speed.dtype)).float()
+        return images.to(self.speed.dtype) if self.speed.casts else images
 
     def forward_and_log_drift(self, images: Tensor, network: nn.Module) -> Tensor:
         """The logits, like a call; also logs how far `speed.dtype` moves them from those of the original `network`.

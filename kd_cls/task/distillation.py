@@ -8,15 +8,18 @@ import torch
 from timm.task import TrainingTask
 from torch import Tensor, nn
 
+from kd_cls.task.maps import MapReader
 from kd_cls.task.student import Student
 from kd_cls.task.teacher import Teacher
+from kd_core.losses import FeatureLoss
 from kd_core.utils.compiling import CompiledOrPlain
 
 logger = logging.getLogger("kd_cls")
 
 
 class DistillationTask(TrainingTask):
-    """loss = w_task · CE(task logits, target) + Σ terms(z, z_T, target, progress), in float32 under any autocast.
+    """loss = w_task · CE(task logits, target) + Σ terms(z, z_T, target, progress), in float32 under any autocast;
+    with a feature loss, + Σ terms(student's maps, teacher's maps, progress), the mean over the views.
 
     timm's own loops can train it through `loss`, the sum. Our loop takes the gradient of each stream separately
     (`stream_losses`).
@@ -31,6 +34,8 @@ class DistillationTask(TrainingTask):
         device: of the task.
         views: of each image. Two, weak and strong, come as one image of six channels; each takes a forward pass of its
             own, so that BatchNorm sees one view at a time. CE is then the sum over both.
+        feature: a loss between feature maps, whose parameters are trained too; None for none.
+        readers: of the student's and the teacher's maps, with `feature`.
     """
 
     def __init__(
@@ -43,12 +48,16 @@ class DistillationTask(TrainingTask):
         amp_dtype: torch.dtype | None = None,
         device: torch.device | None = None,
         views: int = 1,
+        feature: FeatureLoss | None = None,
+        readers: tuple[MapReader, MapReader] | None = None,
     ) -> None:
         super().__init__(device=device, verbose=False)
         self.trainable_module, self.teacher, self.criterion = student, teacher, criterion
         self.distillation, self.task_weight, self.amp_dtype = loss, task_weight, amp_dtype
-        self.views = views
-        self.streams = {"task": "tog"} | (dict(loss.streams) if loss is not None else {})
+        self.views, self.feature, self.readers = views, feature, readers
+        self.streams = {"task": "tog"}
+        for part in (loss, feature):
+            self.streams |= part.streams if part is not None else {}
         self.compiled_student: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
         self.to(self.device)
 
@@ -82,18 +91,39 @@ class DistillationTask(TrainingTask):
             distillation loss.
         """
         views = self.split_views(input)
+        terms: dict[str, Tensor] = {}
         with self.autocast():
-            if self.teacher is not None and teacher_logits is None:
-                teacher_logits = self.one_or_both([self.teacher(view) for view in views])
-            outputs = [(self.compiled_student or self.trainable_module)(view) for view in views]
+            if self.feature is not None:
+                outputs, teacher_logits, terms = self.compare_features(views, progress)
+            else:
+                if self.teacher is not None and teacher_logits is None:
+                    teacher_logits = self.one_or_both([self.teacher(view) for view in views])
+                outputs = [(self.compiled_student or self.trainable_module)(view) for view in views]
         logits = self.one_or_both([distilled for distilled, _ in outputs])
         task_losses = [self.criterion(task_logits.float(), target) for _, task_logits in outputs]
-        terms = {"task": self.task_weight * sum(task_losses[1:], task_losses[0])}
+        terms = {"task": self.task_weight * sum(task_losses[1:], task_losses[0]), **terms}
         if self.distillation is not None:
             labels = target.argmax(1) if target.ndim == 2 else target
             graph_options = {} if warmup_weight is None else {"warmup_weight": warmup_weight}
             terms |= self.distillation(logits, teacher_logits, labels, progress, **graph_options)
         return {"loss": sum(terms.values()), "output": outputs[0][1], **terms}
+
+    def compare_features(
+        self, views: list[Tensor], progress: float | None
+    ) -> tuple[list[tuple[Tensor, Tensor]], Tensor | tuple[Tensor, ...], dict[str, Tensor]]:
+        """(both logits of the student, logits of the teacher, terms of the feature loss), of one pass of each a view.
+
+        The maps of a view are free, but for what the backward pass needs, when the next view comes.
+        """
+        outputs, teacher_logits, terms = [], [], {}
+        for view in views:
+            logits, teacher_maps = self.teacher.with_maps(view, self.readers[1])
+            teacher_logits.append(logits)
+            *both, maps = self.trainable_module.with_maps(view, self.readers[0])
+            outputs.append(tuple(both))
+            for name, value in self.feature(maps, teacher_maps, progress).items():
+                terms[name] = terms.get(name, 0) + value / len(views)
+        return outputs, self.one_or_both(teacher_logits), terms
 
     def split_views(self, images: Tensor) -> list[Tensor]:
         """The views (N, 3, H, W) of a batch, in its memory format."""
@@ -116,11 +146,14 @@ class DistillationTask(TrainingTask):
         return losses
 
     def teacher_logits(self, images: Tensor, epoch: int, indices: Tensor) -> Tensor | tuple[Tensor, ...] | None:
-        """The teacher's logits (N, C) of each view, from its cache if they are there; None without a teacher.
+        """The teacher's logits (N, C) of each view, from its cache if they are there.
 
-        `indices` (N,) are the images' indices in the data set.
+        None without a teacher, and with a feature loss: `forward` computes them with the maps.
+
+        Args:
+            indices: (N,) of the images in the data set.
         """
-        if self.teacher is None:
+        if self.teacher is None or self.feature is not None:
             return None
         with self.autocast():
             views = self.split_views(images)
@@ -132,17 +165,23 @@ class DistillationTask(TrainingTask):
         return {} if topk is None else {"K": topk.k(progress, self.trainable_module.model.num_classes)}
 
     def weights(self, with_factors: bool) -> dict[str, Any]:
-        """Checkpoint entries: `model` and `model_ema` as plain timm loads them, and the `factors` merged into them."""
+        """Checkpoint entries: `model` and `model_ema` as plain timm loads them; for --resume (`with_factors`) also the
+        `factors` merged into them, and the parameters of the `feature` loss.
+        """
         students = {"model": self.trainable_module}
         if self.has_ema():
             students["model_ema"] = self.trainable_module_ema.module
         state: dict[str, Any] = {name: student.merged_state_dict() for name, student in students.items()}
         if with_factors:
             state["factors"] = {name: student.factors() for name, student in students.items()}
+            if self.feature is not None:
+                state["feature"] = self.feature.state_dict()
         return state
 
     def load(self, checkpoint: dict[str, Any]) -> None:
-        """Load the networks of a checkpoint of this run, factors included."""
+        """Load the networks of a checkpoint of this run, factors and feature loss included."""
+        if self.feature is not None:
+            self.feature.load_state_dict(checkpoint["feature"])
         self.trainable_module.load(checkpoint["model"], checkpoint["factors"]["model"])
         if self.has_ema():
             self.trainable_module_ema.module.load(checkpoint["model_ema"], checkpoint["factors"]["model_ema"])

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kd_cls.task.maps import MapReader
 from kd_core.losses import merge_linear
 from kd_core.utils.errors import UserError
 
@@ -39,7 +40,15 @@ class Student(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(distilled logits z, task logits), (N, C) each."""
-        logits = self.model(images)
+        return self.both_logits(self.model(images))
+
+    def with_maps(self, images: Tensor, reader: MapReader) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """(distilled logits z, task logits, feature maps), of one forward pass."""
+        logits, maps = reader(self.model, images)
+        return *self.both_logits(logits), maps
+
+    def both_logits(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """(z, task logits) of the network's logits z."""
         return logits, logits if self.serialization is None else self.serialization(logits)
 
     def predict(self, images: Tensor) -> Tensor:

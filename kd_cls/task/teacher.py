@@ -17,6 +17,7 @@ from kd_cls.data.statistics import InputStats, check_stats
 from kd_cls.models.factory import create_network
 from kd_cls.task.acceleration import FastTeacher, TeacherSpeed
 from kd_cls.task.logit_cache import LogitCache
+from kd_cls.task.maps import MapReader
 from kd_core.utils.errors import UserError
 
 logger = logging.getLogger("kd_cls")
@@ -85,13 +86,26 @@ class Teacher(DistillationTeacher):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, C) for images (N, 3, H, W) normalised for the student."""
         images = self.prepare(images)
+        fast = self.accelerated(images)
+        if not self.is_measured:
+            self.is_measured = True
+            return fast.forward_and_log_drift(images, self.model)
+        return fast(images)
+
+    @torch.no_grad()
+    def with_maps(self, images: Tensor, reader: MapReader) -> tuple[Tensor, list[Tensor]]:
+        """Logits like `forward`, and the feature maps that `reader` reads in the same pass."""
+        if not self.is_measured:
+            self(images)
+        images = self.prepare(images)
+        return self.accelerated(images).with_maps(images, reader)
+
+    def accelerated(self, images: Tensor) -> FastTeacher:
+        """The faster copy, made with the first images."""
         if self.fast is None:
             example = images[:2].clone(memory_format=torch.contiguous_format)
             self.fast = FastTeacher(self.model, self.speed, self.compile_options, example)
-        if not self.is_measured:
-            self.is_measured = True
-            return self.fast.forward_and_log_drift(images, self.model)
-        return self.fast(images)
+        return self.fast
 
     def _apply(self, *args: Any, **kwargs: Any) -> "Teacher":
         self.fast = None
@@ -122,7 +136,8 @@ def teacher_description(cfg: CfgNode) -> tuple[str, str, str, CfgNode | None]:
     node = cfg.KD.TEACHER
     if bool(node.NAME) == bool(node.CONFIG_FILE):
         raise UserError(
-            f"KD.LOSS.NAME is {cfg.KD.LOSS.NAME!r}, so there must be a teacher: set one of KD.TEACHER.CONFIG_FILE "
+            f"KD.LOSS.NAME is {cfg.KD.LOSS.NAME!r} and KD.FEATURE.NAME {cfg.KD.FEATURE.NAME!r}, so there must be a "
+            "teacher: set one of KD.TEACHER.CONFIG_FILE "
             f"(now {node.CONFIG_FILE!r}) and KD.TEACHER.NAME (now {node.NAME!r})"
         )
     if node.NAME:

@@ -188,20 +188,30 @@ def build_kd_loss(
     Raises:
         UserError: both `warmup_key` and WARMUP, or what `build_loss` refuses, by its full key.
     """
+    node = share_of_training(node, "KD.LOSS", warmup_key, training_length)
+    try:
+        return build_loss(node, num_classes, views)
+    except ValueError as error:  # names the keys under LOSS
+        raise UserError(f"KD.{error}") from error
+
+
+def share_of_training(node: Any, key: str, warmup_key: str, training_length: float) -> Any:
+    """A copy of a loss's node whose WARMUP is the share of the training that `warmup_key` gives.
+
+    Raises:
+        UserError: the node, called `key` in the config, has both.
+    """
     length = node[warmup_key]
     if length and node.WARMUP:
         raise UserError(
-            f"KD.LOSS.{warmup_key} {length} and KD.LOSS.WARMUP {node.WARMUP} both give the length of the warm-up: set "
+            f"{key}.{warmup_key} {length} and {key}.WARMUP {node.WARMUP} both give the length of the warm-up: set "
             "one of them to 0"
         )
     node = node.clone()
     node.defrost()
     if length:
         node.WARMUP = 1.0 if length >= training_length else length / training_length
-    try:
-        return build_loss(node, num_classes, views)
-    except ValueError as error:  # names the keys under LOSS
-        raise UserError(f"KD.{error}") from error
+    return node
 
 
 def common_options(cfg: Any) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Facts of the released networks: state-dict keys and shapes, and their outputs under weights given by a formula.
+"""Facts of the released networks: state-dict keys and shapes, and outputs and maps under weights given by a formula.
 
     python tests/helpers/golden_networks.py --mdistiller PATH
 
-writes tests/golden/cifar_state_dicts.json and cifar_outputs.json anew from a checkout of
+writes tests/golden/cifar_state_dicts.json, cifar_outputs.json and cifar_maps.json anew from a checkout of
 github.com/megvii-research/mdistiller. The tests read those files and the formula below, and need no such checkout.
 """
 
@@ -55,14 +55,33 @@ def formula_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def formula_outputs(model: torch.nn.Module, size: int) -> dict[str, list[list[float]]]:
     """Logits (IMAGES, CLASSES) in eval and in training mode, for formula weights and a formula image."""
     model.double().load_state_dict(formula_state(model.state_dict()))
-    images = 2 * spread(IMAGES * 3 * size * size, 0).reshape(IMAGES, 3, size, size) - 1
     outputs = {}
     with torch.no_grad():
         for mode in ("eval", "train"):
-            logits = model.train(mode == "train")(images)
+            logits = model.train(mode == "train")(formula_images(size))
             logits = logits[0] if isinstance(logits, tuple) else logits  # the released networks return features too
             outputs[mode] = logits[:, :CLASSES].tolist()
     return outputs
+
+
+def summary(maps: list[torch.Tensor]) -> list[list[float]]:
+    """[channels, height, mean, mean absolute value] of every map."""
+    return [[*m.shape[1:3], float(m.mean()), float(m.abs().mean())] for m in maps]
+
+
+def formula_images(size: int) -> torch.Tensor:
+    """A batch of images that is the same on every machine."""
+    return 2 * spread(IMAGES * 3 * size * size, 0).reshape(IMAGES, 3, size, size) - 1
+
+
+def released_maps(model: torch.nn.Module, size: int) -> dict[str, list[list[float]]]:
+    """What ReviewKD's released code may compare: the maps of the stages after and before their activation, pooled."""
+    model.double().eval().load_state_dict(formula_state(model.state_dict()))
+    with torch.no_grad():
+        found = model(formula_images(size))[1]
+    stem = 0 if size == 224 else 1  # MobileNetV1 lists no stem
+    maps = {name: found[name][stem:] for name in ("feats", "preact_feats") if name in found}
+    return {name: summary([*those, found["pooled_feat"][:, :, None, None]]) for name, those in maps.items()}
 
 
 def _released_builders(checkout: Path) -> dict[str, types.FunctionType]:
@@ -87,17 +106,19 @@ def _write(name: str, facts: dict[str, dict]) -> None:
 
 
 def main() -> None:
-    """Read the released networks, write both files."""
+    """Read the released networks, write the files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mdistiller", type=Path, required=True, help="a checkout of megvii-research/mdistiller")
-    states, outputs = {}, {}
+    states, outputs, maps = {}, {}, {}
     for name, build in _released_builders(parser.parse_args().mdistiller).items():
         with contextlib.redirect_stdout(io.StringIO()):  # one of them prints
             network, small = build(100), build(CLASSES)
         states[name] = {key: list(tensor.shape) for key, tensor in network.state_dict().items()}
-        outputs[name] = formula_outputs(small, 224 if name == "kd_mobilenetv1" else 32)
+        size = 224 if name == "kd_mobilenetv1" else 32
+        outputs[name], maps[name] = formula_outputs(small, size), released_maps(small, size)
     _write("cifar_state_dicts.json", states)
     _write("cifar_outputs.json", outputs)
+    _write("cifar_maps.json", maps)
 
 
 if __name__ == "__main__":

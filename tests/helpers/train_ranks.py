@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import torch
+from fvcore.common.config import CfgNode
 
 from kd_cls.build import build_trainer
 from kd_cls.config import load_cfg
-from kd_cls.distributed import start_process
+from kd_cls.distributed import Process, start_process
 from kd_cls.evaluate import evaluate_checkpoint
 
 
@@ -30,7 +31,21 @@ def main(config_file: str, output: str, options: list[str]) -> None:
         metrics = trainer.run()
         state = {"student": trainer.task.trainable_module.state_dict(), "metrics": metrics, "seen": seen}
         state["evaluated"] = evaluate_checkpoint(cfg, process)
+        state["feature"] = train_feature(cfg, process)
         torch.save(state, Path(output, f"rank{process.rank}.pt"))
+
+
+def train_feature(cfg: CfgNode, process: Process) -> dict[str, torch.Tensor]:
+    """The parameters of a feature loss after a short training with one, BatchNorm seeing each rank's own images."""
+    cfg = cfg.clone()
+    cfg.KD.FEATURE.NAME, cfg.SOLVER.EPOCHS, cfg.MODEL.FREEZE_BN = "review", 1.0, False
+    cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR, "feature"))
+    trainer = build_trainer(cfg, process)
+    first = {name: p.detach().clone() for name, p in trainer.task.feature.named_parameters()}
+    trainer.run()
+    trained = dict(trainer.task.feature.named_parameters())
+    assert not any(torch.equal(first[name], p) for name, p in trained.items())
+    return {name: p.detach() for name, p in trained.items()}
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from fvcore.common.config import CfgNode
 from kd_cls.config import load_cfg
 from kd_cls.distributed import Process
 from kd_cls.train import train
+from kd_core.losses.feature_config import distils
 
 TINY = {
     "MODEL": {"NAME": "cifar_resnet8"},
@@ -54,7 +55,7 @@ def tiny(tiny_yaml: Path, teacher_yaml: Path, tmp_path: Path) -> Callable[..., C
     def build(*options: Any) -> CfgNode:
         words = ["OUTPUT_DIR", str(tmp_path / "run"), *map(str, options)]
         cfg = load_cfg(str(tiny_yaml), words)
-        if cfg.KD.LOSS.NAME != "none" and not (cfg.KD.TEACHER.NAME or cfg.KD.TEACHER.CONFIG_FILE):
+        if distils(cfg.KD) and not (cfg.KD.TEACHER.NAME or cfg.KD.TEACHER.CONFIG_FILE):
             cfg.KD.TEACHER.CONFIG_FILE = str(teacher_yaml)
         return cfg
 

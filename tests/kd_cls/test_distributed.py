@@ -53,6 +53,11 @@ def test_ranks_are_identical_to_the_bit(ranks: list[dict[str, Any]]) -> None:
     assert ranks[0]["metrics"]["top1"] == ranks[1]["metrics"]["top1"]
 
 
+def test_the_parameters_of_a_feature_loss_are_identical_too(ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["feature"] for rank in ranks)
+    assert len(first) > 10 and all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_two_ranks_train_as_one_process_on_the_whole_batch(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
     assert ranks[0]["seen"] == ranks[1]["seen"] == [8] * 20
     one, two = alone["student"], ranks[0]["student"]

@@ -38,6 +38,11 @@ METHODS = {
     "two views": [
         *["KD.LOSS.NAME", "mlkd", "DATA.VIEWS", 2, "SOLVER.OPTIMIZER", "deepkd_sgd", "DATA.AUGMENTATION", "cifar"],
     ],
+    "review, averaged, in parts, clipped": [
+        *["KD.LOSS.NAME", "dkd", "KD.FEATURE.NAME", "review", "KD.FEATURE.WARMUP_EPOCHS", 1],
+        *["SOLVER.OPTIMIZER", "deepkd_sgd", "SOLVER.EMA.ENABLED", True, "SOLVER.ACCUMULATE_STEPS", 2],
+        *["SOLVER.CLIP_GRADIENTS.ENABLED", True],
+    ],
     "adamw": ["KD.LOSS.NAME", "kd", "SOLVER.OPTIMIZER", "stream_adamw", "SOLVER.BASE_LR", 1e-3],
 }
 

@@ -53,6 +53,12 @@ METHODS: dict[str, tuple[list, set[str], int]] = {  # options, terms beside the 
         {"within_tckd", "within_nckd", "cross_tckd", "cross_nckd"},
         2,
     ),
+    "reviewkd": (["KD.FEATURE.NAME", "review"], {"review"}, 1),
+    "deepkd over dkd and review": (
+        ["KD.LOSS.NAME", "dkd", "KD.FEATURE.NAME", "review", "SOLVER.OPTIMIZER", "deepkd_sgd"],
+        {"tckd", "nckd", "review"},
+        2,
+    ),
     "timm's lamb": (["KD.LOSS.NAME", "dkd", "SOLVER.OPTIMIZER", "lamb"], {"tckd", "nckd"}, 1),
 }
 
