@@ -74,17 +74,18 @@ def find_config(name: str) -> str:
     return name
 
 
-def read_yaml(path: str, kind: type[CfgNode] = CfgNode) -> dict[str, Any]:
+def read_yaml(path: str, kind: type[CfgNode] = CfgNode, trusted: bool = False) -> dict[str, Any]:
     """The mapping in a yaml file, its `_BASE_` files merged underneath.
 
     Args:
         path: of the file, or a name that `find_config` knows.
         kind: how its `_BASE_` files are found: detectron2's CfgNode knows more kinds of paths than fvcore's.
+        trusted: the file is part of an installed package, and may hold yaml tags that run code.
     """
     path = find_config(path)
     no_keys = f"{path} holds no keys: a config is a mapping like 'SOLVER: {{BASE_LR: 0.1}}'"
     try:
-        loaded = kind.load_yaml_with_base(path, allow_unsafe=False)
+        loaded = kind.load_yaml_with_base(path, allow_unsafe=trusted)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}" if mark else path

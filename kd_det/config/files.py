@@ -1,7 +1,9 @@
 """Reading a detection config: as `kd_core.utils.config` does it, and files of detectron2's older versions."""
 
 import os
+from pathlib import Path
 
+from detectron2 import model_zoo
 from detectron2.config import CfgNode, downgrade_config, upgrade_config
 
 from kd_core.utils.config import find_config, merge_list, merge_mapping, read_yaml
@@ -15,7 +17,9 @@ def merge_file(cfg: CfgNode, path: str) -> None:
     Raises:
         UserError: as `kd_core.utils.config.merge_file`; a VERSION that this detectron2 does not know.
     """
-    values = read_yaml(path, CfgNode)
+    # Of the model zoo's files some compute their anchors by a yaml tag; they are code of the installed detectron2.
+    zoo = Path(model_zoo.__file__).parent / "configs"
+    values = read_yaml(path, CfgNode, trusted=Path(path).is_relative_to(zoo))
     version = values.get("VERSION", cfg.VERSION)
     if version == cfg.VERSION:
         return merge_mapping(cfg, values, path)
