@@ -2,6 +2,7 @@
 
 import logging
 import weakref
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -281,8 +282,12 @@ class DistillationTrainer(TrainerBase):
     def run_step(self) -> None:
         """One iteration; a loss that is not finite raises a DivergedError that says where."""
         self._trainer.iter = self.iter
+        # TorchScript compiles a function after its first calls, and then rounds otherwise: with a RetinaNet's focal
+        # loss, which detectron2 scripts, a resumed training would differ from an uninterrupted one.
+        repeatable = torch.jit.optimized_execution(False) if self.cfg.SEED >= 0 else nullcontext()
         try:
-            self._trainer.run_step()
+            with repeatable:
+                self._trainer.run_step()
         except FloatingPointError as error:
             raise DivergedError(self.describe_failure(error)) from error
 
@@ -307,6 +312,8 @@ class DistillationTrainer(TrainerBase):
         model = self.checkpointer.model
         if getattr(model, "serialization", None) is not None:  # `model` in the checkpoint has them merged
             state["aekt_factors"] = factors(model)
+        if hasattr(model, "loss_normalizer"):  # a RetinaNet's moving average, which is no buffer
+            state["loss_normalizer"] = float(model.loss_normalizer)
         return {**state, "optimizer_name": self.cfg.SOLVER.OPTIMIZER, "max_iter": self.max_iter}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -318,6 +325,8 @@ class DistillationTrainer(TrainerBase):
         load_step(self._trainer, state_dict["_trainer"], path)
         if "aekt_factors" in state_dict:
             load_factors(self.checkpointer.model, state_dict["aekt_factors"])
+        if "loss_normalizer" in state_dict:
+            self.checkpointer.model.loss_normalizer = state_dict["loss_normalizer"]
         self.resumed = True
 
     @classmethod

@@ -1,6 +1,7 @@
-"""Hooks of a training in several processes: shared BatchNorm statistics, and a check that the weights are equal."""
+"""Hooks of a training in several processes: shared statistics, and a check that the weights are equal."""
 
 import logging
+import statistics
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
@@ -14,11 +15,12 @@ logger = logging.getLogger(__name__)
 
 
 class ShareBatchNorm(HookBase):
-    """Before a checkpoint and before an evaluation, averages BatchNorm's running statistics over the processes.
+    """Before a checkpoint and before an evaluation, averages BatchNorm's running statistics over the processes, and the
+    moving average of foreground anchors by which a one-stage detector divides its losses.
 
-    Training itself normalises by the batch. But without this, a checkpoint would hold rank 0's statistics only, and a
-    resumed training would differ from an uninterrupted one. Register it in every process, before the hooks that save
-    and evaluate.
+    Training itself normalises by the batch, and each process divides by its own average. But without this, a checkpoint
+    would hold rank 0's statistics only, and a resumed training would differ from an uninterrupted one. Register it in
+    every process, before the hooks that save and evaluate.
 
     Args:
         models: the student, and its moving average.
@@ -36,7 +38,7 @@ class ShareBatchNorm(HookBase):
 
 
 def share_batch_norm(model: nn.Module) -> None:
-    """Average running means and variances over the processes.
+    """Average running means and variances, and `loss_normalizer`, over the processes.
 
     FrozenBatchNorm2d is left out: its statistics are constants, equal everywhere, and averaging might round them.
     """
@@ -45,6 +47,8 @@ def share_batch_norm(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             distribute_bn(module, comm.get_world_size(), reduce=True)
+    if hasattr(model, "loss_normalizer"):
+        model.loss_normalizer = statistics.fmean(comm.all_gather(float(model.loss_normalizer)))
 
 
 class CheckRanksAgree(HookBase):
