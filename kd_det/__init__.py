@@ -1,6 +1,6 @@
-"""Distillation of detectron2 detectors through their ROI classification logits.
+"""Distillation of detectron2 models through their classification logits.
 
-Importing it registers the meta-architecture `DistilledRCNN`, the backbone `build_timm_fpn_backbone` and the data sets
+Importing it registers the distilled meta-architectures, the backbone `build_timm_fpn_backbone` and the data sets
 `digits_train`, `digits_val` and `digits_test`.
 """
 
@@ -22,6 +22,7 @@ with warnings.catch_warnings():  # it scripts functions when it is imported, whi
 from kd_det import data  # noqa: F401  (registers the built-in data sets)
 from kd_det.config import add_kd_config, add_timm_config
 from kd_det.modeling import backbone  # noqa: F401  (registers build_timm_fpn_backbone)
+from kd_det.modeling.meta_arch.dense import DistilledRetinaNet
 from kd_det.modeling.meta_arch.rcnn import DistilledRCNN
 from kd_det.modeling.meta_arch.semantic_seg import DistilledPanopticFPN, DistilledSemanticSegmentor
 from kd_det.modeling.teacher.teacher import Teacher
@@ -29,6 +30,7 @@ from kd_det.modeling.teacher.teacher import Teacher
 __all__ = [
     "DistilledPanopticFPN",
     "DistilledRCNN",
+    "DistilledRetinaNet",
     "DistilledSemanticSegmentor",
     "Teacher",
     "add_kd_config",

@@ -17,6 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kd_core.utils.errors import UserError
 
+try:  # main. 0.5: no such detector.
+    from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
+except ImportError:
+    FCOS = FCOSHead = None
+
 # Every process keeps BatchNorm statistics of its own until `ShareBatchNorm`. Newer torch has renamed the option.
 _DDP_OPTIONS = signature(DistributedDataParallel).parameters
 KEEP_BUFFERS = {"forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTIONS else "broadcast_buffers": False}

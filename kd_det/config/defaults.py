@@ -105,6 +105,12 @@ def add_distillation_config(node: CfgNode) -> None:
     node.ROWS = "all"
     # ROWS weighted: weight of a background row. The default balances POSITIVE_FRACTION .25: three to one.
     node.BACKGROUND_WEIGHT = 1 / 3
+    # One-stage detectors (docs/dense.md).
+    node.DENSE = CfgNode()
+    # Which anchors are distilled: "all" that the focal loss counts, "foreground" or "background".
+    node.DENSE.ROWS = "all"
+    # γ of the weights |p_T − p_S|^γ of anchors and classes, as BCKD's; 0 for equal weights.
+    node.DENSE.GAMMA = 1.0
 
     node.PIXELS = CfgNode()
     # Pixels are distilled at the stride of the student's segmentation head; True: enlarged to the size of the image.

@@ -10,14 +10,13 @@ from typing import Any
 
 import yaml
 from detectron2.config import CfgNode
-from detectron2.modeling import META_ARCH_REGISTRY
 from omegaconf import DictConfig, OmegaConf, SCMode
 
 from kd_core.utils.config import coerce, lookup
 from kd_core.utils.errors import UserError
 from kd_core.utils.files import write_text
 from kd_det.config.defaults import kd_defaults
-from kd_det.modeling.meta_arch.registry import distilled_architecture, plain_name
+from kd_det.modeling.meta_arch.registry import distilled_architecture, plain_class
 from kd_det.modeling.teacher.lazy import as_yacs, select
 
 logger = logging.getLogger(__name__)
@@ -166,7 +165,7 @@ def plain_model(lazy: DictConfig) -> DictConfig:
     copy = deepcopy(lazy)
     name = name_of(lazy.model.get("_target_")).rpartition(".")[2]
     if (distilled := distilled_architecture(name)) is not None:
-        copy.model._target_ = META_ARCH_REGISTRY.get(plain_name(name))
+        copy.model._target_ = plain_class(distilled)
         for key in own_arguments(distilled):
             copy.model.pop(key, None)
     kind = SCMode.INSTANTIATE  # dataclasses stay what they are

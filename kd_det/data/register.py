@@ -13,10 +13,12 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.file_io import PathManager
 
+from kd_core.utils.config import lookup
 from kd_core.utils.errors import UserError
 from kd_det.data import digits
 from kd_det.data.builtin import datasets_root
 from kd_det.data.check import refuse_broken
+from kd_det.modeling.meta_arch.registry import class_keys
 
 REGISTER_FORM = "DATASETS.REGISTER is a list of [name, json file, image folder]"
 PATHS = ("json_file", "image_root", "image_dir", "gt_dir", "dirname")  # in the metadata of detectron2's data sets
@@ -152,9 +154,7 @@ def _names_in(json_file: str, _modified: int) -> list[str]:
 
 
 def _check_number(cfg: CfgNode, key: str, name: str, found: int) -> None:
-    configured = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    own_key = class_keys(cfg.MODEL.META_ARCHITECTURE)[0]
+    configured = lookup(cfg, own_key)
     if found != configured:
-        raise UserError(
-            f"{key}: {name} has {found} classes: MODEL.ROI_HEADS.NUM_CLASSES {configured} does not fit, "
-            f"set it to {found}"
-        )
+        raise UserError(f"{key}: {name} has {found} classes: {own_key} {configured} does not fit, set it to {found}")

@@ -33,7 +33,6 @@ SMALL = {
     "MODEL.WEIGHTS": "",
     "MODEL.RESNETS.STEM_OUT_CHANNELS": 8,
     "MODEL.FPN.OUT_CHANNELS": 8,
-    "MODEL.ANCHOR_GENERATOR.SIZES": [[8], [16], [32], [64], [128]],
     "MODEL.RPN.PRE_NMS_TOPK_TRAIN": 50,
     "MODEL.RPN.POST_NMS_TOPK_TRAIN": 50,
     "MODEL.RPN.PRE_NMS_TOPK_TEST": 20,
@@ -66,7 +65,10 @@ NARROW = {"MODEL.RESNETS.WIDTH_PER_GROUP": 4, "MODEL.RESNETS.RES2_OUT_CHANNELS":
 def shrink(cfg: CfgNode, *overrides: dict) -> CfgNode:
     """`cfg` with the sizes of SMALL."""
     narrow = NARROW if cfg.MODEL.RESNETS.DEPTH >= 50 else {}
-    merged = {key: value for part in (SMALL, narrow, *overrides) for key, value in part.items()}
+    dense = cfg.MODEL.META_ARCHITECTURE in ("DistilledRetinaNet", "RetinaNet")
+    levels = cfg.MODEL.RETINANET.IN_FEATURES if dense else range(5)
+    anchors = {"MODEL.ANCHOR_GENERATOR.SIZES": [[8 * 2**level] for level in range(len(levels))]}
+    merged = {key: value for part in (SMALL, anchors, narrow, *overrides) for key, value in part.items()}
     merge_list(cfg, [str(word) for pair in merged.items() for word in pair])
     return cfg
 

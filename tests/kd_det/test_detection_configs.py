@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import META_ARCH_REGISTRY
 from torch import nn
 
 import kd_core.losses.config as loss_config
@@ -19,13 +20,14 @@ import kd_det.config.defaults as det_config
 from helpers import config_walk
 from kd_core.optim.config import build_stream_optimizer
 from kd_det.checks import check_backbone, check_frozen_stem, check_meta_architecture
-from kd_det.config import build_box_loss, kd_defaults, merge_file
+from kd_det.config import kd_defaults, lookup, merge_file
 from kd_det.solver import check_solver
 
 ROOT = Path(__file__).resolve().parents[2]
 COCO = sorted((ROOT / "configs/COCO").glob("[!B]*.yaml"))
 DIGITS = sorted(p for p in (ROOT / "configs/Digits").glob("[!B]*.yaml") if not p.name.startswith("cls_"))
-BASES = [*sorted((ROOT / "configs/COCO").glob("Base*.yaml")), ROOT / "configs/Digits/Base-Digits.yaml"]
+DETECTION_BASES = [path for path in (ROOT / "configs/Digits").glob("Base-*.yaml") if "cls" not in path.stem]
+BASES = [*sorted((ROOT / "configs/COCO").glob("Base*.yaml")), *sorted(DETECTION_BASES)]
 
 
 def read(path: Path) -> CfgNode:
@@ -40,13 +42,15 @@ def test_a_config_names_a_loss_and_an_optimizer_that_can_be_built(path):
     cfg = read(path)
     for check in (check_solver, check_meta_architecture, check_backbone, check_frozen_stem):
         check(cfg)
-    loss = build_box_loss(cfg)
-    assert (loss is None) == (path.stem.startswith("baseline") or path.stem == "teacher")
+    architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    loss = architecture.build_loss(cfg)
+    method = path.stem.removeprefix("retinanet_").split("_")[0]
+    assert (loss is None) == (method in ("baseline", "teacher"))
     if loss is not None:
-        classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES + 1
+        classes = lookup(cfg, architecture.class_keys[0]) + architecture.background
         terms = loss(torch.randn(6, classes), torch.randn(6, classes), torch.randint(classes, (6,)), 0.5)
         assert set(terms) == set(loss.streams) and all(value.isfinite() for value in terms.values())
-        assert path.stem.split("_")[0] in (cfg.KD.LOSS.NAME, "dot", "deepkd")
+        assert method in (cfg.KD.LOSS.NAME, "dot", "deepkd")
     if cfg.SOLVER.OPTIMIZER != "sgd":
         assert "Learning rate: " in path.read_text(), "say whose learning rate it is"
         build_stream_optimizer(cfg.SOLVER, [{"params": [nn.Parameter(torch.zeros(1))]}])
@@ -74,10 +78,14 @@ def test_a_config_steps_saves_resumes_and_steps_again(path, walked):
 @pytest.mark.parametrize("base", BASES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_a_key_in_a_base_config_is_read_by_one_that_includes_it(base, walked):
     including = [path for path in [*COCO, *DIGITS] if base in bases_of(path)]
-    # One of each kind of backbone is enough, and whichever test comes first has walked them.
-    chosen = {read(path).MODEL.BACKBONE.NAME: path for path in including}.values()
+    # One of each kind is enough, and whichever test comes first has walked them.
+    chosen = {kind_of(read(path)): path for path in including}.values()
     reads = set().union(*(walked(path) for path in chosen))
     assert [key for key in keys_in(base) if key not in reads] == []
+
+
+def kind_of(cfg: CfgNode) -> tuple[str, str]:
+    return cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.BACKBONE.NAME
 
 
 def test_a_key_that_nothing_reads_is_found(tmp_path, walked):

@@ -124,7 +124,7 @@ class Distilled:
         return (make() for make in [first, *others])
 
     def distillation_losses(self, views: Iterable[TeacherView], captured: Sequence[Rows]) -> dict[str, Tensor]:
-        """The weighted terms of the distillation loss on all rows.
+        """The weighted terms of the distillation loss on all rows; terms of equal names add up.
 
         Args:
             views: what each teacher sees of the batch.
@@ -136,7 +136,9 @@ class Distilled:
             del view  # frees its feature maps before the loop makes the next teacher's
         losses = {}
         for rows, logits in zip(captured, zip(*teacher_logits, strict=True), strict=True):
-            losses.update((f"loss_kd_{term}{rows.suffix}", x) for term, x in self.terms(rows, logits).items())
+            for term, value in self.terms(rows, logits).items():
+                name = f"loss_kd_{term}{rows.suffix}"
+                losses[name] = losses[name] + value if name in losses else value
         return losses
 
     def terms(self, rows: Rows, teacher_logits: Sequence[Tensor]) -> dict[str, Tensor]:

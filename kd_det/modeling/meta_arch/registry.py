@@ -16,13 +16,15 @@ def distilled_names() -> list[str]:
     return [name for name, found in META_ARCH_REGISTRY if getattr(found, "distils", False)]
 
 
+def plain_class(distilled: type) -> type:
+    """detectron2's class that a distilled one is a subclass of."""
+    return next(cls for cls in distilled.__mro__ if not getattr(cls, "distils", False))
+
+
 def plain_name(name: str) -> str:
     """The meta-architecture that `name` is a subclass of; the name itself where it does not distil."""
     found = distilled_architecture(name)
-    if found is None:
-        return name
-    plain = (c.__name__ for c in found.__mro__ if c.__name__ in META_ARCH_REGISTRY and not getattr(c, "distils", False))
-    return next(plain)
+    return name if found is None else plain_class(found).__name__
 
 
 def class_keys(name: str) -> tuple[str, ...]:

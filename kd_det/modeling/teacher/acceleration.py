@@ -62,18 +62,21 @@ def accelerate_teacher(model: nn.Module, speed: TeacherSpeed) -> nn.Module:
             part.forward = AutocastForward(part, speed.dtype)
         if speed.compile:
             compile_in_place(part, f"teacher's {name}")
-    if speed.dtype is not None and hasattr(model, "roi_heads"):
-        for predictor in each(model.roi_heads.box_predictor):
-            if hasattr(predictor, "cls_score"):  # a custom predictor may name it otherwise
-                predictor.cls_score.forward = AutocastForward(predictor.cls_score, torch.float32)
+    if speed.dtype is not None:
+        heads = each(model.roi_heads.box_predictor) if hasattr(model, "roi_heads") else [getattr(model, "head", None)]
+        for head in heads:
+            if hasattr(head, "cls_score"):  # a custom predictor may name it otherwise
+                head.cls_score.forward = AutocastForward(head.cls_score, torch.float32)
     return model
 
 
 def distilled_parts(model: nn.Module) -> dict[str, nn.Module]:
     """The backbone and the box head of every stage: the parts of a detector that every distilled step runs.
 
-    Of a model without ROI heads it is the backbone alone.
+    Of a one-stage detector it is the backbone and the class branch of its head, of other models the backbone alone.
     """
+    if hasattr(getattr(model, "head", None), "cls_subnet"):
+        return {"backbone": model.backbone, "class branch": model.head.cls_subnet}
     heads = getattr(model, "roi_heads", None)
     head = heads.res5 if isinstance(heads, Res5ROIHeads) else getattr(heads, "box_head", [])
     stages = each(head)

@@ -89,8 +89,9 @@ def as_yacs(cfg: DictConfig) -> CfgNode:
     is instantiated from the LazyConfig itself. What the file does not say is left at detectron2's defaults.
     """
     found, model = kd_defaults(), cfg.model
-    heads = model.get("roi_heads", {})
-    found.MODEL.ROI_HEADS.NUM_CLASSES = int(heads.get("num_classes", found.MODEL.ROI_HEADS.NUM_CLASSES))
+    heads = model.get("roi_heads", model)  # a one-stage detector has its classes itself
+    for node in (found.MODEL.ROI_HEADS, found.MODEL.RETINANET):
+        node.NUM_CLASSES = int(heads.get("num_classes", node.NUM_CLASSES))
     found.INPUT.FORMAT = model.get("input_format") or found.INPUT.FORMAT
     found.MODEL.PIXEL_MEAN, found.MODEL.PIXEL_STD = list(model.pixel_mean), list(model.pixel_std)
     for key, split in (("TRAIN", "train"), ("TEST", "test")):

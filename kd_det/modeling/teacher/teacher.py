@@ -63,7 +63,8 @@ class Teacher:
             input_format: channel order of its images.
         """
         cfg = kd_defaults()
-        cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.INPUT.FORMAT, cfg.MODEL.DEVICE = num_classes, input_format, "cpu"
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = num_classes
+        cfg.INPUT.FORMAT, cfg.MODEL.DEVICE = input_format, "cpu"
         node = cfg.KD.TEACHER
         node.CONFIG_FILE, node.WEIGHTS, node.OVERRIDES = config_file, weights, list(overrides)
         node.ALLOW_RANDOM = allow_random
