@@ -108,7 +108,7 @@ def test_results_of_another_table_or_with_other_options_are_not_mixed(load_tool,
 def test_a_table_of_ours_gives_every_method_as_many_tries_of_configs_that_read(path: Path, load_tool) -> None:
     tool = load_tool("search")
     table = tool.read_table(path)
-    assert f"tools/search.py {path.relative_to(ROOT)}" in path.read_text() and len(table["methods"]) == 9
+    assert f"tools/search.py {path.relative_to(ROOT)}" in path.read_text()
     for name, method in table["methods"].items():
         for point in tool.design(method["grid"], table["tries"], table["design_seed"], name):
             words = tool.words_of(table["options"]) + tool.words_of(point)
