@@ -6,8 +6,7 @@ from setuptools import find_packages, setup
 
 # timm.task.evaluator came with timm 1.0.31; torch.nn.utils.get_total_norm and the donated buffers with torch 2.6.
 COMMON = ["torchvision", "timm>=1.0.31", "yacs", "PyYAML", "pillow", "tabulate", "tensorboard", "scikit-learn"]
-# Comes with timm; tells whether weights are in the hub's cache.
-COMMON += ["huggingface_hub"]
+COMMON += ["huggingface_hub"]  # comes with timm; tells whether weights are in the hub's cache
 # Draw the report of a training (kd_core.utils.report); a training without them has none.
 REPORT = ["matplotlib", "jinja2"]
 COMMON += REPORT
@@ -22,7 +21,6 @@ DET = [
     "scikit-image",  # the photographs of the built-in data set
     "omegaconf",  # LazyConfig teachers
     "hydra-core",  # and their overrides
-    "huggingface_hub",  # tells whether timm's weights are in its cache
 ]
 CLS = [*COMMON, "safetensors", "tqdm"]
 # Each needed by one option: WANDB.ENABLED, tools/export_student.py --onnx, tools/convert_weights.py efficientnet-lite0.

@@ -67,7 +67,7 @@ def check_target(target: Tensor | None, num_rows: int, num_classes: int, can_loo
     if not isinstance(target, Tensor):
         raise ValueError(f"target must be an (N,) tensor of class indices, not {target!r}: this loss reads the label")
     if target.shape != (num_rows,):
-        raise ValueError(f"target must be ({num_rows},), one class index a row, not {tuple(target.shape)}")
+        raise ValueError(f"target must be ({num_rows},), one class index per row, not {tuple(target.shape)}")
     if target.is_floating_point() or target.dtype == torch.bool:
         raise ValueError(f"target must hold class indices of an integer type, not {target.dtype}")
     if can_look and target.device.type == "cpu" and num_rows:

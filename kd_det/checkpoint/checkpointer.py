@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.error import URLError
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -51,6 +52,13 @@ class WholeCheckpointer(DetectionCheckpointer):
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         write_text(Path(self.save_dir, "last_checkpoint"), last_filename_basename)
 
+    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As detectron2's; a UserError where a URL cannot be downloaded."""
+        try:
+            return super().load(path, *args, **kwargs)
+        except URLError as error:
+            raise UserError(f"MODEL.WEIGHTS: {path} cannot be downloaded ({error}); name a local file") from error
+
     def _load_file(self, filename: str) -> dict[str, Any]:
         try:
             if filename.endswith(".pkl"):
@@ -63,7 +71,7 @@ class WholeCheckpointer(DetectionCheckpointer):
             raise
         except Exception as error:  # a broken file may raise anything
             raise UnreadableFile(
-                f"{filename} is no checkpoint that can be read: it is truncated, or holds more than tensors "
+                f"{filename} cannot be read as a checkpoint: it is truncated, or holds more than tensors "
                 f"({unreadable_because(error)})"
             ) from error
         if not isinstance(loaded, dict):

@@ -39,15 +39,15 @@ def console_handlers() -> list[logging.Handler]:
     return [handler for handler in handlers if getattr(handler, "stream", None) in streams]
 
 
-def hush() -> None:
-    """Keep config, environment and model off the console until `speak`."""
+def quiet_console() -> None:
+    """Keep config, environment and model off the console until `restore_console`."""
     for handler in console_handlers():
         if not any(isinstance(one, OnlyWarnings) for one in handler.filters):
             handler.addFilter(OnlyWarnings())
 
 
-def speak() -> None:
-    """End `hush`."""
+def restore_console() -> None:
+    """End `quiet_console`."""
     for handler in console_handlers():
         for one in [one for one in handler.filters if isinstance(one, OnlyWarnings)]:
             handler.removeFilter(one)
@@ -85,6 +85,6 @@ def describe(cfg: CfgNode, parameters: int, trained: int, images: int, start_ite
 
 
 def say(lines: dict[str, str]) -> None:
-    """Log names and values in a way that `hush` lets through."""
+    """Log names and values in a way that `quiet_console` lets through."""
     for name, words in lines.items():
         logger.info("%-9s %s", name, words)

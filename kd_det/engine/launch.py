@@ -21,7 +21,7 @@ from kd_core.utils.files import sweep_unfinished, write_whole
 from kd_det.checkpoint.resume import check_resumable, config_file
 from kd_det.checks import check_before_evaluation, check_before_training
 from kd_det.config import kd_defaults, read_config
-from kd_det.engine.console import hush, open_logs
+from kd_det.engine.console import open_logs, quiet_console
 
 INTERRUPTED = "interrupted; --resume continues from the last checkpoint in OUTPUT_DIR"
 TIMEOUT = timedelta(minutes=30)  # a rank may wait for another's evaluation
@@ -66,7 +66,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     comm.synchronize()
     open_logs(cfg.OUTPUT_DIR)
     if not getattr(args, "verbose", False):
-        hush()
+        quiet_console()
     default_setup(cfg, args)
     if comm.is_main_process():
         sweep_unfinished(cfg.OUTPUT_DIR)

@@ -34,7 +34,7 @@ from kd_det.config.lazy import (
     write_lazy_student,
 )
 from kd_det.data.loader import TrainLoader, make_train_loader
-from kd_det.engine.console import hush, open_logs, say
+from kd_det.engine.console import open_logs, quiet_console, say
 from kd_det.engine.launch import choose_device
 from kd_det.engine.trainer import DistillationTrainer
 from kd_det.evaluation.evaluator import BoxEvaluator
@@ -187,7 +187,7 @@ def setup(args: argparse.Namespace) -> tuple[DictConfig, CfgNode]:
         check_same_run(yaml.safe_load(saved), tree, tree, IGNORED_ON_RESUME, source)
     comm.synchronize()
     open_logs(cfg.OUTPUT_DIR)
-    hush()
+    quiet_console()
     default_setup(OmegaConf.create(tree), args)
     if comm.is_main_process():
         sweep_unfinished(cfg.OUTPUT_DIR)

@@ -41,7 +41,7 @@ from kd_det.checks import check_frozen_weights, check_synchronised_norms
 from kd_det.compat import distribute
 from kd_det.config.student import plain_config
 from kd_det.data.loader import TrainLoader, build_train_loader
-from kd_det.engine.console import describe, speak
+from kd_det.engine.console import describe, restore_console
 from kd_det.engine.hooks.checkpointing import KeepBest, SaveStudentConfig, SeedEachStep
 from kd_det.engine.hooks.health import WatchHealth
 from kd_det.engine.hooks.monitoring import StageTimes, StreamScalars
@@ -211,7 +211,7 @@ class DistillationTrainer(TrainerBase):
             self.evaluate_teachers(model)
         self.write_final()
         self.describe()
-        speak()
+        restore_console()
         super().train(self.start_iter, self.max_iter)
         results = getattr(self, "_last_eval_results", None)
         if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
@@ -263,7 +263,7 @@ class DistillationTrainer(TrainerBase):
         if not cfg.MODEL.WEIGHTS:
             raise UserError("--eval-only: MODEL.WEIGHTS is empty, so there is nothing to evaluate; give a checkpoint")
         model = cls.build_model(cfg)
-        speak()
+        restore_console()
         load_all_weights(model, cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS")
         results = cls.test(cfg, model)
         if comm.is_main_process():

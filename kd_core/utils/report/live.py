@@ -37,7 +37,7 @@ def write_live_report(
     except ImportError as error:
         logger.warning("%s is not written: %s (pip install matplotlib jinja2, or REPORT.ENABLED False)", FILE, error)
     except Exception:  # a page is not worth a training
-        logger.exception("%s could not be written; the training goes on", FILE)
+        logger.exception("%s could not be written; the training continues", FILE)
 
 
 def logged(output_dir: str | Path) -> Run:

@@ -260,7 +260,7 @@ def test_numbers_are_not_checked_where_the_user_says_so_and_shapes_are() -> None
         KDLoss()(student, teacher, target.fill_(9))
     with pytest.raises((RuntimeError, IndexError), match="index"):  # torch's own check of an index on the CPU
         KDLoss(validate=False)(student, teacher, target)
-    with pytest.raises(ValueError, match=r"target must be \(7,\), one class index a row, not \(5,\)"):
+    with pytest.raises(ValueError, match=r"target must be \(7,\), one class index per row, not \(5,\)"):
         KDLoss(validate=False)(student, teacher, target[:5])
 
 
@@ -351,8 +351,8 @@ def test_two_classes_have_no_non_target_term_and_the_log_says_so_once(
         ({"student_logits": torch.zeros(7, 7, 2)}, r"student_logits must be \(N, C\), not \(7, 7, 2\)"),
         ({"student_logits": torch.zeros(7, 7).long()}, "student_logits must be of a floating type, not torch.int64"),
         ({"teacher_logits": torch.zeros(7, 8)}, r"teacher_logits are \(7, 8\) but student_logits are \(7, 7\)"),
-        ({"target": torch.zeros(5, dtype=torch.long)}, r"target must be \(7,\), one class index a row, not \(5,\)"),
-        ({"target": torch.zeros(7, 7)}, r"target must be \(7,\), one class index a row, not \(7, 7\)"),
+        ({"target": torch.zeros(5, dtype=torch.long)}, r"target must be \(7,\), one class index per row, not \(5,\)"),
+        ({"target": torch.zeros(7, 7)}, r"target must be \(7,\), one class index per row, not \(7, 7\)"),
         ({"target": torch.zeros(7)}, "target must hold class indices of an integer type, not torch.float32"),
         ({"target": torch.full((7,), 7)}, "target has class 7, but the logits have classes 0 to 6"),
         ({"target": torch.full((7,), -1)}, "target has class -1, but the logits have classes 0 to 6"),

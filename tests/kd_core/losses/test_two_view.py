@@ -296,7 +296,7 @@ def test_bad_input_is_named(make: type[TwoViewLoss]) -> None:
         ((student[0], teacher, target), r"student_logits must be \(weak, strong\), two \(N, C\) tensors, not"),
         ((student, teacher[:1], target), r"teacher_logits must be \(weak, strong\), two .* tensors, not \[\(8, 7\)\]"),
         ((student, (teacher[0], teacher[1][:, :5]), target), r"teacher_logits are \(8, 5\) but student_logits are"),
-        ((student, teacher, target[:3]), r"target must be \(8,\), one class index a row, not \(3,\)"),
+        ((student, teacher, target[:3]), r"target must be \(8,\), one class index per row, not \(3,\)"),
         ((student, teacher, None), "target must be an .* tensor of class indices, not None"),
         ((student, teacher, target, -0.1), r"progress is iteration / max_iter, in \[0, 1\], not -0.1"),
     ]

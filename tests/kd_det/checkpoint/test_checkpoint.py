@@ -47,7 +47,7 @@ def test_a_file_that_would_run_code_is_refused(tmp_path, monkeypatch, suffix):
         torch.save({"model": Evil()}, path)
     else:
         path.write_bytes(pickle.dumps({"model": Evil()}))
-    with pytest.raises(ValueError, match=f"evil.{suffix} is no checkpoint that can be read") as raised:
+    with pytest.raises(ValueError, match=f"evil.{suffix} cannot be read as a checkpoint") as raised:
         WholeCheckpointer(nn.Linear(2, 3)).load(str(path))
     assert f"it refers to {os.system.__module__}.system" in str(raised.value)
     assert "weights_only" not in str(raised.value)
@@ -75,7 +75,7 @@ def test_a_truncated_file_is_named(tmp_path):
     path = tmp_path / "cut.pth"
     torch.save({"model": nn.Linear(2, 3).state_dict()}, path)
     path.write_bytes(path.read_bytes()[:-300])
-    with pytest.raises(ValueError, match=r"KEY: .*cut.pth is no checkpoint that can be read: it is truncated"):
+    with pytest.raises(ValueError, match=r"KEY: .*cut.pth cannot be read as a checkpoint: it is truncated"):
         load_all_weights(nn.Linear(2, 3), str(path), "KEY")
 
 
@@ -88,3 +88,8 @@ def test_a_teachers_missing_file_is_told_with_the_way_to_train_it(tmp_path):
         check_teacher_weights(cfg)
     with pytest.raises(ValueError, match=rf"^MODEL.WEIGHTS: there is no file {path}$"):
         load_all_weights(nn.Linear(2, 3), path, "MODEL.WEIGHTS")
+
+
+def test_an_address_that_cannot_be_reached_is_named_with_its_key():
+    with pytest.raises(ValueError, match=r"MODEL.WEIGHTS: http://localhost:9/x.pth cannot be downloaded \(.*refused"):
+        WholeCheckpointer(nn.Linear(2, 3)).load("http://localhost:9/x.pth")

@@ -70,7 +70,7 @@ def test_a_truncated_checkpoint_is_named_with_those_beside_it(old, tmp_path):
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(
         ValueError,
-        match=r"model_final.pth is no checkpoint that can be read: it is truncated, .*; "
+        match=r"model_final.pth cannot be read as a checkpoint: it is truncated, .*; "
         r"beside it are model_0000000.pth, model_0000001.pth: write one's name into last_checkpoint",
     ):
         resume(old())
@@ -109,7 +109,7 @@ def test_an_optimizer_of_other_parameters_is_refused(old, tmp_path):
 def test_settings_that_the_checkpoint_overrules_are_said(old, caplog):
     with caplog.at_level(logging.WARNING, logger="kd_det"):
         trainer = resume(old("SOLVER.DEEPKD.DELTA_NCG", 0.05, "SOLVER.BASE_LR", 0.01))
-    assert "goes on with the checkpoint's initial_lr 0.005, not with the config's 0.01" in caplog.text
+    assert "keeps the checkpoint's initial_lr 0.005, not with the config's 0.01" in caplog.text
     assert re.search(r"checkpoint's momenta \{.*'ncg': 0.975\}, not with the config's \{.*'ncg': 0.95", caplog.text)
     assert trainer.optimizer.param_groups[0]["momenta"]["ncg"] == 0.975
 
@@ -235,7 +235,7 @@ def test_a_truncated_start_is_named_with_its_key(old, tmp_path):
     path = save(tmp_path, {"weight": torch.zeros(1000)})
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(
-        ValueError, match=r"MODEL.WEIGHTS: .*given.pth is no checkpoint that can be read: it is truncated"
+        ValueError, match=r"MODEL.WEIGHTS: .*given.pth cannot be read as a checkpoint: it is truncated"
     ):
         start(old(), path)
 
