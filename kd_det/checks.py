@@ -10,6 +10,8 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import nn
 
+from kd_core.losses.feature_config import check_feature, distils
+from kd_core.utils.config import lookup
 from kd_core.utils.errors import UserError
 from kd_core.utils.wandb import import_wandb
 from kd_det.checkpoint.checkpointer import check_local_file, misfit_of
@@ -78,6 +80,7 @@ def training_checks(cfg: CfgNode, world_size: int = 1, resume: bool = False) -> 
     yield Check("MODEL.TIMM", partial(check_backbone, cfg))
     yield Check("KD.LOSS.WARMUP_ITERS", partial(check_max_iter, cfg))
     yield Check("KD.LOSS", partial(check_loss, cfg))
+    yield Check("KD.FEATURE", partial(check_feature, kd.FEATURE, "WARMUP_ITERS", cfg.SOLVER.MAX_ITER))
     yield Check("KD", partial(check_architecture_options, cfg))
     yield Check("KD.TEACHER.DTYPE", partial(TeacherSpeed.from_config, cfg))
     yield Check("KD.TEACHER.IMAGE_SCALE", partial(check_scale, kd.TEACHER.IMAGE_SCALE))
@@ -105,7 +108,7 @@ def data_checks(cfg: CfgNode, needed: tuple[str, ...]) -> Iterator[Check]:
 
 def teacher_checks(cfg: CfgNode) -> Iterator[Check]:
     """Config and weights of every teacher, where there is a loss."""
-    if cfg.KD.LOSS.NAME == "none":
+    if not distils(cfg.KD):
         return
     try:
         teachers = each_teacher(cfg)
@@ -132,18 +135,20 @@ def check_batch(cfg: CfgNode, world_size: int) -> None:
 
 
 def check_max_iter(cfg: CfgNode) -> None:
-    """The warm-up of the loss must fit into the training."""
-    warmup = cfg.KD.LOSS.WARMUP_ITERS
-    if not 0 <= warmup <= cfg.SOLVER.MAX_ITER:
-        raise UserError(f"KD.LOSS.WARMUP_ITERS is {warmup}: it must lie in [0, {cfg.SOLVER.MAX_ITER}], SOLVER.MAX_ITER")
+    """The warm-ups of the losses must fit into the training."""
+    last = cfg.SOLVER.MAX_ITER
+    for key in ("KD.LOSS.WARMUP_ITERS", "KD.FEATURE.WARMUP_ITERS"):
+        if not 0 <= lookup(cfg, key) <= last:
+            raise UserError(f"{key} is {lookup(cfg, key)}: it must lie in [0, {last}], SOLVER.MAX_ITER")
 
 
 def check_meta_architecture(cfg: CfgNode) -> None:
     """Refuse a distillation loss with a model that does not read it: the training would be a plain one."""
-    if cfg.KD.LOSS.NAME != "none" and distilled_architecture(cfg.MODEL.META_ARCHITECTURE) is None:
+    key = "KD.LOSS.NAME" if cfg.KD.LOSS.NAME != "none" else "KD.FEATURE.NAME"
+    if distils(cfg.KD) and distilled_architecture(cfg.MODEL.META_ARCHITECTURE) is None:
         raise UserError(
-            f"KD.LOSS.NAME is {cfg.KD.LOSS.NAME!r} but MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}, "
-            f"which does not distil: set MODEL.META_ARCHITECTURE {' or '.join(distilled_names())}, or KD.LOSS.NAME none"
+            f"{key} is {lookup(cfg, key)!r} but MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}, "
+            f"which does not distil: set MODEL.META_ARCHITECTURE {' or '.join(distilled_names())}, or {key} none"
         )
 
 

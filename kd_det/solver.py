@@ -10,6 +10,7 @@ from detectron2.solver import build_optimizer as build_detectron2_optimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from kd_core.losses.feature_config import distils
 from kd_core.optim import StreamOptimizer
 from kd_core.optim.config import STREAM_OPTIMIZERS, build_stream_optimizer, check_preset
 from kd_core.train_step import clip_gradients
@@ -66,7 +67,8 @@ def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
     scaled = DefaultTrainer.auto_scale_workers(cfg, world_size)
     frozen, factor = scaled.is_frozen(), world_size / reference
     scaled.defrost()
-    scaled.KD.LOSS.WARMUP_ITERS = round(cfg.KD.LOSS.WARMUP_ITERS / factor)
+    for node in (scaled.KD.LOSS, scaled.KD.FEATURE):
+        node.WARMUP_ITERS = round(node.WARMUP_ITERS / factor)
     scaled.SOLVER.GSNR.PERIOD = max(round(solver.GSNR.PERIOD / factor), 1)
     scaled.SOLVER.CHECKPOINT_PERIOD = max(scaled.SOLVER.CHECKPOINT_PERIOD, 1)
     scaled.TEST.EVAL_PERIOD = max(scaled.TEST.EVAL_PERIOD, min(cfg.TEST.EVAL_PERIOD, 1))  # 0 stays 0: no evaluation
@@ -88,14 +90,14 @@ def check_images(images: int, world_size: int, accumulate_steps: int) -> None:
 
 def check_streams(cfg: CfgNode) -> None:
     """Refuse streams without a loss, and clipping that would act only on their sum."""
-    solver, loss = cfg.SOLVER, cfg.KD.LOSS.NAME
+    solver, loss, plain = cfg.SOLVER, cfg.KD.LOSS.NAME, not distils(cfg.KD)
     check_preset(solver)
-    if loss == "none" and solver.OPTIMIZER in ("dot_sgd", "deepkd_sgd"):
+    if plain and solver.OPTIMIZER in ("dot_sgd", "deepkd_sgd"):
         raise UserError(
             f"SOLVER.OPTIMIZER {solver.OPTIMIZER} gives distillation a momentum of its own, but KD.LOSS.NAME is none: "
             "set SOLVER.OPTIMIZER sgd, or a distillation loss"
         )
-    if solver.MOMENTA == "auto" and (loss == "none" or solver.OPTIMIZER == "sgd"):
+    if solver.MOMENTA == "auto" and (plain or solver.OPTIMIZER == "sgd"):
         raise UserError(
             f"SOLVER.MOMENTA auto compares the gradient streams of a distillation loss, but SOLVER.OPTIMIZER is "
             f"{solver.OPTIMIZER} and KD.LOSS.NAME {loss}: leave it empty, or set e.g. SOLVER.OPTIMIZER deepkd_sgd"

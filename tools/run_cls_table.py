@@ -31,6 +31,10 @@ METHODS = {
     "dot": "DOT (KD)",
     "deepkd_kd": "DeepKD (KD)",
     "deepkd": "DeepKD (DKD)",
+    "mlkd": "MLKD",
+    "crld": "CRLD",
+    "deepkd_crld": "DeepKD (CRLD)",
+    "reviewkd": "ReviewKD",
 }
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "Digits"
 

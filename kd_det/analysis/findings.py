@@ -6,6 +6,7 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
+from kd_core.losses.feature_config import distils
 from kd_core.utils.errors import UserError
 from kd_det.checks import failures, training_checks
 from kd_det.modeling.teacher.build import each_teacher
@@ -43,7 +44,7 @@ def collect_problems(cfg: CfgNode, world_size: int) -> Findings:
     if keys & {"DATASETS", "DATASETS.REGISTER", "DATASETS.TRAIN"}:
         use_digits(found)
     replace_weights(found, keys)
-    if cfg.KD.LOSS.NAME != "none":
+    if distils(cfg.KD):
         replace_teachers(found, keys)
     return found
 
@@ -80,7 +81,7 @@ def replace_teachers(found: Findings, failed: set[str]) -> None:
             use_random_teacher(cfg, index)
             found.stood_in.append(f"random weights in the place of {group}.WEIGHTS")
     if not teachers or any(f"{group}.CONFIG_FILE" in failed for group in groups):
-        cfg.KD.LOSS.NAME, cfg.SOLVER.OPTIMIZER, cfg.SOLVER.MOMENTA = "none", "sgd", ""
+        cfg.KD.LOSS.NAME, cfg.KD.FEATURE.NAME, cfg.SOLVER.OPTIMIZER, cfg.SOLVER.MOMENTA = "none", "none", "sgd", ""
         found.stood_in.append("a plain step in the place of one with a teacher")
 
 

@@ -9,8 +9,10 @@ from detectron2.config import CfgNode
 from detectron2.engine import SimpleTrainer
 from torch import nn
 
+from kd_core.losses.feature_config import distils
 from kd_core.utils.errors import UserError
 from kd_core.utils.resume import RESUME_HINT, check_same_run
+from kd_core.utils.state_dict import check_fit
 from kd_det.config import kd_defaults
 
 logger = logging.getLogger(__name__)
@@ -89,6 +91,20 @@ def check_model(incompatible: Any, path: str) -> None:
             f"--resume: {path} is of another model: {len(set(wrong))} weights of the student are not in it or have "
             f"another shape, the first is {wrong[0]}; {RESUME_HINT}"
         )
+
+
+def load_feature(model: nn.Module, state: dict[str, Any], path: str) -> None:
+    """Load the parameters of the feature loss, which the student's weights do not have.
+
+    Raises:
+        UserError: the checkpoint has none, or those of another loss.
+    """
+    feature = getattr(model, "feature", None)
+    if feature is None:
+        return
+    saved = state.get("feature_loss", {})
+    check_fit(saved, feature.state_dict(), f"--resume: the feature loss (KD.FEATURE) in {path}")
+    feature.load_state_dict(saved)
 
 
 def load_step(step: SimpleTrainer, state: dict[str, Any], path: str) -> None:
@@ -176,7 +192,7 @@ def check_initial_weights(path: str, incompatible: Any, model: nn.Module) -> Non
 def note_teachers_file(cfg: CfgNode) -> None:
     """Warn where the student starts from the very file that its teacher is loaded from."""
     teachers = {cfg.KD.TEACHER.WEIGHTS, *(weights for _, weights, *_ in cfg.KD.TEACHERS)}
-    if cfg.KD.LOSS.NAME != "none" and cfg.MODEL.WEIGHTS in teachers:
+    if distils(cfg.KD) and cfg.MODEL.WEIGHTS in teachers:
         logger.warning("MODEL.WEIGHTS: %s is the teacher's file, too: the student starts as it", cfg.MODEL.WEIGHTS)
 
 

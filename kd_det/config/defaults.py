@@ -1,9 +1,14 @@
 """Every config key that kd_det adds to detectron2's, each with its meaning."""
 
+from collections.abc import Callable
+from functools import partial
+
 from detectron2.config import CfgNode, get_cfg
 from torch import nn
 
+from kd_core.losses import FeatureLoss
 from kd_core.losses.config import add_loss_config, build_kd_loss
+from kd_core.losses.feature_config import add_feature_config, build_feature_loss
 
 
 def add_kd_config(cfg: CfgNode) -> None:
@@ -14,6 +19,14 @@ def add_kd_config(cfg: CfgNode) -> None:
     add_loss_config(cfg.KD.LOSS)
     # Iterations over which the distillation loss rises linearly from 0 to its full weight.
     cfg.KD.LOSS.WARMUP_ITERS = 0
+
+    # A loss between feature maps, beside KD.LOSS or alone (docs/methods/reviewkd.md): the keys of kd_core.losses.
+    cfg.KD.FEATURE = CfgNode()
+    add_feature_config(cfg.KD.FEATURE)
+    # Iterations over which it rises linearly from 0 to its full weight.
+    cfg.KD.FEATURE.WARMUP_ITERS = 0
+    # The student's maps that are compared, each with the teacher's of the same stride. Empty: all that have one.
+    cfg.KD.FEATURE.IN_FEATURES = []
 
     cfg.KD.TEACHER = CfgNode()
     # A complete detectron2 yaml or a LazyConfig .py (code, which is run): a path, or a name in detectron2's model zoo.
@@ -194,3 +207,11 @@ def build_box_loss(cfg: CfgNode) -> nn.Module | None:
 def build_logit_loss(cfg: CfgNode, num_classes: int) -> nn.Module | None:
     """The loss of `cfg.KD.LOSS` for C classes, with its warm-up as a share of SOLVER.MAX_ITER; None for "none"."""
     return build_kd_loss(cfg.KD.LOSS, num_classes, "WARMUP_ITERS", cfg.SOLVER.MAX_ITER)
+
+
+def build_feature(cfg: CfgNode) -> Callable[[list[int], list[int]], FeatureLoss] | None:
+    """(student's channels, teacher's channels) → the loss of `cfg.KD.FEATURE`; None for "none"."""
+    if cfg.KD.FEATURE.NAME == "none":
+        return None
+    options = {"warmup_key": "WARMUP_ITERS", "training_length": cfg.SOLVER.MAX_ITER}
+    return partial(build_feature_loss, cfg.KD.FEATURE, **options)

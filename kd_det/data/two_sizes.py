@@ -9,6 +9,7 @@ from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from fvcore.transforms.transform import BlendTransform, CropTransform, HFlipTransform, NoOpTransform, VFlipTransform
 
+from kd_core.losses.feature_config import distils
 from kd_core.utils.errors import UserError
 from kd_det.modeling.teacher.view import TEACHER_IMAGE
 
@@ -18,7 +19,7 @@ SIZELESS = (BlendTransform, HFlipTransform, NoOpTransform, VFlipTransform)
 
 def build_train_mapper(cfg: CfgNode) -> DatasetMapper:
     """detectron2's mapper, or `TwoSizeMapper` where a teacher has its own image size."""
-    two = cfg.KD.TEACHER.IMAGE_SCALE != 1 and cfg.KD.LOSS.NAME != "none"
+    two = cfg.KD.TEACHER.IMAGE_SCALE != 1 and distils(cfg.KD)
     return TwoSizeMapper(cfg, True) if two else DatasetMapper(cfg, True)
 
 

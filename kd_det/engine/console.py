@@ -8,6 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
+from kd_core.losses.feature_config import distils
 from kd_core.utils.report.runs import method_title
 
 LOGGERS = ("fvcore", "detectron2", "kd_det", "kd_core")
@@ -61,7 +62,7 @@ def describe(cfg: CfgNode, parameters: int, trained: int, images: int, start_ite
         images: of the training set.
         start_iter: above 0 where a training is resumed.
     """
-    solver, loss = cfg.SOLVER, cfg.KD.LOSS.NAME
+    solver = cfg.SOLVER
     teachers = [name for name, _ in cfg.KD.TEACHERS] or [cfg.KD.TEACHER.CONFIG_FILE]
     weights = [path for _, path in cfg.KD.TEACHERS] or [cfg.KD.TEACHER.WEIGHTS]
     epochs = solver.MAX_ITER * solver.IMS_PER_BATCH / max(images, 1)
@@ -69,10 +70,10 @@ def describe(cfg: CfgNode, parameters: int, trained: int, images: int, start_ite
     taught = ", ".join(f"{name} with {path}" for name, path in zip(teachers, weights, strict=True))
     test_sets = ", ".join(cfg.DATASETS.TEST) or "nothing"
     lines = {
-        "method": method_title({"KD": {"LOSS": cfg.KD.LOSS}, "SOLVER": {"OPTIMIZER": solver.OPTIMIZER}}),
+        "method": method_title({"KD": cfg.KD, "SOLVER": {"OPTIMIZER": solver.OPTIMIZER}}),
         "student": f"{cfg.MODEL.META_ARCHITECTURE} ({backbone}), {parameters / 1e6:.2f} M parameters, "
         f"{trained / 1e6:.2f} M of them trained",
-        "teacher": taught if loss != "none" else "none",
+        "teacher": taught if distils(cfg.KD) else "none",
         "data": f"{', '.join(cfg.DATASETS.TRAIN)} ({images} images), evaluated on {test_sets}",
         "schedule": f"{solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images ({epochs:.1f} epochs), "
         f"{solver.OPTIMIZER}, learning rate {solver.BASE_LR:g}, seed {cfg.SEED}",

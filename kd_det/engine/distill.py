@@ -231,7 +231,7 @@ def on_cpu(cfg: CfgNode, loss: str) -> CfgNode:
     """A copy for looking at the network only."""
     copy = cfg.clone()
     copy.defrost()
-    copy.MODEL.DEVICE, copy.KD.LOSS.NAME = "cpu", loss
+    copy.MODEL.DEVICE, copy.KD.LOSS.NAME, copy.KD.FEATURE.NAME = "cpu", loss, "none"
     return copy
 
 

@@ -18,6 +18,7 @@ from kd_core.optim import StreamOptimizer
 from kd_core.optim.config import build_auto_momenta
 from kd_core.train_step import TrainStep
 from kd_core.utils.compiling import compile_in_place
+from kd_det.modeling.meta_arch.distilled import Distilled
 from kd_det.modeling.teacher.acceleration import distilled_parts
 from kd_det.solver import build_clip
 
@@ -147,7 +148,7 @@ def build_step(cfg: CfgNode, model: nn.Module, data_loader: Any, optimizer: Opti
         pool_in_float32(plain)
     dtype = getattr(torch, solver.AMP.DTYPE) if solver.AMP.ENABLED else None
     step = TrainStep(optimizer, dtype, clip, build_auto_momenta(solver, optimizer, plain.named_parameters()))
-    streams = getattr(getattr(plain, "loss", None), "streams", {})
+    streams = plain.streams() if isinstance(plain, Distilled) else {}
     return StreamTrainer(model, data_loader, step, streams, solver.ACCUMULATE_STEPS)
 
 

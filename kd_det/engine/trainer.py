@@ -33,6 +33,7 @@ from kd_det.checkpoint.resume import (
     check_initial_weights,
     check_model,
     check_state,
+    load_feature,
     load_step,
     note_teachers_file,
     other_checkpoints,
@@ -220,7 +221,8 @@ class DistillationTrainer(TrainerBase):
 
     def describe(self) -> None:
         """Tell the console what is trained, in a few lines."""
-        parameters = list(self.checkpointer.model.parameters())
+        named = self.checkpointer.model.named_parameters()
+        parameters = [p for name, p in named if not name.startswith("feature.")]
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         images = len(self.loader.dataset)
         describe(self.cfg, sum(p.numel() for p in parameters), trained, images, self.start_iter)
@@ -314,6 +316,8 @@ class DistillationTrainer(TrainerBase):
             state["aekt_factors"] = factors(model)
         if hasattr(model, "loss_normalizer"):  # a RetinaNet's moving average, which is no buffer
             state["loss_normalizer"] = float(model.loss_normalizer)
+        if getattr(model, "feature", None) is not None:
+            state["feature_loss"] = model.feature.state_dict()
         return {**state, "optimizer_name": self.cfg.SOLVER.OPTIMIZER, "max_iter": self.max_iter}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -327,6 +331,7 @@ class DistillationTrainer(TrainerBase):
             load_factors(self.checkpointer.model, state_dict["aekt_factors"])
         if "loss_normalizer" in state_dict:
             self.checkpointer.model.loss_normalizer = state_dict["loss_normalizer"]
+        load_feature(self.checkpointer.model, state_dict, path)
         self.resumed = True
 
     @classmethod

@@ -14,6 +14,7 @@ from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import Instances
 from PIL import Image, ImageDraw, ImageFont
 
+from kd_core.losses.feature_config import distils
 from kd_core.utils.errors import UserError
 from kd_core.utils.files import write_whole
 from kd_det.data import check_datasets, register_datasets
@@ -53,7 +54,7 @@ def read_detectors(source: str, cfg: CfgNode, with_teacher: bool = True) -> list
     """
     student = read_student(source)
     detectors = []
-    if with_teacher and cfg.KD.LOSS.NAME != "none":
+    if with_teacher and distils(cfg.KD):
         each = each_teacher(cfg)
         for index, (build, one) in enumerate(zip(teacher_builders(cfg), each, strict=True)):
             title = "teacher" if len(each) == 1 else f"teacher {index}"

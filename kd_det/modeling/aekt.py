@@ -58,10 +58,15 @@ def keep_out_of_state_dict(model: nn.Module) -> None:
 
 def merge_into_classifiers(model: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
     """The state dict's post-hook: GeneralizedRCNN's names, each `cls_score` being W·(classifier) + b."""
-    for key in [key for key in state if key.startswith(prefix + LAYERS)]:
-        del state[key]
+    drop_keys(state, prefix + LAYERS)
     for name, classifier, layer in classifiers(model):
         state[f"{prefix}{name}.weight"], state[f"{prefix}{name}.bias"] = merge_linear(classifier, layer)
+
+
+def drop_keys(state: dict[str, Any], prefix: str) -> None:
+    """Delete what is under `prefix` in a state dict."""
+    for key in [key for key in state if key.startswith(prefix)]:
+        del state[key]
 
 
 def start_from_identity(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -10,7 +10,7 @@ from kd_core.utils.config import all_keys
 
 ROOT = Path(__file__).resolve().parents[2]
 # Read by kd_core.losses.build_loss, which gets the whole node.
-READ_IN_KD_CORE = "KD.LOSS."
+READ_IN_KD_CORE = ("KD.LOSS.", "KD.FEATURE.")
 
 
 def write(path: Path, text: str) -> str:

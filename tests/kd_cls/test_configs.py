@@ -18,6 +18,7 @@ from kd_cls.engine.solver import build_optimizer, build_scheduler
 from kd_cls.models.factory import create_network
 from kd_cls.task.student import Student
 from kd_cls.task.teacher import teacher_description
+from kd_core.losses.feature_config import distils
 from kd_core.optim.config import build_stream_optimizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,7 +91,8 @@ def test_a_config_says_its_command_and_builds(path: Path, process: Process) -> N
     assert scheduler.optimizer.param_groups[0]["lr"] == pytest.approx(first)
     if cfg.SOLVER.OPTIMIZER != "sgd":
         assert re.search(r"Learning rate: (that of DeepKD's released configs|DOT's|ours)", text), "say whose it is"
-    if loss is None:
+    assert (loss is None) == (cfg.KD.LOSS.NAME == "none")
+    if not distils(cfg.KD):
         assert path.stem.replace("cls_", "").startswith(("teacher", "baseline"))
         return
     name, _, weights, own = teacher_description(cfg)

@@ -12,7 +12,8 @@ from kd_core.utils.config import read_yaml
 from kd_core.utils.errors import UserError
 from kd_core.utils.run_info import read_run_info
 
-LOSSES = {"kd": "KD", "dkd": "DKD", "gdkd": "GDKD", "gdkd3": "GDKD3", "aekt": "AEKT"}
+LOSSES = {"kd": "KD", "dkd": "DKD", "gdkd": "GDKD", "gdkd3": "GDKD3", "gdkds": "GDKDS", "aekt": "AEKT"}
+LOSSES |= {"dist": "DIST", "mlkd": "MLKD", "crld": "CRLD", "review": "ReviewKD"}
 OPTIMIZERS = {"deepkd_sgd": "DeepKD ({})", "dot_sgd": "DOT ({})", "stream_adamw": "{}, StreamAdamW"}
 # Runs that differ in these keys only are repetitions of one method.
 REPETITION = (("SEED",), ("SEEDS",), ("OUTPUT_DIR",), ("KD", "TEACHER", "WEIGHTS"), ("DATALOADER", "NUM_WORKERS"))
@@ -115,10 +116,11 @@ def lookup(config: dict[str, Any], *keys: str, default: Any = None) -> Any:
 
 def method_title(config: dict[str, Any]) -> str:
     """The method as the papers' tables call it: "plain", "DKD", "DeepKD (DKD), mask"."""
-    name = lookup(config, "KD", "LOSS", "NAME", default="none")
-    if name == "none":
+    names = (lookup(config, "KD", part, "NAME", default="none") for part in ("LOSS", "FEATURE"))
+    losses = [LOSSES.get(name, name) for name in names if name != "none"]
+    if not losses:
         return "plain"
-    title = OPTIMIZERS.get(lookup(config, "SOLVER", "OPTIMIZER"), "{}").format(LOSSES.get(name, name))
+    title = OPTIMIZERS.get(lookup(config, "SOLVER", "OPTIMIZER"), "{}").format(" + ".join(losses))
     return title + (", mask" if lookup(config, "KD", "LOSS", "TOPK", "ENABLED") else "")
 
 

@@ -1,7 +1,8 @@
 """What every distilled meta-architecture has: teachers, a loss on logits, the training's progress."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, ClassVar
 
@@ -9,9 +10,12 @@ from detectron2.config import CfgNode, configurable
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from kd_core.losses import FeatureLoss
+from kd_core.losses.feature_config import distils
 from kd_core.utils.config import lookup
 from kd_core.utils.errors import UserError
-from kd_det.config import build_logit_loss
+from kd_det.config import build_feature, build_logit_loss
+from kd_det.modeling.features import BackboneFeatures, capture_backbone, keep_feature_out_of_state_dict
 from kd_det.modeling.meta_arch.registry import BOX_CLASSES
 from kd_det.modeling.rows import Rows
 from kd_det.modeling.teacher.teacher import PrefetchedView, Teacher, mean_of_teachers
@@ -26,17 +30,21 @@ class Distilled:
         class DistilledRCNN(Distilled, GeneralizedRCNN)
 
         losses = the plain class's losses + {loss_kd_<term>: term(student_logits, teacher_logits, target)}
+               + {loss_kd_<term>: term(student's feature maps, teacher's)}
 
     A subclass says where its rows come from: `capture` reads the student's logits during the ordinary forward pass,
-    and `teacher_logits` computes a teacher's on the same rows. In eval mode, and with `loss=None`, the model equals
+    and `teacher_logits` computes a teacher's on the same rows. In eval mode, and without a loss, the model equals
     the plain class to the bit and needs no teacher. docs/new_meta_architecture.md has a whole subclass.
 
     Args:
-        loss: maps (student_logits, teacher_logits, target, progress) to named scalar terms; None for plain training.
+        loss: maps (student_logits, teacher_logits, target, progress) to named scalar terms; None for no such loss.
         teacher: the frozen model, or several; not part of `parameters()`, `state_dict()` or `train()`.
         max_iter: length of the training, for `progress` = iteration / max_iter; None passes no progress to the loss.
         teachers_mean: of several teachers: "log_probs", their mean is the target; "losses", the losses are averaged.
         overlap: on CUDA, run the first teacher's backbone on a second stream beside the student's forward pass.
+        feature: (channels of the student's maps, of the teacher's) → a `FeatureLoss` on the backbones' maps, whose
+            parameters are trained and are not in `state_dict()`; None for none.
+        in_features: names of the student's maps that it compares; empty for all that the teacher has, too.
         kwargs: those of the plain class.
 
     Raises:
@@ -59,15 +67,20 @@ class Distilled:
         max_iter: int | None = None,
         teachers_mean: str = "log_probs",
         overlap: bool = False,
+        feature: Callable[[list[int], list[int]], FeatureLoss] | None = None,
+        in_features: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.teachers = [teacher] if isinstance(teacher, Teacher) else list(teacher or [])
-        if loss is not None and not self.teachers:
+        if (loss is not None or feature is not None) and not self.teachers:
             raise UserError("A distillation loss needs a teacher: pass teacher=Teacher(model), or loss=None")
         check_option("TEACHERS_MEAN", teachers_mean, TEACHERS_MEANS)
         self.loss, self.max_iter = loss, max_iter
         self.teachers_mean, self.overlap = teachers_mean, overlap
+        self.feature, self.feature_problem = None, None
+        if feature is not None:
+            self.add_feature(feature, in_features)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -75,7 +88,9 @@ class Distilled:
         return {
             **super().from_config(cfg),
             "loss": loss,
-            "teacher": Teacher.from_config(cfg) if loss is not None else None,
+            "teacher": Teacher.from_config(cfg) if distils(cfg.KD) else None,
+            "feature": build_feature(cfg),
+            "in_features": cfg.KD.FEATURE.IN_FEATURES,
             "max_iter": cfg.SOLVER.MAX_ITER,
             "teachers_mean": cfg.KD.TEACHERS_MEAN,
             "overlap": cfg.KD.TEACHER.OVERLAP,
@@ -91,6 +106,27 @@ class Distilled:
         """Raise a UserError where a key of KD that this architecture reads has a value it does not know."""
         check_option("TEACHERS_MEAN", cfg.KD.TEACHERS_MEAN, TEACHERS_MEANS)
 
+    def add_feature(self, build: Callable[[list[int], list[int]], FeatureLoss], names: Sequence[str]) -> None:
+        """Build the feature loss for the maps of the student and its teachers.
+
+        An optimizer must find its parameters, so it is built with the model; but inference needs no teacher, so a
+        teacher that is not there is an error of the training alone (`load_teacher`).
+        """
+        try:
+            shapes = [teacher.output_shape() for teacher in self.teachers]
+            self.feature = BackboneFeatures(build, self.backbone.output_shape(), shapes, names)
+        except UserError as error:
+            self.feature_problem = error
+        else:
+            keep_feature_out_of_state_dict(self)
+
+    def streams(self) -> dict[str, str]:
+        """The gradient stream of every term of the losses."""
+        found: dict[str, str] = {}
+        for part in (self.loss, self.feature):
+            found |= part.streams if part is not None else {}
+        return found
+
     def capture(self) -> AbstractContextManager[Any]:
         """A context in which one forward pass of the student is recorded, as `distillation_losses` takes it.
 
@@ -104,15 +140,22 @@ class Distilled:
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """As the plain class's: a dict of scalar losses in training, results in eval mode."""
-        if not self.training or self.loss is None:
+        if not self.training or all(part is None for part in (self.loss, self.feature, self.feature_problem)):
             return super().forward(batched_inputs)
         self.load_teacher()
         # Moved to the device once, for the student and its teachers.
         batched_inputs = [{**item, "image": item["image"].to(self.device)} for item in batched_inputs]
         views = self.teacher_views(batched_inputs)
-        with self.capture() as captured:
+        rows = nullcontext() if self.loss is None else self.capture()
+        maps = nullcontext() if self.feature is None else capture_backbone(self)
+        with rows as captured, maps as student_maps:
             losses = super().forward(batched_inputs)
-        losses.update(self.distillation_losses(views, captured))
+        if self.feature is not None:
+            views = self.feature.compare(views, student_maps, self.progress(), losses)
+        if self.loss is not None:
+            losses.update(self.distillation_losses(views, captured))
+        else:
+            deque(views, maxlen=0)  # each is compared as it passes
         return losses
 
     def teacher_views(self, batched_inputs: list[dict[str, Any]]) -> Iterator[TeacherView]:
@@ -168,11 +211,15 @@ class Distilled:
 
     def load_teacher(self) -> None:
         """Build and load every teacher, once. The trainer calls it early, to show errors before training."""
+        if self.feature_problem is not None:
+            raise self.feature_problem
         for teacher in self.teachers:
-            self.check_teacher(teacher.load(self.device, self.pixel_mean.dtype))
+            model = teacher.load(self.device, self.pixel_mean.dtype)
+            if self.loss is not None:
+                self.check_teacher(model)
 
     def check_teacher(self, teacher: nn.Module) -> None:
-        """Raise a UserError where a teacher cannot teach this student."""
+        """Raise a UserError where a teacher cannot teach this student its logits."""
         if not isinstance(teacher, self.teacher_types):
             expected = " or ".join(cls.__name__ for cls in self.teacher_types)
             raise UserError(

@@ -8,8 +8,9 @@ from typing import TypeVar
 
 import torch
 from detectron2 import model_zoo
-from detectron2.config import CfgNode
-from detectron2.modeling import build_model
+from detectron2.config import CfgNode, instantiate
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_backbone, build_model
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
@@ -19,7 +20,7 @@ from kd_det.checkpoint.checkpointer import check_local_file, load_all_weights
 from kd_det.config import kd_defaults, merge_file
 from kd_det.modeling.meta_arch.registry import class_keys, plain_name
 from kd_det.modeling.teacher.lazy import as_yacs, build_lazy, is_lazy, load_lazy
-from kd_det.modeling.teacher.view import convert_channels
+from kd_det.modeling.teacher.view import convert_channels, square_size
 
 Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
@@ -53,11 +54,17 @@ def each_teacher(cfg: CfgNode) -> list[CfgNode]:
     return copies
 
 
-def teacher_builders(cfg: CfgNode) -> list[Callable[[], nn.Module]]:
-    """A function that builds it for each teacher that `cfg` names; with several, its errors say which."""
+def teacher_builders(
+    cfg: CfgNode, build: Callable[[CfgNode], Result] | None = None
+) -> list[Callable[[], Result]]:
+    """A function that builds it (`build_teacher`, or `build`) for each teacher that `cfg` names.
+
+    With several teachers, its errors say which.
+    """
+    build = build or build_teacher
     if not cfg.KD.TEACHERS:
-        return [partial(build_teacher, cfg.clone())]
-    return [partial(named_in_list, index, build_teacher, one) for index, one in enumerate(each_teacher(cfg))]
+        return [partial(build, cfg.clone())]
+    return [partial(named_in_list, index, build, one) for index, one in enumerate(each_teacher(cfg))]
 
 
 def named_in_list(index: int, function: Callable[[CfgNode], Result], cfg: CfgNode) -> Result:
@@ -144,6 +151,27 @@ def build_teacher(cfg: CfgNode) -> nn.Module:
     else:
         logger.warning("KD.TEACHER.ALLOW_RANDOM: the teacher's weights are random; for tests only")
     return model
+
+
+def backbone_shape(cfg: CfgNode) -> dict[str, ShapeSpec]:
+    """The maps of the backbone that `build_teacher` would build, without memory for its weights.
+
+    Raises:
+        UserError: what `teacher_config` refuses; a backbone that pads images to a square, and shrinks those that are
+            larger, so that its maps do not lie over the student's.
+    """
+    config, node = teacher_config(cfg), cfg.KD.TEACHER
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        if is_lazy(node.CONFIG_FILE):
+            backbone = instantiate(load_lazy(node.CONFIG_FILE, node.OVERRIDES).model.backbone)
+        else:
+            backbone = build_backbone(config)
+    if side := square_size(backbone):
+        raise UserError(
+            f"KD.FEATURE.NAME: the teacher's backbone ({node.CONFIG_FILE}) pads its images to a square of {side} px, "
+            "so its maps do not lie over the student's: use another teacher, or set KD.FEATURE.NAME none"
+        )
+    return backbone.output_shape()
 
 
 def check_teacher_weights(cfg: CfgNode) -> None:

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
 from kd_core.utils.errors import UserError
 from kd_det.config import kd_defaults
 from kd_det.modeling.sigmoid_loss import as_wide
 from kd_det.modeling.teacher.acceleration import TeacherSpeed, accelerate_teacher
-from kd_det.modeling.teacher.build import teacher_builders
+from kd_det.modeling.teacher.build import backbone_shape, teacher_builders
 from kd_det.modeling.teacher.view import TEACHER_IMAGE, TeacherView
 
 
@@ -27,6 +28,7 @@ class Teacher:
             that inference with a student neither builds a teacher nor looks for its weights.
         own_images: refuse inputs without a `teacher_image`: a config that asks for another size must get one.
         speed: how a detector that the function builds is accelerated; a detector that is given is only frozen.
+        shape: gives the maps of the backbone that the function would build, without its weights.
     """
 
     def __init__(
@@ -34,16 +36,18 @@ class Teacher:
         model: nn.Module | Callable[[], nn.Module],
         own_images: bool = False,
         speed: TeacherSpeed | None = None,
+        shape: Callable[[], dict[str, ShapeSpec]] | None = None,
     ) -> None:
         self._build = None if isinstance(model, nn.Module) else model
         self._model = freeze(model) if isinstance(model, nn.Module) else None
-        self.own_images, self.speed = own_images, speed or TeacherSpeed()
+        self.own_images, self.speed, self._shape = own_images, speed or TeacherSpeed(), shape
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> "list[Teacher]":
         """The teachers that a student's config names: the one of `KD.TEACHER`, or those of `KD.TEACHERS`."""
         own_images, speed = cfg.KD.TEACHER.IMAGE_SCALE != 1, TeacherSpeed.from_config(cfg)
-        return [cls(build, own_images, speed) for build in teacher_builders(cfg)]
+        pairs = zip(teacher_builders(cfg), teacher_builders(cfg, backbone_shape), strict=True)
+        return [cls(build, own_images, speed, shape) for build, shape in pairs]
 
     @classmethod
     def from_files(
@@ -89,6 +93,12 @@ class Teacher:
             model = model.to(device=device, dtype=None if self.speed.dtype else dtype)
             self._model = accelerate_teacher(model, self.speed)
         return self._model
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """The maps of the backbone, from the config where the detector is not built yet."""
+        if self._model is None and self._shape is not None:
+            return self._shape()
+        return self.model.backbone.output_shape()
 
     def view(self, batched_inputs: Sequence[dict[str, Any]], input_format: str | None) -> TeacherView:
         """The batch as the teacher sees it; images in channel order `input_format`, None meaning the teacher's own."""
