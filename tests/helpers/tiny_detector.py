@@ -52,6 +52,14 @@ TINY_PANOPTIC = {
     "MODEL.ROI_MASK_HEAD.CONV_DIM": 8,
 }
 
+# A RetinaNet of the same size, as overrides of TINY.
+RETINANET = (
+    "MODEL.META_ARCHITECTURE", "DistilledRetinaNet", "MODEL.RESNETS.OUT_FEATURES", ["res3", "res4", "res5"],
+    "MODEL.FPN.IN_FEATURES", ["res3", "res4", "res5"], "MODEL.RETINANET.IN_FEATURES", ["p3", "p4", "p5"],
+    "MODEL.ANCHOR_GENERATOR.SIZES", [[16], [32], [64]], "MODEL.RETINANET.NUM_CLASSES", 10,
+    "MODEL.RETINANET.NUM_CONVS", 1, "MODEL.RETINANET.PRIOR_PROB", 0.3,
+)  # fmt: skip
+
 
 def make_batch(images: int = 2, boxes: int = 3, size: int = 64, seed: int = 0) -> list[dict]:
     """Inputs of a detector as its data set mapper makes them: uint8 images, boxes and classes."""

@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from helpers.tiny_detector import TINY, make_batch
+from helpers.tiny_detector import RETINANET, TINY, make_batch
 from kd_det.config import kd_defaults, merge_list
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,6 +41,19 @@ def tiny_model(tiny_cfg: Callable[..., CfgNode]) -> Callable[..., torch.nn.Modul
     def build(*overrides: object) -> torch.nn.Module:
         torch.manual_seed(0)
         return build_model(tiny_cfg(*overrides))
+
+    return build
+
+
+@pytest.fixture
+def retinanet(tiny_cfg: Callable[..., CfgNode]) -> Callable[..., torch.nn.Module]:
+    """`retinanet("KEY", value, …)`: a tiny RetinaNet; its teacher, where there is a loss, is one of the same kind."""
+    cfg = tiny_cfg(*RETINANET)
+    Path(cfg.KD.TEACHER.CONFIG_FILE).write_text(cfg.dump())
+
+    def build(*overrides: object) -> torch.nn.Module:
+        torch.manual_seed(0)
+        return build_model(tiny_cfg(*RETINANET, *overrides))
 
     return build
 

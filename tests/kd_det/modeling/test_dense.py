@@ -11,6 +11,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import RetinaNet, build_anchor_generator, build_model
 from torch.testing import assert_close
 
+from helpers.tiny_detector import RETINANET
 from kd_core.losses import DKDLoss
 from kd_det import DistilledRetinaNet, Teacher
 from kd_det.checks import failures, training_checks
@@ -22,27 +23,8 @@ from kd_det.modeling.teacher.build import yacs_teacher
 
 from ..conftest import ROOT
 
-RETINANET = (
-    "MODEL.META_ARCHITECTURE", "DistilledRetinaNet", "MODEL.RESNETS.OUT_FEATURES", ["res3", "res4", "res5"],
-    "MODEL.FPN.IN_FEATURES", ["res3", "res4", "res5"], "MODEL.RETINANET.IN_FEATURES", ["p3", "p4", "p5"],
-    "MODEL.ANCHOR_GENERATOR.SIZES", [[16], [32], [64]], "MODEL.RETINANET.NUM_CLASSES", 10,
-    "MODEL.RETINANET.NUM_CONVS", 1, "MODEL.RETINANET.PRIOR_PROB", 0.3,
-)  # fmt: skip
 KD = (*RETINANET, "KD.LOSS.NAME", "kd", "KD.LOSS.TEMPERATURE", 1.0, "KD.DENSE.GAMMA", 0.0)
 DKD = (*RETINANET, "KD.LOSS.NAME", "dkd", "KD.LOSS.TEMPERATURE", 1.0, "KD.LOSS.DKD.BETA", 0.25)
-
-
-@pytest.fixture
-def retinanet(tiny_cfg):
-    """`retinanet("KEY", value, …)`: a tiny RetinaNet; its teacher, where there is a loss, is one of the same kind."""
-    with open(tiny_cfg(*RETINANET).KD.TEACHER.CONFIG_FILE, "w") as file:
-        file.write(tiny_cfg(*RETINANET).dump())
-
-    def build(*overrides):
-        torch.manual_seed(0)
-        return build_model(tiny_cfg(*(overrides or RETINANET)))
-
-    return build
 
 
 def train(model, batch, steps):
@@ -57,7 +39,7 @@ def train(model, batch, steps):
 
 
 def test_without_a_loss_it_is_a_retinanet_to_the_bit_for_five_steps(retinanet, batch, storage):
-    plain = retinanet(*RETINANET, "MODEL.META_ARCHITECTURE", "RetinaNet")
+    plain = retinanet("MODEL.META_ARCHITECTURE", "RetinaNet")
     ours = retinanet()
     assert type(plain) is RetinaNet and type(ours) is DistilledRetinaNet
     with torch.jit.optimized_execution(False):  # a scripted loss rounds otherwise once it is compiled
@@ -70,7 +52,7 @@ def test_without_a_loss_it_is_a_retinanet_to_the_bit_for_five_steps(retinanet, b
 
 
 def test_inference_is_a_retinanets_and_builds_no_teacher(retinanet, batch):
-    plain = retinanet(*RETINANET, "MODEL.META_ARCHITECTURE", "RetinaNet").eval()
+    plain = retinanet("MODEL.META_ARCHITECTURE", "RetinaNet").eval()
     ours = retinanet(*KD, "KD.TEACHER.CONFIG_FILE", "no/such/file.yaml", "KD.TEACHER.ALLOW_RANDOM", False).eval()
     with torch.no_grad():
         for expected, found in zip(plain(batch), ours(batch), strict=True):
@@ -141,7 +123,7 @@ def test_a_batch_without_objects_has_losses_with_a_gradient(retinanet, batch, st
 def test_the_mean_of_two_teachers_is_of_their_logits(retinanet, batch, storage):
     model = retinanet(*KD)
     torch.manual_seed(1)
-    others = [retinanet(*RETINANET, "MODEL.META_ARCHITECTURE", "RetinaNet") for _ in range(2)]
+    others = [retinanet("MODEL.META_ARCHITECTURE", "RetinaNet") for _ in range(2)]
     torch.nn.init.normal_(others[1].head.cls_score.weight, std=0.1)
     model.teachers = [Teacher(other) for other in others]
     with torch.no_grad():
@@ -193,11 +175,11 @@ def test_a_setting_that_means_nothing_here_is_refused_before_the_training(tiny_c
 
 
 def test_it_is_built_by_keyword(retinanet, batch, storage):
-    parts = retinanet(*RETINANET, "MODEL.META_ARCHITECTURE", "RetinaNet")
+    parts = retinanet("MODEL.META_ARCHITECTURE", "RetinaNet")
     names = ("backbone", "head", "head_in_features", "anchor_generator", "box2box_transform", "anchor_matcher")
     kwargs = {name: getattr(parts, name) for name in (*names, "num_classes")}
     kwargs.update(pixel_mean=(100.0,) * 3, pixel_std=(1.0,) * 3)
-    teacher = Teacher(retinanet(*RETINANET, "MODEL.META_ARCHITECTURE", "RetinaNet"))
+    teacher = Teacher(retinanet("MODEL.META_ARCHITECTURE", "RetinaNet"))
     student = DistilledRetinaNet(loss=DKDLoss(temperature=1.0), teacher=teacher, gamma=2.0, rows="background", **kwargs)
     assert student.loss.gamma == 2.0 and student(batch)["loss_kd_nckd"].requires_grad
     with pytest.raises(ValueError, match="needs a teacher"):
