@@ -33,7 +33,7 @@ ONNX_SHARE = 0.9  # of detections: other kernels round otherwise, and two of nea
 class Student:
     """A detector in eval mode on the CPU, the plain detectron2 config that builds it, and its weights file."""
 
-    model: GeneralizedRCNN
+    model: nn.Module
     config: CfgNode
     source: Path
 
@@ -112,8 +112,10 @@ def adapter(student: Student) -> nn.Module:
     return tracing_adapter()(student.model, [{"image": example(TRACED_AT)}], detect).eval()
 
 
-def detect(model: GeneralizedRCNN, inputs: list[dict[str, Tensor]]) -> list[dict[str, Any]]:
+def detect(model: nn.Module, inputs: list[dict[str, Tensor]]) -> list[dict[str, Any]]:
     """Detections in pixels of the image given; masks as the head gives them, 28 × 28."""
+    if not isinstance(model, GeneralizedRCNN):  # a one-stage detector has no masks
+        return model(inputs)
     return [{"instances": model.inference(inputs, do_postprocess=False)[0]}]
 
 

@@ -7,8 +7,10 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
 from kd_core.losses.feature_config import distils
+from kd_core.utils.config import lookup
 from kd_core.utils.errors import UserError
 from kd_det.checks import failures, training_checks
+from kd_det.modeling.meta_arch.registry import class_keys
 from kd_det.modeling.teacher.build import each_teacher
 from kd_det.solver import scale_to_world_size
 
@@ -103,7 +105,8 @@ def usable(found: Findings, key: str, path: str, failed: set[str]) -> bool:
 
 def register_stand_in(cfg: CfgNode) -> None:
     """The digits under the name STAND_IN, with the model's classes, and masks and keypoints where it learns them."""
-    classes, points = cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+    classes = lookup(cfg, class_keys(cfg.MODEL.META_ARCHITECTURE)[0])
+    points = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
 
     def load() -> list[dict[str, Any]]:
         records = DatasetCatalog.get("digits_train")[:50]
