@@ -14,8 +14,9 @@ from kd_cls.config import load_cfg
 from kd_cls.distributed import start_process
 from kd_cls.evaluate import open_checkpoint
 from kd_core.utils.errors import UserError
-from kd_core.utils.report.curves import confusion_map, reliability
-from kd_core.utils.report.page import Gallery, Section, render_page
+from kd_core.utils.report.agreement import agreement_table, by_class, percent
+from kd_core.utils.report.curves import MAP_CLASSES, confusion_map, reliability
+from kd_core.utils.report.page import Gallery, Page, Section
 from kd_core.utils.report.runs import Run, complete_groups, read_run
 from kd_core.utils.report.sections import (
     common_notes,
@@ -50,7 +51,6 @@ CURVES = {
 IMAGES = 10_000  # evaluated for a report, evenly spaced
 BINS = 15  # of the expected calibration error
 PAIRS = 12  # confusions shown
-MAP_CLASSES = 200  # the confusions are drawn for up to this many classes
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Predictions:
     def by_class(self, top: int) -> list[float]:
         """Per cent of each class's images whose class is among the `top` largest logits; NaN for an absent class."""
         hits = (self.logits.topk(min(top, self.logits.shape[1])).indices == self.target[:, None]).any(1)
-        return per_class(hits.double(), self)
+        return by_class(100 * hits, self.target, self.logits.shape[1])
 
     def confusions(self) -> np.ndarray:
         """(C, C): images of the row's class that are taken for the column's."""
@@ -89,11 +89,6 @@ class Predictions:
         return [c for c, _ in points], [a for _, a in points], 100 * error
 
 
-def per_class(values: Tensor, of: Predictions) -> list[float]:
-    """Mean of the images' values within each class, in per cent."""
-    return [100 * float(values[of.target == index].mean()) for index in range(of.logits.shape[1])]
-
-
 def read_classifier_run(folder: Path) -> Run:
     """A classifier's training, or one that is running."""
     run = read_run(folder)
@@ -103,12 +98,8 @@ def read_classifier_run(folder: Path) -> Run:
 
 
 def classifier_page(
-    runs: Sequence[Run],
-    title: str,
-    baseline: str | None = None,
-    reload_seconds: int = 0,
-    predictions: bool = True,
-) -> str:
+    runs: Sequence[Run], title: str, baseline: str | None = None, predictions: bool = True
+) -> Page:
     """The page about `runs`, whose roles are assigned.
 
     Args:
@@ -125,7 +116,7 @@ def classifier_page(
         seeds_section(runs, ACCURACY[:3], TOP1, baseline),
         origin_section(runs),
     ]
-    return render_page(title, sections, common_notes(runs, TOP1, "top-1"), reload_seconds)
+    return Page(title, sections, common_notes(runs, TOP1, "top-1"))
 
 
 def prediction_sections(groups: dict[str, list[Run]]) -> list[Section]:
@@ -145,10 +136,12 @@ def prediction_sections(groups: dict[str, list[Run]]) -> list[Section]:
     best = max(students, key=lambda title: predictions[title].right.double().mean())
     count = len(predictions[best].target)
     text = [f"best.pth of each method's first run, on {count} validation images.", *failed]
-    by_class = Section("By class", text, [class_table(predictions, teacher, best)])
+    sections = [Section("By class", text, [class_table(predictions, teacher, best)])]
     if teacher and best != teacher:
-        by_class.blocks.append(agreement_table(predictions[teacher], predictions[best], best))
-    return [by_class, confusion_section(predictions[best], best), calibration_section(predictions)]
+        own, theirs = predictions[best], predictions[teacher]
+        table = agreement_table(theirs.logits, own.logits, own.target, own.names, best, "images")
+        sections.append(Section("Agreement of teacher and student", [], [table]))
+    return [*sections, confusion_section(predictions[best], best), calibration_section(predictions)]
 
 
 @torch.no_grad()
@@ -193,18 +186,6 @@ def class_table(predictions: dict[str, Predictions], teacher: str | None, best: 
     return Table(header, [(name, cells) for _, name, cells in rows], f"Top-1 / top-5 in per cent. {order}", paged=20)
 
 
-def agreement_table(teacher: Predictions, student: Predictions, title: str) -> Table:
-    """How often both predict the same class, and the KL divergence of their outputs, by class."""
-    same = per_class((teacher.predicted == student.predicted).double(), teacher)
-    log_teacher, log_student = teacher.logits.double().log_softmax(1), student.logits.double().log_softmax(1)
-    divergence = ((log_teacher - log_student) * log_teacher.exp()).sum(1)
-    nats = [value / 100 for value in per_class(divergence, teacher)]
-    rows = sorted(zip(same, nats, teacher.names, strict=True), key=lambda row: (row[0] != row[0], row[0]))
-    cells = [(name, [[percent(share)], [Number(kl, f"{kl:.3f}")]]) for share, kl, name in rows]
-    caption = f"Logits of teacher and {title}: same top class, and KL(teacher ‖ {title}) at temperature 1 in nats."
-    return Table(["class", "same class, %", "KL"], cells, caption, paged=10)
-
-
 def confusion_section(of: Predictions, title: str) -> Section:
     """The most frequent confusions of one method, and a map of all of them."""
     counts = of.confusions()
@@ -234,7 +215,3 @@ def calibration_section(predictions: dict[str, Predictions]) -> Section:
     table = Table(["", *found], [("expected calibration error, %", row)], f"{BINS} bins of equal width.")
     figure = reliability({title: (confidence, accuracy) for title, (confidence, accuracy, _) in found.items()})
     return Section("Calibration", [], [table, Gallery([figure])])
-
-
-def percent(value: float, sign: bool = False) -> Number:
-    return Number(value, "NaN" if value != value else f"{value:+.2f}" if sign else f"{value:.2f}")

@@ -15,7 +15,6 @@ import warnings
 from pathlib import Path
 
 from kd_core.utils.errors import UserError, exit_on_user_error
-from kd_core.utils.report.page import write_page
 from kd_core.utils.report.runs import Run, assign_roles, by_title, lookup, read_run, teacher_folder
 
 
@@ -56,7 +55,7 @@ def write_report(outputs: list[Path], html: Path, title: str | None = None, base
     runs = assign_roles(read(folder) for folder in folders)
     if kinds == {"detector"}:
         measure_cost(runs)
-    write_page(html, make_page(runs, title or ", ".join(by_title(runs)), baseline))
+    make_page(runs, title or ", ".join(by_title(runs)), baseline).write(html)
     return runs
 
 

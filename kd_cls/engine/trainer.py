@@ -32,6 +32,7 @@ from kd_cls.engine.writers import Writers
 from kd_cls.task.distillation import DistillationTask
 from kd_core.optim.gsnr import AutoMomenta
 from kd_core.train_step import TrainStep, clip_gradients
+from kd_core.utils.report.curves import MAP_CLASSES
 from kd_core.utils.report.live import logged, status_line, write_live_report
 from kd_core.utils.run_info import add_run_info, write_run_info
 
@@ -208,13 +209,16 @@ class Trainer:
         self.share_batchnorm()
         self.task.eval()
         how = self.loaders.val, self.process, self.task.amp_dtype
-        metrics = evaluate(self.task.trainable_module.predict, *how)
+        confusions = self.new_confusions()
+        metrics = evaluate(self.task.trainable_module.predict, *how, confusions)
         if self.task.has_ema():
             ema = evaluate(self.task.trainable_module_ema.module.predict, *how)
             metrics |= {f"ema_{name}": ema[name] for name in ("top1", "top5", "loss")}
         self.task.train()
         self.metrics = metrics
         self.writers.write({f"val/{name}": value for name, value in metrics.items()}, self.iteration)
+        if confusions is not None:
+            self.writers.draw_confusions(confusions.cpu().numpy(), self.iteration)
         logger.info(
             "evaluation after %d iterations: %s", self.iteration, "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
         )
@@ -225,6 +229,12 @@ class Trainer:
         if self.iteration < self.max_iter:
             self.report(running=True)
         self.meters.restart()
+
+    def new_confusions(self) -> Tensor | None:
+        """(C, C) zeros for an evaluation to count in, where REPORT.ENABLED asks for pictures and they can be read."""
+        classes = self.task.trainable_module.model.num_classes
+        drawn = self.cfg.REPORT.ENABLED and classes <= MAP_CLASSES
+        return torch.zeros(classes, classes, dtype=torch.long, device=self.process.device) if drawn else None
 
     def share_batchnorm(self) -> None:
         """Give every process the same BatchNorm statistics: each has seen its own images only."""

@@ -4,15 +4,18 @@ import json
 import logging
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from fvcore.common.config import CfgNode
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from kd_core.utils.files import cut_metrics
+from kd_core.utils.report.curves import draw_confusions
 from kd_core.utils.wandb import start_wandb
 
 logger = logging.getLogger("kd_cls")
@@ -86,6 +89,11 @@ class Writers:
                 self.tensorboard.add_scalar(name, value, iteration)
         if self.wandb is not None:
             self.wandb.log(metrics, step=iteration)
+
+    def draw_confusions(self, counts: np.ndarray, iteration: int) -> None:
+        """Send TensorBoard the report's map of confusions; without matplotlib nothing is drawn."""
+        if self.is_main and find_spec("matplotlib"):
+            self.tensorboard.add_figure("val/confusions", draw_confusions(counts), iteration)
 
     def advance(self) -> None:
         """Move the progress bar by one iteration."""

@@ -13,18 +13,18 @@ from typing import Any
 from kd_core.utils.files import write_text
 
 FILE = "run.json"
+EVALUATION = "evaluation.json"  # the same of an evaluation, with its results
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "torchvision", "detectron2", "timm", "fvcore", "numpy", "pycocotools")
 
 
-def write_run_info(output_dir: str | Path, start_iter: int, **facts: Any) -> None:
-    """Write `output_dir`/run.json at the start of a training.
+def write_run_info(output_dir: str | Path, start_iter: int, file: str = FILE, **facts: Any) -> None:
+    """Write `output_dir`/run.json at the start of a training, or evaluation.json.
 
     Args:
         start_iter: above 0 the training is resumed: its command joins the earlier ones under `resumed`.
         facts: more entries: seed, device, world size, parameters.
     """
-    path = Path(output_dir, FILE)
     now = {"command": command_line(), "started": datetime.now(UTC).isoformat(timespec="seconds"), **source()}
     earlier = read_run_info(output_dir) if start_iter > 0 else {}
     if earlier:
@@ -32,7 +32,7 @@ def write_run_info(output_dir: str | Path, start_iter: int, **facts: Any) -> Non
         info = earlier
     else:
         info = {**now, "versions": versions(), "machine": machine(), **facts}
-    write_text(path, json.dumps(info, indent=1) + "\n")
+    write_text(Path(output_dir, file), json.dumps(info, indent=1) + "\n")
 
 
 def add_run_info(output_dir: str | Path, **facts: Any) -> None:
@@ -40,10 +40,10 @@ def add_run_info(output_dir: str | Path, **facts: Any) -> None:
     write_text(Path(output_dir, FILE), json.dumps({**read_run_info(output_dir), **facts}, indent=1) + "\n")
 
 
-def read_run_info(output_dir: str | Path) -> dict[str, Any]:
+def read_run_info(output_dir: str | Path, file: str = FILE) -> dict[str, Any]:
     """What `write_run_info` wrote; {} where there is no such file, or a broken one."""
     try:
-        info = json.loads(Path(output_dir, FILE).read_text(encoding="utf-8"))
+        info = json.loads(Path(output_dir, file).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return info if isinstance(info, dict) else {}

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from kd_core.utils.errors import UserError
 from kd_core.utils.files import sweep_unfinished, write_whole
+from kd_core.utils.report.runs import lookup, method_title, with_common_keys
 from kd_core.utils.resume import check_same_run
 from kd_det.checkpoint.checkpointer import check_local_file
 from kd_det.checkpoint.resume import config_file
@@ -129,8 +130,11 @@ class LazyTrainer(DistillationTrainer):
     def describe(self) -> None:
         """Model, schedule and folder: the LazyConfig says what is trained."""
         parameters, solver = sum(p.numel() for p in self.checkpointer.model.parameters()), self.cfg.SOLVER
+        config = with_common_keys(as_tree(self.lazy))
         say(
             {
+                "method": method_title(config),
+                "teacher": lookup(config, "KD", "TEACHER", "WEIGHTS") or "none",
                 "student": f"{type(self.checkpointer.model).__name__}, {parameters / 1e6:.2f} M parameters",
                 "data": f"{len(self.loader.dataset)} images",
                 "schedule": f"{solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images, seed {self.cfg.SEED}",

@@ -13,6 +13,7 @@ from detectron2.data import build_detection_test_loader
 from detectron2.engine import HookBase, TrainerBase, hooks
 from detectron2.engine.defaults import default_writers
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format, verify_results
+from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
@@ -26,6 +27,7 @@ from torch.utils.data import DataLoader
 
 from kd_core.utils.errors import DivergedError, UserError
 from kd_core.utils.files import cut_metrics
+from kd_core.utils.run_info import EVALUATION, write_run_info
 from kd_det.checkpoint.checkpointer import UnreadableFile, WholeCheckpointer, load_all_weights
 from kd_det.checkpoint.resume import (
     check_begun,
@@ -139,10 +141,9 @@ class DistillationTrainer(TrainerBase):
             hooks.PeriodicCheckpointer(self.checkpointer, save_period) if main else None,
             hooks.EvalHook(eval_period, self.evaluate_student),
             hooks.EvalHook(eval_period, self.evaluate_average) if average else None,
-            hooks.PeriodicWriter(self.build_writers(), period=self.log_period) if main else None,
+            Report(cfg, self.build_writers(), self.log_period) if main else None,
             KeepBest(output / "model_best.pth", student),
             KeepBest(output / "model_best_ema.pth", average.model, "ema") if average else None,
-            Report(cfg) if main else None,
         ]
 
     def build_student_writer(self) -> HookBase:
@@ -269,6 +270,9 @@ class DistillationTrainer(TrainerBase):
         load_all_weights(model, cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS")
         results = cls.test(cfg, model)
         if comm.is_main_process():
+            facts = {"parameters": sum(p.numel() for p in model.parameters()), "seed": cfg.SEED}
+            flat = flatten_results_dict(results)
+            write_run_info(cfg.OUTPUT_DIR, 0, EVALUATION, evaluated=cfg.MODEL.WEIGHTS, results=flat, **facts)
             verify_results(cfg, results)
         return results
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, median
 
-from kd_core.utils.report.page import Section, render_page
+from kd_core.utils.report.page import Page, Section
 from kd_core.utils.report.runs import Run, complete_groups, finite, lookup, read_run
 from kd_core.utils.report.sections import (
     common_notes,
@@ -17,7 +17,7 @@ from kd_core.utils.report.sections import (
     seeds_section,
 )
 from kd_core.utils.report.tables import Cell, Metric, Number, Table, group_cell
-from kd_det.evaluation.pictures import pictures_section
+from kd_det.evaluation.pictures import detection_sections
 
 AP = "bbox/AP"
 NAMES = {
@@ -43,8 +43,12 @@ def read_detector_run(folder: Path) -> Run:
     return run
 
 
-def detector_page(runs: Sequence[Run], title: str, baseline: str | None = None, reload_seconds: int = 0) -> str:
-    """The page about `runs`, whose roles are assigned."""
+def detector_page(runs: Sequence[Run], title: str, baseline: str | None = None, logits: bool = True) -> Page:
+    """The page about `runs`, whose roles are assigned.
+
+    Args:
+        logits: run teacher and student on some images to compare their logits.
+    """
     prefixes = evaluation_prefixes(runs)
     main = f"{prefixes[0]}/AP" if prefixes else AP
     metrics = [metric for prefix in prefixes for metric in precision_metrics(prefix)]
@@ -53,12 +57,12 @@ def detector_page(runs: Sequence[Run], title: str, baseline: str | None = None, 
     sections = [results_section(groups, metrics + COST, text)]
     sections += [section for prefix in prefixes if (section := class_section(groups, prefix))]
     sections += [
-        pictures_section(groups, best_student(groups, main)),
+        *detection_sections(groups, best_student(groups, main), logits),
         curves_section(groups, CURVES),
         seeds_section(runs, metrics[:3], main, baseline),
         origin_section(runs),
     ]
-    return render_page(title, sections, common_notes(runs, main, "AP"), reload_seconds)
+    return Page(title, sections, common_notes(runs, main, "AP"))
 
 
 def evaluation_prefixes(runs: Sequence[Run]) -> list[str]:

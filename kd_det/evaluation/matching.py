@@ -4,6 +4,7 @@ import contextlib
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from detectron2.structures import BoxMode, Instances
@@ -11,6 +12,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 IOU = 0.5
+MATCHED = 500  # of a large data set, the first images
 XYWH = BoxMode.XYWH_ABS
 
 
@@ -28,6 +30,22 @@ class Box:
     category: int
     score: float | None = None
     id: int | None = None
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """The images and objects of a data set in COCO's format."""
+
+    truth: COCO
+    folder: Path
+
+    @property
+    def images(self) -> list[int]:
+        return sorted(self.truth.imgs)[:MATCHED]
+
+    @property
+    def names(self) -> list[str]:
+        return [self.truth.cats[number]["name"] for number in sorted(self.truth.cats)]
 
 
 @dataclass

@@ -3,52 +3,42 @@
 import contextlib
 import io
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from PIL import Image
 from pycocotools.coco import COCO
 
-from kd_core.utils.report.page import Figure, Gallery, Section, data_uri
+from kd_core.utils.errors import UserError
+from kd_core.utils.report.agreement import agreement_table
+from kd_core.utils.report.page import Figure, Gallery, Section
 from kd_core.utils.report.runs import Run, lookup
 from kd_core.utils.report.tables import Cell, Number, Table
 from kd_det.data import register_datasets
 from kd_det.evaluation.drawing import Canvas
-from kd_det.evaluation.matching import Match, match_detections
+from kd_det.evaluation.logits import logits_on_objects, objects_of
+from kd_det.evaluation.matching import Match, TestSet, match_detections
 
 IMAGES = 6  # pictures
-MATCHED = 500  # of a large data set, the first images
 THRESHOLD = 0.5  # lowest score that counts
 COLUMNS = 4  # models beside each other
 JPEG_WIDTH, JPEG_QUALITY = 480, 85
 RESULTS = Path("inference", "coco_instances_results.json")
 
 
-@dataclass(frozen=True)
-class TestSet:
-    """The images and objects of a data set in COCO's format."""
-
-    truth: COCO
-    folder: Path
-
-    @property
-    def images(self) -> list[int]:
-        return sorted(self.truth.imgs)[:MATCHED]
-
-    @property
-    def names(self) -> list[str]:
-        return [self.truth.cats[number]["name"] for number in sorted(self.truth.cats)]
-
-
-def pictures_section(groups: dict[str, list[Run]], student: str) -> Section:
-    """What each method's first run finds, on the images on which teacher and `student` differ most.
+def detection_sections(groups: dict[str, list[Run]], student: str, logits: bool) -> list[Section]:
+    """What each method's first run finds, on the images on which teacher and `student` differ most, and by class how
+    far these two agree.
 
     Without a teacher: the images with most errors of `student`.
+
+    Args:
+        logits: compare the logits of teacher and student, too, which takes minutes on a CPU.
     """
-    section = Section("Pictures")
+    section, agreement = Section("Pictures"), Section("Agreement of teacher and student")
     shown, missing = {}, []
     for title, runs in groups.items():
         run = next((run for run in runs if (run.folder / RESULTS).is_file()), None)
@@ -60,7 +50,7 @@ def pictures_section(groups: dict[str, list[Run]], student: str) -> Section:
     test_set = open_test_set(next(iter(shown.values()))) if shown else None
     if test_set is None:
         section.text += ["The test set is not on this machine, so nothing can be drawn."] if shown else []
-        return section
+        return [section]
     titles = [title for title in shown if title == student or shown[title].role != "student"]
     titles += [title for title in shown if title not in titles]
     titles = titles[:COLUMNS]
@@ -69,12 +59,25 @@ def pictures_section(groups: dict[str, list[Run]], student: str) -> Section:
     student = student if student in matches else titles[-1]
     section.blocks.append(counts_table(matches, len(test_set.images)))
     if teacher and teacher != student:
-        section.blocks.append(agreement_table(matches[teacher], matches[student], test_set, student))
+        agreement.blocks.append(found_table(matches[teacher], matches[student], test_set, student))
+        if logits:
+            add_logits(agreement, shown[teacher], shown[student], test_set)
     section.text.append(legend(teacher if teacher != student else None, student))
     for image in most_telling(matches, teacher, student):
         gallery = draw_image(test_set, image, {title: matches[title][image] for title in titles})
         section.blocks += [gallery] if gallery else []
-    return section
+    return [section, agreement] if agreement.blocks else [section]
+
+
+def add_logits(section: Section, teacher: Run, student: Run, test_set: TestSet) -> None:
+    """Add the agreement of logits on the objects' boxes, or why there is none."""
+    objects = objects_of(test_set)
+    try:
+        rows = [logits_on_objects(run, objects) for run in (teacher, student)]
+        target = torch.cat([classes for *_, classes in objects])
+        section.blocks.append(agreement_table(*rows, target, test_set.names, student.title, "objects"))
+    except (UserError, OSError) as error:
+        section.text.append(f"The logits are not compared: {error}")
 
 
 def legend(teacher: str | None, student: str) -> str:
@@ -129,7 +132,7 @@ def counts_table(matches: dict[str, dict[int, Match]], images: int) -> Table:
     return Table(["", *matches], rows, f"Boxes in {images} images, with a score above {THRESHOLD:g}.")
 
 
-def agreement_table(
+def found_table(
     teacher: dict[int, Match], student: dict[int, Match], test_set: TestSet, title: str
 ) -> Table:
     """By class: on how many objects teacher and student agree, and which of them finds the others."""
@@ -166,12 +169,12 @@ def draw_image(test_set: TestSet, image: int, matches: dict[str, Match]) -> Gall
     figures = []
     for title, match in matches.items():
         picture = Canvas(rgb, test_set.names, sorted(test_set.truth.cats)).draw_match(match)
-        figures.append(Figure(title, jpeg(picture), f"{title} on {name}: {match}", str(match)))
+        figures.append(Figure(title, jpeg(picture), "image/jpeg", f"{title} on {name}: {match}", str(match)))
     return Gallery(figures, name, wide=True)
 
 
-def jpeg(picture: Image.Image) -> str:
+def jpeg(picture: Image.Image) -> bytes:
     picture.thumbnail((JPEG_WIDTH, 4 * JPEG_WIDTH))
     buffer = io.BytesIO()
     picture.save(buffer, format="JPEG", quality=JPEG_QUALITY)
-    return data_uri(buffer.getvalue(), "image/jpeg")
+    return buffer.getvalue()

@@ -34,16 +34,20 @@ class Detector:
     model: GeneralizedRCNN
     config: CfgNode
 
-    @torch.no_grad()
-    def detect(self, path: str) -> Instances:
-        """Detections in the pixels of the image file, on the CPU."""
+    def read(self, path: str) -> dict[str, Any]:
+        """An image file as the model's input."""
         options = self.config.INPUT
         image = read_image(path, options.FORMAT)
         height, width = image.shape[:2]
         resize = T.ResizeShortestEdge([options.MIN_SIZE_TEST] * 2, options.MAX_SIZE_TEST)
         resized = resize.get_transform(image).apply_image(image)
         tensor = torch.as_tensor(resized.astype("float32").transpose(2, 0, 1))
-        return self.model([{"image": tensor, "height": height, "width": width}])[0]["instances"].to("cpu")
+        return {"image": tensor, "height": height, "width": width}
+
+    @torch.no_grad()
+    def detect(self, path: str) -> Instances:
+        """Detections in the pixels of the image file, on the CPU."""
+        return self.model([self.read(path)])[0]["instances"].to("cpu")
 
 
 def read_detectors(source: str, cfg: CfgNode, with_teacher: bool = True) -> list[Detector]:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from helpers.report_runs import Page
 from kd_cls.evaluate import evaluate_checkpoint
@@ -21,7 +22,7 @@ def runs(tiny, teacher_yaml, tmp_path, process):
 
 
 def test_the_page_of_three_runs_has_every_section_and_the_numbers_of_metrics_json(runs):
-    page = Page(classifier_page(assign_roles(map(read_classifier_run, runs)), "three runs"))
+    page = Page(classifier_page(assign_roles(map(read_classifier_run, runs)), "three runs").render())
     assert page.rows[0] == ["", "teacher", "plain", "DKD"]
     for key in ("val/top1", "val/top5", "val/loss"):
         for folder in runs:
@@ -42,7 +43,7 @@ def test_the_predictions_are_those_that_the_evaluation_counts(runs, tiny, proces
 
 def test_a_run_without_weights_is_said_to_have_none(runs):
     (runs[1] / "best.pth").unlink()
-    page = Page(classifier_page(assign_roles([read_classifier_run(runs[1])]), "plain"))
+    page = Page(classifier_page(assign_roles([read_classifier_run(runs[1])]), "plain").render())
     assert "plain: no predictions: there is no" in page.text and "No teacher is among the runs" in page.text
 
 
@@ -67,6 +68,8 @@ def test_a_training_leaves_its_page_its_origin_and_a_status_line(tiny, tmp_path,
     assert "No teacher is among the runs" in page.text and "training time" in page.text
     info = json.loads((tmp_path / "run" / "run.json").read_text())
     assert info["max_iter"] == 8 and info["training_seconds"] > 0
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert [event.step for event in events.Images("val/confusions")] == [8]  # the accumulator keeps the last by default
     lines = (tmp_path / "run" / "log.txt").read_text().splitlines()
     assert "Status: at iteration 4 of 8 (50 %), top-1" in "\n".join(lines)
     assert "Status: finished, iteration 8 of 8 (100 %), top-1" in lines[-1]

@@ -1,11 +1,14 @@
 """What a training leaves for readers: a short console, run.json, report.html at every evaluation, a status line."""
 
+import io
 import json
 import os
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from helpers.few_digits import few_digits
 from helpers.processes import run
@@ -63,6 +66,14 @@ def test_the_last_line_of_the_log_is_the_status_and_the_page_has_the_last_figure
     assert "http-equiv" not in (output / "report.html").read_text() and any("jpeg" in image for image in page.images)
 
 
+def test_tensorboard_has_the_pictures_of_the_page(trained):
+    events = EventAccumulator(str(trained[0]), size_guidance={"images": 0}).Reload()
+    names = events.Tags()["images"]
+    assert names and all(name.endswith("/plain") for name in names)
+    assert {event.step for name in names for event in events.Images(name)} == {20, 22}
+    assert Image.open(io.BytesIO(events.Images(names[0])[-1].encoded_image_string)).size == (384, 384)
+
+
 def test_verbose_prints_config_environment_and_model(tmp_path):
     printed = train_tiny(tmp_path, "SOLVER.MAX_ITER", "1", "DATASETS.TEST", "()", flags=("--verbose",))
     assert all(words in printed for words in ("Environment info", "Running with full config", "Model:"))
@@ -76,7 +87,7 @@ def test_a_page_that_fails_is_logged_and_the_old_one_stays(tmp_path, caplog):
     def read(_: Path):
         raise KeyError("a bug in a page")
 
-    write_live_report(tmp_path, read, lambda *_: "", running=True)
+    write_live_report(tmp_path, read, lambda *_: None, running=True)
     assert "the training continues" in caplog.text and (tmp_path / "report.html").read_text() == "old"
 
 

@@ -3,10 +3,14 @@
 import io
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kd_core.utils.report.page import Figure, data_uri
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Canvas
+
+from kd_core.utils.report.page import Figure
 from kd_core.utils.report.runs import Run
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; the line's dashes say the same once more.
@@ -16,6 +20,7 @@ POINTS = 400  # of a line: more than the pixels of its chart
 # matplotlib writes colours into the SVG; this one is replaced by that of the reader's light or dark scheme.
 INK = "#010203"
 SCHEMES = "<style>svg{color:#1c2126}@media(prefers-color-scheme:dark){svg{color:#dfe3e7}}</style>"
+MAP_CLASSES = 200  # confusions are drawn for up to this many classes
 SIZE = 4.6, 2.9  # inches: at 10 points the text is read on a telephone
 
 
@@ -56,7 +61,7 @@ def chart(groups: dict[str, list[Run]], key: str, label: str) -> Figure:
         axes.grid(alpha=0.25)
         if drawn > 1:
             axes.legend(frameon=False, fontsize=9)
-        return Figure(label, data_uri(svg(canvas), "image/svg+xml"), f"{label} over the iterations")
+        return Figure(label, svg(canvas), SVG, f"{label} over the iterations")
 
 
 def reliability(curves: dict[str, tuple[Sequence[float], Sequence[float]]]) -> Figure:
@@ -73,11 +78,17 @@ def reliability(curves: dict[str, tuple[Sequence[float], Sequence[float]]]) -> F
             axes.plot(confidence, accuracy, marker="o", markersize=4, label=title, **style)
         axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
         axes.legend(frameon=False, fontsize=9)
-        return Figure("Calibration", data_uri(svg(canvas), "image/svg+xml"), "accuracy over confidence")
+        return Figure("Calibration", svg(canvas), SVG, "accuracy over confidence")
 
 
 def confusion_map(counts: np.ndarray, title: str) -> Figure:
-    """Rows: the class; columns: what is predicted; the darker, the more often. Square, (C, C) counts."""
+    """The map of confusions as a picture of a page."""
+    alt = f"{title}: share of a class's images by predicted class"
+    return Figure(title, svg(draw_confusions(counts)), SVG, alt)
+
+
+def draw_confusions(counts: np.ndarray) -> "Canvas":
+    """Rows: the class; columns: what is predicted; the lighter, the more often. Square, (C, C) counts."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure as Canvas
 
@@ -88,8 +99,7 @@ def confusion_map(counts: np.ndarray, title: str) -> Figure:
         drawn = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
         axes.set(xlabel="predicted class", ylabel="class")
         canvas.colorbar(drawn, ax=axes, shrink=0.8)
-        alt = f"{title}: share of a class's images by predicted class"
-        return Figure(title, data_uri(svg(canvas), "image/svg+xml"), alt)
+        return canvas
 
 
 def mean_over_runs(runs: Sequence[Run], key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
@@ -105,6 +115,7 @@ def mean_over_runs(runs: Sequence[Run], key: str) -> tuple[np.ndarray, np.ndarra
     return np.array(shared), values.mean(axis=0), width
 
 
+SVG = "image/svg+xml"
 STYLE = {
     "font.size": 10,
     "svg.fonttype": "none",  # text as text: smaller, and in the reader's own font
@@ -116,7 +127,7 @@ STYLE = {
 }
 
 
-def svg(canvas: object) -> bytes:
+def svg(canvas: "Canvas") -> bytes:
     """A matplotlib figure as an SVG without background, in the ink of the reader's colour scheme."""
     buffer = io.StringIO()
     canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kd_core.utils.report.page import write_page
+from kd_core.utils.report.page import Page
 from kd_core.utils.report.runs import Run, assign_roles, read_lines, teacher_folder
 
 logger = logging.getLogger(__name__)
@@ -14,30 +14,33 @@ RELOAD_SECONDS = 60
 
 
 def write_live_report(
-    output_dir: str | Path, read: Callable[[Path], Run], make_page: Callable[..., str], running: bool
-) -> None:
-    """Write `output_dir`/report.html, with the teacher beside the run where its folder is here.
+    output_dir: str | Path, read: Callable[[Path], Run], make_page: Callable[..., Page], running: bool
+) -> Page | None:
+    """Write `output_dir`/report.html, with the teacher beside the run where its folder is here; returns the page.
 
     Whatever goes wrong is logged and does not end the training.
 
     Args:
         read: reads a run of the package that trains.
-        make_page: (runs, title, reload_seconds=…) → the page.
+        make_page: (runs, title) → the page.
         running: the browser then reloads the page every minute.
     """
     folder = Path(output_dir).resolve()
     if not (folder / "config.yaml").is_file():  # a trainer built in Python, without the command that writes it
-        return
+        return None
     try:
         run = read(folder)
         teacher = teacher_folder(run)
         teachers = [read(teacher)] if teacher and (teacher / "config.yaml").is_file() else []
         runs = assign_roles([*teachers, run])
-        write_page(folder / FILE, make_page(runs, folder.name, reload_seconds=RELOAD_SECONDS if running else 0))
+        page = make_page(runs, folder.name)
+        page.write(folder / FILE, RELOAD_SECONDS if running else 0)
+        return page
     except ImportError as error:
         logger.warning("%s is not written: %s (pip install matplotlib jinja2, or REPORT.ENABLED False)", FILE, error)
     except Exception:  # a page is not worth a training
         logger.exception("%s could not be written; the training continues", FILE)
+    return None
 
 
 def logged(output_dir: str | Path) -> Run:

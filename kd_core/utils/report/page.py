@@ -13,12 +13,18 @@ from kd_core.utils.report.tables import Number, Table
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture with its bytes in `uri`."""
+    """A picture: the bytes of a file of type `kind`, image/svg+xml or image/jpeg."""
 
     title: str
-    uri: str
+    content: bytes
+    kind: str
     alt: str
     caption: str = ""
+
+    @property
+    def uri(self) -> str:
+        """The picture as an address that needs no network."""
+        return f"data:{self.kind};base64,{base64.b64encode(self.content).decode()}"
 
 
 @dataclass
@@ -52,30 +58,36 @@ class Section:
     blocks: list[Table | Gallery | Facts] = field(default_factory=list)
 
 
-def data_uri(content: bytes, kind: str) -> str:
-    """`content` as an address that needs no network."""
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+@dataclass(frozen=True)
+class Page:
+    """A report.
 
-
-def render_page(title: str, sections: Sequence[Section], notes: Sequence[str] = (), reload_seconds: int = 0) -> str:
-    """The page.
-
-    Args:
+    Attributes:
         notes: what a reader must know first: a run is unfinished, nothing was detected.
-        reload_seconds: above 0 the browser loads the page anew so often: the training is still running.
     """
-    from jinja2 import Environment, StrictUndefined
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.tests["number"] = lambda cell: isinstance(cell, Number)
-    environment.tests["table"] = lambda block: isinstance(block, Table)
-    environment.tests["gallery"] = lambda block: isinstance(block, Gallery)
-    template = environment.from_string(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
-    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return template.render(title=title, sections=sections, notes=notes, reload_seconds=reload_seconds, made=made)
+    title: str
+    sections: Sequence[Section]
+    notes: Sequence[str] = ()
 
+    def photographs(self) -> dict[str, Figure]:
+        """The pictures of detections, by the names of image and model."""
+        galleries = [block for section in self.sections for block in section.blocks if isinstance(block, Gallery)]
+        return {f"{each.title}/{one.title}": one for each in galleries if each.wide for one in each.figures}
 
-def write_page(path: str | Path, page: str) -> None:
-    """Write the page whole or not at all: a browser that reloads sees the old one or the new one."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, page)
+    def render(self, reload_seconds: int = 0) -> str:
+        """The HTML; with `reload_seconds` the browser loads it anew so often: the training is still running."""
+        from jinja2 import Environment, StrictUndefined
+
+        environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+        environment.tests["number"] = lambda cell: isinstance(cell, Number)
+        environment.tests["table"] = lambda block: isinstance(block, Table)
+        environment.tests["gallery"] = lambda block: isinstance(block, Gallery)
+        template = environment.from_string(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
+        made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+        return template.render(page=self, reload_seconds=reload_seconds, made=made)
+
+    def write(self, path: str | Path, reload_seconds: int = 0) -> None:
+        """Write it whole or not at all: a browser that reloads sees the old page or the new one."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, self.render(reload_seconds))

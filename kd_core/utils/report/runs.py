@@ -10,13 +10,16 @@ from typing import Any
 
 from kd_core.utils.config import read_yaml
 from kd_core.utils.errors import UserError
-from kd_core.utils.run_info import read_run_info
+from kd_core.utils.run_info import EVALUATION, read_run_info
 
 LOSSES = {"kd": "KD", "dkd": "DKD", "gdkd": "GDKD", "gdkd3": "GDKD3", "gdkds": "GDKDS", "aekt": "AEKT"}
 LOSSES |= {"dist": "DIST", "mlkd": "MLKD", "crld": "CRLD", "review": "ReviewKD"}
 OPTIMIZERS = {"deepkd_sgd": "DeepKD ({})", "dot_sgd": "DOT ({})", "stream_adamw": "{}, StreamAdamW"}
 # Runs that differ in these keys only are repetitions of one method.
-REPETITION = (("SEED",), ("SEEDS",), ("OUTPUT_DIR",), ("KD", "TEACHER", "WEIGHTS"), ("DATALOADER", "NUM_WORKERS"))
+REPETITION = (
+    ("SEED",), ("SEEDS",), ("OUTPUT_DIR",), ("KD", "TEACHER", "WEIGHTS"), ("DATALOADER", "NUM_WORKERS"),
+    ("train", "seed"), ("train", "output_dir"), ("model", "teacher", "weights"),  # of LazyConfigs
+)  # fmt: skip
 
 
 @dataclass
@@ -27,7 +30,7 @@ class Run:
         folder: its OUTPUT_DIR.
         config: config.yaml.
         lines: of metrics.json, in the order in which they were written.
-        info: run.json; {} for trainings that are older than it.
+        info: run.json; {} for trainings that are older than it; of an evaluation alone its evaluation.json.
         max_iter: iterations of the schedule; 0 where the package that trained it has not said.
         title: of its method; the same for all seeds of it.
         role: "teacher", "plain" or "student".
@@ -73,7 +76,12 @@ class Run:
     def is_finished(self, metric: str) -> bool:
         """Whether the schedule is at its end and `metric` was evaluated there (detectron2 counts from 0)."""
         evaluated = self.series(metric)[0]
-        return bool(evaluated) and evaluated[-1] + 1 >= self.max_iter > 0
+        return bool(evaluated) and (self.evaluated or evaluated[-1] + 1 >= self.max_iter > 0)
+
+    @property
+    def evaluated(self) -> str:
+        """The weights of an evaluation without a training; empty for a training."""
+        return self.info.get("evaluated", "")
 
 
 def is_number(value: object) -> bool:
@@ -94,7 +102,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_run(folder: Path) -> Run:
-    """The training in `folder`.
+    """The training in `folder`, or the evaluation where there is no training.
 
     Raises:
         UserError: there is no config.yaml.
@@ -102,7 +110,31 @@ def read_run(folder: Path) -> Run:
     path = folder / "config.yaml"
     if not path.is_file():
         raise UserError(f"{folder} is no OUTPUT_DIR of a training: it has no config.yaml")
-    return Run(folder, read_yaml(str(path)), read_lines(folder / "metrics.json"), read_run_info(folder))
+    config, lines = with_common_keys(read_yaml(str(path))), read_lines(folder / "metrics.json")
+    evaluation = read_run_info(folder, EVALUATION)
+    if evaluation and not lines:
+        return Run(folder, config, [{"iteration": 0, **evaluation.pop("results", {})}], evaluation)
+    return Run(folder, config, lines, read_run_info(folder))
+
+
+def with_common_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.yaml; of a LazyConfig also under the keys that a report reads."""
+    if "dataloader" not in config:
+        return config
+    loss, names = lookup(config, "model", "loss") or {}, lookup(config, "dataloader", "test", "dataset", "names")
+    name = loss.get("_target_", "none").rpartition(".")[2].removesuffix("Loss").lower()
+    optimizer = lookup(config, "optimizer", "_target_", default="").rpartition(".")[2]
+    return {
+        **config,
+        "KD": {
+            "LOSS": {"NAME": name, "TOPK": {"ENABLED": bool(loss.get("topk"))}},
+            "TEACHER": {"WEIGHTS": lookup(config, "model", "teacher", "weights")},
+        },
+        "SOLVER": {"MAX_ITER": lookup(config, "train", "max_iter", default=0), "OPTIMIZER": optimizer},
+        "DATASETS": {"TEST": [names] if isinstance(names, str) else names or []},
+        "SEED": lookup(config, "train", "seed"),
+        "OUTPUT_DIR": lookup(config, "train", "output_dir"),
+    }
 
 
 def lookup(config: dict[str, Any], *keys: str, default: Any = None) -> Any:
@@ -128,7 +160,7 @@ def method_identity(config: dict[str, Any]) -> str:
     """Equal for runs that differ in `REPETITION` only."""
     config = json.loads(json.dumps(config))
     for *path, last in REPETITION:
-        lookup(config, *path, default={}).pop(last, None)
+        (lookup(config, *path) or {}).pop(last, None)
     return json.dumps(config, sort_keys=True)
 
 

@@ -18,6 +18,8 @@ def state(metric: str) -> Callable[[Run], str]:
     """How far a run is, judged by whether `metric` was evaluated at its end."""
 
     def of(run: Run) -> str:
+        if run.evaluated:
+            return f"is an evaluation of {run.evaluated}"
         if run.is_finished(metric):
             return "is finished"
         if run.iteration < 0:
@@ -34,7 +36,7 @@ def common_notes(runs: Sequence[Run], metric: str, label: str) -> list[str]:
     for run in runs:
         name = f"{run.title}, {run.name}"
         values = run.series(metric)[1]
-        if not run.is_finished(metric):
+        if run.evaluated or not run.is_finished(metric):
             notes.append(f"{name} {of(run)}." + ("" if values else f" It has no {label} yet."))
         if values and math.isnan(values[-1]):
             notes.append(f"{name}: {label} is NaN. Not one detection, or no ground truth, in the last evaluation.")
@@ -77,7 +79,7 @@ def curves_section(groups: dict[str, list[Run]], families: dict[str, str]) -> Se
         blocks += [Gallery(figures, title)] if figures else []
     several = any(len(group) > 1 for group in groups.values())
     text = ["Lines are means over seeds; the bands are ± one standard deviation."] if several else []
-    return Section("Curves", text if blocks else ["metrics.json holds no curve."], blocks)
+    return Section("Curves", text if blocks else ["Nothing was logged twice, so there is no curve."], blocks)
 
 
 def origin_section(runs: Sequence[Run]) -> Section:

@@ -1,24 +1,33 @@
-"""Training hooks for readers: run.json at the start, report.html and a status line at every evaluation."""
+"""The training hook for readers: scalars, run.json at the start; report.html and pictures at every evaluation."""
 
+import io
 import logging
 import time
+from collections.abc import Sequence
+from functools import partial
 
+import numpy as np
+import torch
 from detectron2.config import CfgNode
-from detectron2.engine import HookBase
+from detectron2.engine import hooks
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter, TensorboardXWriter
+from PIL import Image
 
 from kd_core.utils.report.live import logged, status_line, write_live_report
 from kd_core.utils.report.sections import seconds_text
 from kd_core.utils.run_info import write_run_info
 
 logger = logging.getLogger(__name__)
-WRITTEN_EVERY = 20  # iterations between two lines of metrics.json
 
 
-class Report(HookBase):
-    """On the main process; must come after the writers, whose metrics.json it reads."""
+class Report(hooks.PeriodicWriter):
+    """detectron2's hook of the writers, on the main process; it reads the metrics.json that they write, and TensorBoard
+    gets the report's pictures.
+    """
 
-    def __init__(self, cfg: CfgNode) -> None:
+    def __init__(self, cfg: CfgNode, writers: Sequence[EventWriter], period: int) -> None:
+        super().__init__(writers, period)
         self.cfg = cfg
 
     def before_train(self) -> None:
@@ -35,19 +44,23 @@ class Report(HookBase):
         )
 
     def after_step(self) -> None:
+        super().after_step()
         done = self.trainer.iter + 1
-        if done == self.trainer.start_iter + WRITTEN_EVERY:
-            each = (time.perf_counter() - self.started) / WRITTEN_EVERY
+        if done == self.trainer.start_iter + self._period:
+            each = (time.perf_counter() - self.started) / self._period
             left = seconds_text(each * (self.trainer.max_iter - done))
             logger.info("About %s to go at %.2f s per iteration, evaluations not counted", left, each)
-        if done % WRITTEN_EVERY == 0 and done < self.trainer.max_iter:
+        if done % self._period == 0 and done < self.trainer.max_iter:
             results = getattr(self.trainer, "_last_eval_results", None)
             if results is not self.seen:
                 self.seen = results
                 self.write(done, running=True)
 
     def after_train(self) -> None:
+        for writer in self._writers:  # the last evaluation's results
+            writer.write()
         self.write(self.trainer.iter, running=False)
+        super().after_train()  # with the last pictures
 
     def write(self, iteration: int, running: bool) -> None:
         """The page, where REPORT.ENABLED asks for it, and the status line."""
@@ -55,7 +68,12 @@ class Report(HookBase):
         from kd_det.evaluation.html_report import detector_page, evaluation_prefixes, read_detector_run
 
         if self.cfg.REPORT.ENABLED:
-            write_live_report(self.cfg.OUTPUT_DIR, read_detector_run, detector_page, running)
+            make_page = partial(detector_page, logits=False)
+            page = write_live_report(self.cfg.OUTPUT_DIR, read_detector_run, make_page, running)
+            if page and any(isinstance(writer, TensorboardXWriter) for writer in self._writers):
+                for name, figure in page.photographs().items():
+                    pixels = np.array(Image.open(io.BytesIO(figure.content)))
+                    self.trainer.storage.put_image(name, torch.from_numpy(pixels).permute(2, 0, 1))
         run = logged(self.cfg.OUTPUT_DIR)
         prefixes = evaluation_prefixes([run])
         values = list(zip(*run.series(f"{prefixes[0]}/AP"), strict=True)) if prefixes else []
