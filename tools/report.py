@@ -4,24 +4,32 @@
     tools/report.py output/digits/teacher output/digits/baseline output/digits/dkd --html report.html
     tools/report.py output/table/* --baseline KD --html table.html   # methods × seeds: mean ± std, paired differences
     tools/report.py output/digits/cls_dkd --html classifier.html     # a classifier's; with SEEDS all of its seeds
+    tools/report.py output/table/* --json docs/results/table.json    # their results and curves, in a file to commit
+    tools/report.py --page docs/results.md                           # draw the tables and figures of a page from such
 
-Every OUTPUT is an OUTPUT_DIR, all of detectors or all of classifiers; a student's teacher is added if its own
-OUTPUT_DIR is still beside its weights. The page needs no network: one file can be sent to others.
+Every OUTPUT is an OUTPUT_DIR of a training or of an evaluation (--eval-only), all of detectors or all of classifiers; a
+student's teacher is added if its own OUTPUT_DIR is still beside its weights. The page needs no network: one file can be
+sent to others.
 """
 
 import argparse
+import json
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 from kd_core.utils.errors import UserError, exit_on_user_error
+from kd_core.utils.report.results import read_runs, redraw, write_runs
 from kd_core.utils.report.runs import Run, assign_roles, by_title, lookup, read_run, teacher_folder
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("outputs", nargs="+", type=Path, metavar="OUTPUT", help="a training's OUTPUT_DIR")
-    parser.add_argument("--html", type=Path, required=True, help="the page to write")
+    parser.add_argument("outputs", nargs="*", type=Path, metavar="OUTPUT", help="a training's OUTPUT_DIR")
+    parser.add_argument("--html", type=Path, help="the report to write")
+    parser.add_argument("--json", type=Path, help="the file of results to write")
+    parser.add_argument("--page", type=Path, help="a Markdown page, whose marked blocks are drawn from such files")
     parser.add_argument("--title", help="default: the runs' names")
     parser.add_argument("--baseline", help="method that the others are compared with, as the page calls it: plain, DKD")
     return parser.parse_args(arguments)
@@ -34,8 +42,41 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(options: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore", category=UserWarning)
-    runs = write_report(options.outputs, options.html, options.title, options.baseline)
-    print(f"{len(runs)} runs: {options.html} ({options.html.stat().st_size / 1e6:.1f} MB)")
+    if not (options.page or (options.outputs and (options.html or options.json))):
+        raise UserError("give OUTPUT … and --html or --json, or give --page")
+    if options.html:
+        runs = write_report(options.outputs, options.html, options.title, options.baseline)
+        print(f"{len(runs)} runs: {options.html} ({options.html.stat().st_size / 1e6:.1f} MB)")
+    if options.json:
+        runs = assign_roles(map(read_run, with_teachers(each_run(options.outputs))))
+        write_runs(options.json, runs)
+        print(f"{len(runs)} runs: {options.json}")
+    if options.page:
+        print("\n".join(map(str, redraw(options.page, runs_in, search_table))))
+
+
+def runs_in(path: Path) -> list[Run]:
+    """The runs of a file of results: of --json, or the tests of a tools/search.py."""
+    return open_search(path).tested() if is_search(path) else read_runs(path)
+
+
+def search_table(path: Path) -> str:
+    """The table of a tools/search.py."""
+    if not is_search(path):
+        raise UserError(f"{path} is no results.json of tools/search.py")
+    return open_search(path).report()
+
+
+def is_search(path: Path) -> bool:
+    return "trainings" in json.loads(path.read_text(encoding="utf-8"))
+
+
+def open_search(path: Path) -> Any:
+    """`search.Search` of a results.json."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    from search import of_results
+
+    return of_results(path)
 
 
 def write_report(outputs: list[Path], html: Path, title: str | None = None, baseline: str | None = None) -> list[Run]:

@@ -21,6 +21,7 @@ from kd_cls.engine.cli import run_command
 from kd_cls.train import summarise, train
 from kd_core.losses.feature_config import distils
 from kd_core.utils.files import write_text
+from kd_core.utils.report.tables import mean_std
 
 METHODS = {
     "baseline": "plain",
@@ -61,14 +62,8 @@ def row(name: str, results: list[dict[str, float]], unit: float) -> list[str]:
     """One line of the table; times are relative to `unit` seconds."""
     loss, seconds = (summarise([result[key] for result in results])["mean"] for key in ("loss", "seconds"))
     parameters = f"{results[0]['parameters'] / 1000:.0f} k"
-    top1 = accuracy([result["top1"] for result in results])
+    top1 = mean_std([result["top1"] for result in results])
     return [name, parameters, top1, f"{loss:.3f}", f"{seconds:.0f}", f"{seconds / unit:.2f}"]
-
-
-def accuracy(values: list[float]) -> str:
-    """Mean ± std; of one value, only the value."""
-    found = summarise(values)
-    return f"{found['mean']:.2f} ± {found['std']:.2f}" if len(values) > 1 else f"{found['mean']:.2f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> str:

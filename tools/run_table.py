@@ -87,7 +87,8 @@ def report_table(args: argparse.Namespace, output: Path, seconds: dict[str, floa
     """One row per method: AP, AP50, AP75 over the seeds, parameters, time of an iteration relative to the first."""
     from tabulate import tabulate
 
-    from kd_det.evaluation.report import read_run, spread
+    from kd_core.utils.report.tables import mean_std
+    from kd_det.evaluation.report import read_run
 
     runs = {"teacher": [read_run(output / "teacher")]} | {
         name: [read_run(output / f"{name}_seed{seed}") for seed in args.seeds] for name in args.methods
@@ -96,7 +97,7 @@ def report_table(args: argparse.Namespace, output: Path, seconds: dict[str, floa
     rows = [
         [
             METHODS[name][0] if name in METHODS else name,
-            *(spread([getattr(run, key) for run in group]) for key in ("ap", "ap50", "ap75")),
+            *(mean_std([getattr(run, key) for run in group]) for key in ("ap", "ap50", "ap75")),
             f"{group[0].parameters / 1e6:.2f} M",
             f"{seconds[name] / unit:.2f}" if name in seconds else "",
         ]

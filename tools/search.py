@@ -24,7 +24,6 @@ import math
 import os
 import random
 import signal
-import statistics
 import subprocess
 import sys
 import threading
@@ -40,6 +39,8 @@ from demo import ROOT, Trainings, interrupt, listen, wait_for
 from kd_core.utils.config import read_yaml
 from kd_core.utils.errors import UserError
 from kd_core.utils.files import write_text
+from kd_core.utils.report.runs import Run, read_lines
+from kd_core.utils.report.tables import Table, markdown, mean_std
 from kd_core.utils.run_info import machine, source, versions
 
 # package → command, metric in metrics.json, the teacher's file
@@ -196,8 +197,8 @@ class Search:
         if not finished.is_file():
             command = self.command_of(teacher["config"], self.teacher, 0, words)
             wait_for(trainings.pool.submit(trainings.run, command))
-            value = last_value(self.teacher / "metrics.json", self.metric)
-            self.results.add({"training": "teacher", "value": value} | self.origin(0, teacher["config"], words))
+            found = evaluations(self.teacher / "metrics.json", self.metric)
+            self.results.add({"training": "teacher", **found} | self.origin(0, teacher["config"], words))
             write_text(finished, identity)
         elif finished.read_text(encoding="utf-8") != identity:
             raise UserError(f"{self.teacher} is of another table: remove it, or choose another --output")
@@ -222,7 +223,7 @@ class Search:
         entry["try"] = training.number
         try:
             trainings.run(self.command_of(training.config, folder, training.seed, (*words, *teacher)))
-            entry["value"] = last_value(folder / "metrics.json", self.metric)
+            entry |= evaluations(folder / "metrics.json", self.metric)
         except subprocess.CalledProcessError as error:
             if error.returncode < 0:  # a signal's: it was killed, and has not failed
                 raise
@@ -238,8 +239,6 @@ class Search:
 
     def report(self) -> str:
         """The table, drawn from results.json: mean ± sample standard deviation over the fresh seeds."""
-        from tabulate import tabulate
-
         rows = []
         if (value := self.results.entries.get("teacher", {}).get("value")) is not None:
             rows.append(["teacher", f"{value:.2f}", 1, self.table["teacher"].get("published", ""), "", "", "", ""])
@@ -254,32 +253,47 @@ class Search:
                 validation = f"{self.value(searched[best]):.2f}"
                 chosen = ", ".join(f"{key} {value}" for key, value in self.tries[name][best].items())
             published = self.table["methods"][name].get("published", "")
-            rows.append([name, spread(values), len(values), published, validation, len(done), failed, chosen])
+            rows.append([name, mean_std(values), len(values), published, validation, len(done), failed, chosen])
         headers = ["", f"test {self.metric}", "seeds", "published", "search", "tries", "failed", "chosen"]
         # Without a search, or published figures, their columns are empty: left out.
         shown = [column for column, cells in enumerate(zip(*rows, strict=True)) if column < 3 or any(cells)]
-        rows = [[row[column] for column in shown] for row in rows]
-        return tabulate(rows, [headers[column] for column in shown], tablefmt="github", disable_numparse=True)
+        cells = [(row[0], [[str(row[column])] for column in shown[1:]]) for row in rows]
+        return markdown(Table([headers[column] for column in shown], cells))
+
+    def tested(self) -> list[Run]:
+        """The finished tests, with the metric over the iterations where the entry has it."""
+        runs = []
+        for training in self.tests():
+            entry = self.results.entries.get(training.key, {})
+            if entry.get("value") is not None:
+                lines = [{"iteration": i, self.metric: v} for i, v in entry.get("curve", [[0, entry["value"]]])]
+                role = "student" if self.table["methods"][training.method].get("teacher", True) else "plain"
+                runs.append(Run(Path(training.key), {"SEED": training.seed}, lines, title=training.method, role=role))
+        return runs
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean ± sample standard deviation; of one value, only the value."""
-    if len(values) < 2:
-        return "".join(f"{value:.2f}" for value in values)
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+def evaluations(path: Path, metric: str) -> dict[str, Any]:
+    """`value`, the last of a metric in metrics.json, and its `curve`: [iteration, value] of every evaluation.
 
-
-def last_value(path: Path, metric: str) -> float:
-    """The last value of a metric in metrics.json. detectron2 says NaN where nothing is detected: 0.
+    detectron2 says NaN where nothing is detected: 0.
 
     Raises:
         UserError: there is none.
     """
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    values = [line[metric] for line in lines if metric in line]
+    iterations, values = Run(path.parent, {}, read_lines(path)).series(metric)
     if not values:
         raise UserError(f"{path} has no {metric}: the training was not evaluated")
-    return 0.0 if math.isnan(values[-1]) else values[-1]
+    curve = [[i, 0.0 if math.isnan(value) else value] for i, value in zip(iterations, values, strict=True)]
+    return {"value": curve[-1][1], "curve": curve}
+
+
+def of_results(path: Path) -> Search:
+    """The search that a results.json is of, by the table's name, to draw what is in it; trains nothing."""
+    entries = json.loads(path.read_text(encoding="utf-8"))
+    table = ROOT / "configs" / "Search" / entries["table"]
+    search = Search(read_table(table), parse([str(table)]), path.parent)
+    search.results.entries = {entry["training"]: entry for entry in entries["trainings"]}
+    return search
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -12,8 +12,9 @@ Colour = tuple[int, int, int]
 PALETTE = ((86, 180, 233), (0, 158, 115), (230, 159, 0), (204, 121, 167), (0, 114, 178), (240, 228, 66))
 SHADES = (0.0, 0.45, -0.35, 0.7)
 WRONG = (213, 94, 0)
+CROWDED = 15  # boxes
 SMALL_SIDE = 400  # pixels: smaller images are drawn twice as large, for the labels to be read
-LINE, FONT_SIZE, DASH = 2, 12, 6  # pixels
+LINE, FONT_SIZE, DASH, WIDTH = 2, 12, 6, 384  # pixels of an image of this width; larger in wider ones
 
 
 def class_colour(index: int) -> Colour:
@@ -35,51 +36,79 @@ class Canvas:
         self.scale = 2 if max(rgb.shape[:2]) < SMALL_SIDE else 1
         size = (rgb.shape[1] * self.scale, rgb.shape[0] * self.scale)
         self.image = Image.fromarray(rgb).resize(size, Image.Resampling.BILINEAR)
-        self.drawing, self.font = ImageDraw.Draw(self.image), ImageFont.load_default(FONT_SIZE)
+        self.unit = max(size[0] / WIDTH, 1)
+        self.drawing, self.font = ImageDraw.Draw(self.image), ImageFont.load_default(FONT_SIZE * self.unit)
+        self.labels: list[tuple[float, float, float, float, str, Colour, Colour]] = []
         self.names = names
         self.places = {category: place for place, category in enumerate(categories or range(len(names)))}
 
     def draw_match(self, match: Match) -> Image.Image:
-        """What is missed, right and wrong."""
+        """What is missed, right and wrong; where there is much, dashes alone say what is missed."""
+        missed = " missed" if len(match.missed) + len(match.right) + len(match.wrong) <= CROWDED else ""
         for box in match.missed:
-            self.draw(box, dashed=True)
+            self.draw(box, missed)
         for box in match.right:
             self.draw(box)
         for box in match.wrong:
             self.draw(box, wrong=True)
-        return self.image
+        return self.finish()
 
     def draw_truth(self, boxes: Sequence[Box]) -> Image.Image:
         for box in boxes:
             self.draw(box)
-        return self.image
+        return self.finish()
 
-    def draw(self, box: Box, dashed: bool = False, wrong: bool = False) -> None:
-        """One box with its class, and its score where it has one; a wrong one's label says so."""
+    def draw(self, box: Box, missed: str | None = None, wrong: bool = False) -> None:
+        """One box; `finish` writes its class and its score.
+
+        Args:
+            missed: the object was, so the box is dashed; these words follow its class.
+            wrong: the detection is, and its label says so.
+        """
         place = self.places[box.category]
         colour = class_colour(place)
         left, top, width, height = (value * self.scale for value in box.bbox)
-        edge = WRONG if wrong else colour
-        if dashed:
-            self.dashed(left, top, left + width, top + height, edge)
+        edge, line = WRONG if wrong else colour, round(LINE * self.unit)
+        if missed is not None:
+            self.dashed(left, top, left + width, top + height, edge, line)
         else:
-            self.drawing.rectangle((left, top, left + width, top + height), outline=edge, width=LINE)
+            self.drawing.rectangle((left, top, left + width, top + height), outline=edge, width=line)
         words = self.names[place] + (f" {box.score:.2f}" if box.score is not None else "")
-        self.label(left, top, f"x {words}" if wrong else f"{words} missed" if dashed else words, colour, edge)
+        words = f"x {words}" if wrong else f"{words}{missed or ''}"
+        self.labels.append((left, top, left + width, top + height, words, colour, edge))
 
-    def dashed(self, left: float, top: float, right: float, bottom: float, colour: Colour) -> None:
-        for start in np.arange(left, right, 2 * DASH):
+    def dashed(self, left: float, top: float, right: float, bottom: float, colour: Colour, line: int) -> None:
+        dash = DASH * self.unit
+        for start in np.arange(left, right, 2 * dash):
             for y in (top, bottom):
-                self.drawing.line((start, y, min(start + DASH, right), y), fill=colour, width=LINE)
-        for start in np.arange(top, bottom, 2 * DASH):
+                self.drawing.line((start, y, min(start + dash, right), y), fill=colour, width=line)
+        for start in np.arange(top, bottom, 2 * dash):
             for x in (left, right):
-                self.drawing.line((x, start, x, min(start + DASH, bottom)), fill=colour, width=LINE)
+                self.drawing.line((x, start, x, min(start + dash, bottom)), fill=colour, width=line)
 
-    def label(self, left: float, top: float, words: str, fill: Colour, edge: Colour) -> None:
-        """Words above the box, or inside it at the image's upper edge, and always within the image."""
-        width, height = self.font.getlength(words) + 4, FONT_SIZE + 3
-        left = min(max(left, 0), max(self.image.width - width, 0))
-        top = top - height if top >= height else top
-        self.drawing.rectangle((left, top, left + width, top + height), fill=fill, outline=edge)
-        dark = sum(fill) > 330  # dark words on a light ground
-        self.drawing.text((left + 2, top + 1), words, fill="black" if dark else "white", font=self.font)
+    def finish(self) -> Image.Image:
+        """The image with every label: above its box, or where it hides no other label, and always within the image."""
+        taken: list[tuple[float, float, float, float]] = []
+        high = (FONT_SIZE + 3) * self.unit
+        for left, top, right, bottom, words, fill, edge in self.labels:
+            wide = self.font.getlength(words) + 4 * self.unit
+            places = [(x, y) for y in (top - high, top, bottom, bottom - high) for x in (left, right - wide)]
+            frames = [self.frame(x, y, wide, high) for x, y in places]
+            free = [frame for frame in frames if not any(overlap(frame, other) for other in taken)]
+            frame = (free or frames)[0]
+            taken.append(frame)
+            self.drawing.rectangle(frame, fill=fill, outline=edge)
+            dark = sum(fill) > 330  # dark words on a light ground
+            corner = frame[0] + 2 * self.unit, frame[1] + self.unit
+            self.drawing.text(corner, words, fill="black" if dark else "white", font=self.font)
+        return self.image
+
+    def frame(self, left: float, top: float, wide: float, high: float) -> tuple[float, float, float, float]:
+        """A rectangle of this size, moved into the image."""
+        left = min(max(left, 0), max(self.image.width - wide, 0))
+        top = min(max(top, 0), max(self.image.height - high, 0))
+        return left, top, left + wide, top + high
+
+
+def overlap(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]

@@ -25,7 +25,7 @@ from kd_det.evaluation.matching import Match, TestSet, match_detections
 IMAGES = 6  # pictures
 THRESHOLD = 0.5  # lowest score that counts
 COLUMNS = 4  # models beside each other
-JPEG_WIDTH, JPEG_QUALITY = 480, 85
+JPEG_WIDTH, JPEG_QUALITY = 640, 80
 RESULTS = Path("inference", "coco_instances_results.json")
 
 

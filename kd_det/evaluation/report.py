@@ -4,7 +4,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from detectron2.modeling import build_model
 from tabulate import tabulate
 
 from kd_core.utils.errors import UserError
+from kd_core.utils.report.tables import mean_std
 from kd_det.config import add_timm_config
 
 
@@ -79,7 +80,7 @@ def table(runs: dict[str, list[Run]]) -> str:
     rows = [
         [
             name,
-            *(spread([getattr(run, key) for run in group]) for key in ("ap", "ap50", "ap75")),
+            *(mean_std([getattr(run, key) for run in group]) for key in ("ap", "ap50", "ap75")),
             f"{group[0].parameters / 1e6:.2f} M",
             f"{mean(run.seconds_per_iteration for run in group):.3f}",
             clock(mean(run.training_seconds for run in group)),
@@ -87,11 +88,6 @@ def table(runs: dict[str, list[Run]]) -> str:
         for name, group in runs.items()
     ]
     return tabulate(rows, header, tablefmt="github", disable_numparse=True)
-
-
-def spread(values: list[float]) -> str:
-    """One value, or mean ± sample standard deviation."""
-    return f"{values[0]:.2f}" if len(values) == 1 else f"{mean(values):.2f} ± {stdev(values):.2f}"
 
 
 def clock(seconds: float) -> str:

@@ -16,6 +16,7 @@ from detectron2.modeling import GeneralizedRCNN
 from helpers.few_digits import few_digits
 from helpers.lazy_training import TINY, arguments, in_a_process, register, train, train_and_die
 from helpers.processes import run
+from helpers.report_runs import Page
 from kd_core.utils.errors import UserError
 from kd_det.config.lazy import engine_config, in_lazy_words, write_lazy_student
 from kd_det.engine.lazy_trainer import LazyTrainer, main, setup
@@ -98,11 +99,17 @@ def test_plain_detectron2_builds_and_loads_the_student(trained):
     assert done.stdout.splitlines()[-1] == "GeneralizedRCNN"
 
 
-def test_evaluation_alone_gives_the_ap_that_the_training_ended_with(trained, entry, tmp_path):
+def test_evaluation_alone_gives_the_ap_that_the_training_ended_with_and_a_report(trained, entry, tmp_path, load_tool):
     words = ["--eval-only", register(entry), f"train.init_checkpoint={trained}/model_final.pth"]
     results = main(arguments(tmp_path / "output", *words))
     logged = [json.loads(line) for line in (trained / "metrics.json").read_text().splitlines()]
     assert results["bbox"]["AP"] == logged[-1]["bbox/AP"] and "ema/bbox/AP" in logged[-1]
+    load_tool("report").write_report([trained, tmp_path / "output"], tmp_path / "report.html")
+    page = Page((tmp_path / "report.html").read_text())
+    assert page.rows[0] == ["", f"DeepKD (DKD) [{trained.name}]", "DeepKD (DKD) [output]"]
+    for folder in (trained, tmp_path / "output"):
+        assert {value for value, _ in page.numbers["bbox/AP", str(folder)]} == {results["bbox"]["AP"]}
+    assert f"output is an evaluation of {trained}/model_final.pth" in page.text
 
 
 def test_accumulated_micro_batches_amp_clipping_and_torchs_optimizers_are_taken(tmp_path):

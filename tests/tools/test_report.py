@@ -3,11 +3,17 @@
 import base64
 import json
 import math
+import shutil
 import statistics
+from pathlib import Path
 
 import pytest
+import yaml
 
+from helpers.few_digits import few_digits
 from helpers.report_runs import Page, write_run
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -133,6 +139,76 @@ def test_nan_is_said(report, tmp_path):
     page = report(write_run(tmp_path / "plain", lines=lines))
     assert "AP is NaN. Not one detection" in page.text and "not finite at some iteration: loss_cls" in page.text
     assert page.rows[1] == ["AP", "NaN"]
+
+
+def test_an_evaluation_alone_is_said_to_be_one_and_has_its_figures(report, tmp_path):
+    folder = write_run(tmp_path / "coco", lines=[])
+    found = {"evaluated": "zoo/model.pth", "parameters": 2_000_000, "results": {"bbox/AP": 7 / 3, "bbox/AP-one": 1 / 7}}
+    (folder / "evaluation.json").write_text(json.dumps(found))
+    page = report(folder)
+    assert "plain, coco is an evaluation of zoo/model.pth." in page.text and "unfinished" not in page.text
+    assert page.rows[1] == ["AP", "2.33"] and "2.00 M" in page.text and "Nothing was logged twice" in page.text
+    assert page.numbers["bbox/AP", str(folder)] == {(7 / 3, "2.33")}
+
+
+def test_a_detector_without_detections_is_drawn_and_said_to_have_none(report, tmp_path):
+    entry = few_digits(tmp_path, 2)
+    folder = write_run(tmp_path / "plain", lines=[{"iteration": 40, "bbox/AP": math.nan}])
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["DATASETS"] = {"TEST": [entry[0]], "REGISTER": [entry]}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "inference").mkdir()
+    (folder / "inference" / "coco_instances_results.json").write_text("[]")
+    page = report(folder)
+    assert "Not one detection" in page.text and "No teacher is among the runs" in page.text
+    counts = {row[0]: row[1] for row in page.rows if row[0] in ("right", "wrong", "missed")}
+    assert counts["right"] == counts["wrong"] == "0" and int(counts["missed"]) > 2
+    assert sum(image.startswith("data:image/jpeg") for image in page.images) == 2
+
+
+def test_a_page_of_docs_is_drawn_from_the_results_that_were_kept(load_tool, three, tmp_path):
+    tool = load_tool("report")
+    seeds = [write_run(tmp_path / f"plain_{seed}", 40 + seed, seed) for seed in (1, 2)]
+    tool.main([*map(str, [*three, *seeds]), "--json", str(tmp_path / "results" / "three.json")])
+    asked = "<!-- drawn: {what: %s, from: results/three.json, of: bbox/AP, label: AP, baseline: plain} -->"
+    page = tmp_path / "page.md"
+    page.write_text("\n".join(["before", asked % "seeds", "old", "<!-- end -->", asked % "curves", "<!-- end -->"]))
+    for _ in range(2):  # drawn anew, it stays as it is
+        tool.main(["--page", str(page)])
+        text = page.read_text()
+        assert text.startswith("before\n<!-- drawn:") and "old" not in text and text.count("| plain") == 1
+    row = next(line for line in text.splitlines() if line.startswith("| plain"))
+    assert [cell.strip() for cell in row.split("|")[2:-2]] == ["41.14 ± 1.00", "40.14", "41.14", "42.14"]
+    assert "+5.00" in next(line for line in text.splitlines() if line.startswith("| DKD"))
+    assert "](figures/three_bbox_AP.svg)" in text
+    assert (tmp_path / "figures" / "three_bbox_AP.svg").read_text().rstrip().endswith("</svg>")
+    page.write_text("<!-- drawn: {what: table, from: results/three.json} -->\n<!-- end -->")
+    with pytest.raises(SystemExit, match="what is 'table', expected seeds, curves or search"):
+        tool.main(["--page", str(page)])
+
+
+def test_a_search_is_drawn_from_its_results(load_tool, tmp_path):
+    curves = {f"test/KD/try1_seed{seed}": [[20, 50.0], [40, 94.0 + seed]] for seed in range(2)}
+    tests = [{"training": name, "value": curve[-1][1], "curve": curve} for name, curve in curves.items()]
+    searched = [{"training": f"search/KD/try{number}_seed100", "value": 90.0 + number} for number in range(2)]
+    content = {"table": "cls_digits.yaml", "trainings": [*searched, *tests]}
+    (tmp_path / "cls.json").write_text(json.dumps(content))
+    asked = "<!-- drawn: {what: %s, from: cls.json, of: val/top1} -->\n<!-- end -->\n"
+    (tmp_path / "page.md").write_text("".join(asked % what for what in ("search", "seeds", "curves")))
+    load_tool("report").main(["--page", str(tmp_path / "page.md")])
+    rows = [line for line in (tmp_path / "page.md").read_text().splitlines() if line.startswith("| KD")]
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    assert cells[0][:5] == ["KD", "94.50 ± 0.71", "2", "91.00", "2"] and "SOLVER.BASE_LR" in cells[0][-1]
+    assert cells[1] == ["KD", "94.50 ± 0.71", "94.00", "95.00"]
+    assert (tmp_path / "figures" / "cls_val_top1.svg").is_file()
+
+
+def test_the_results_in_docs_are_what_their_json_draws(load_tool, tmp_path):
+    docs = ROOT / "docs"
+    shutil.copytree(docs / "results", tmp_path / "results")
+    shutil.copy(docs / "results.md", tmp_path)
+    load_tool("report").main(["--page", str(tmp_path / "results.md")])
+    assert (tmp_path / "results.md").read_text() == (docs / "results.md").read_text()
 
 
 def test_a_line_that_is_being_written_is_no_obstacle(report, three):

@@ -21,7 +21,7 @@ POINTS = 400  # of a line: more than the pixels of its chart
 INK = "#010203"
 SCHEMES = "<style>svg{color:#1c2126}@media(prefers-color-scheme:dark){svg{color:#dfe3e7}}</style>"
 MAP_CLASSES = 200  # confusions are drawn for up to this many classes
-SIZE = 4.6, 2.9  # inches: at 10 points the text is read on a telephone
+SIZE = 4.6, 2.9  # inches: at 11 points the text is read on a telephone
 
 
 def charts(groups: dict[str, list[Run]], keys: Sequence[str]) -> list[Figure]:
@@ -47,11 +47,10 @@ def chart(groups: dict[str, list[Run]], key: str, label: str) -> Figure:
             if not len(x):
                 continue
             drawn += 1
-            colour, dashes = COLOURS[index % len(COLOURS)], DASHES[index // len(COLOURS) % len(DASHES)]
-            marker = "o" if len(x) < 12 else None
-            axes.plot(x, y, color=colour, linestyle=dashes, marker=marker, markersize=4, linewidth=1.7, label=title)
+            style = line_style(index)
+            axes.plot(x, y, marker="o" if len(x) < 12 else None, markersize=4, linewidth=1.7, label=title, **style)
             if width is not None:
-                axes.fill_between(x, y - width, y + width, color=colour, alpha=0.22, linewidth=0)
+                axes.fill_between(x, y - width, y + width, color=style["color"], alpha=0.22, linewidth=0)
             good = y[np.isfinite(y)]
             lowest, highest = min([lowest, *good]), max([highest, *good])
         if lowest > 0 and highest > 100 * lowest:
@@ -60,8 +59,13 @@ def chart(groups: dict[str, list[Run]], key: str, label: str) -> Figure:
         axes.set_xlabel("iteration")
         axes.grid(alpha=0.25)
         if drawn > 1:
-            axes.legend(frameon=False, fontsize=9)
+            axes.legend(frameon=False)
         return Figure(label, svg(canvas), SVG, f"{label} over the iterations")
+
+
+def line_style(index: int) -> dict[str, str]:
+    """Colour and dashes of the method at a place: no two of the first 24 share both."""
+    return {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[(index + index // 6) % len(DASHES)]}
 
 
 def reliability(curves: dict[str, tuple[Sequence[float], Sequence[float]]]) -> Figure:
@@ -74,10 +78,9 @@ def reliability(curves: dict[str, tuple[Sequence[float], Sequence[float]]]) -> F
         axes = canvas.add_subplot()
         axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, alpha=0.5)
         for index, (title, (confidence, accuracy)) in enumerate(curves.items()):
-            style = {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index // len(COLOURS) % len(DASHES)]}
-            axes.plot(confidence, accuracy, marker="o", markersize=4, label=title, **style)
+            axes.plot(confidence, accuracy, marker="o", markersize=4, label=title, **line_style(index))
         axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
-        axes.legend(frameon=False, fontsize=9)
+        axes.legend(frameon=False)
         return Figure("Calibration", svg(canvas), SVG, "accuracy over confidence")
 
 
@@ -117,7 +120,7 @@ def mean_over_runs(runs: Sequence[Run], key: str) -> tuple[np.ndarray, np.ndarra
 
 SVG = "image/svg+xml"
 STYLE = {
-    "font.size": 10,
+    "font.size": 11,
     "svg.fonttype": "none",  # text as text: smaller, and in the reader's own font
     "svg.hashsalt": "report",  # the same file from the same run
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),

@@ -84,6 +84,13 @@ def group_cell(metric: Metric, runs: Sequence[Run]) -> Cell:
     return spread_cell(numbers, metric.text)
 
 
+def mean_std(values: Sequence[float], digits: int = 2) -> str:
+    """Mean ± sample standard deviation; of one value, only the value."""
+    if len(values) < 2:
+        return "".join(f"{value:.{digits}f}" for value in values)
+    return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+
+
 def spread_cell(numbers: Sequence[float], text: Callable[[float], str]) -> Cell:
     """mean ± std."""
     centre, width = mean(numbers), stdev(numbers)
@@ -95,6 +102,31 @@ def results_table(groups: dict[str, list[Run]], metrics: Sequence[Metric], capti
     rows = [(metric.label, [group_cell(metric, runs) for runs in groups.values()]) for metric in metrics]
     header = ["", *(f"{title} ({len(runs)} runs)" if len(runs) > 1 else title for title, runs in groups.items())]
     return Table(header, [row for row in rows if any(cell != ["–"] for cell in row[1])], caption)
+
+
+def seeds_table(groups: dict[str, list[Run]], metric: Metric, baseline: str | None = None) -> Table:
+    """A row for each method: its mean ± std, a value for each seed, and the paired difference to `baseline`."""
+    seeds = sorted({run.seed for runs in groups.values() for run in runs})
+    differences = dict(paired_table(groups, baseline, [metric]).rows) if baseline else {}
+    rows = []
+    for title, runs in groups.items():
+        by_seed = {run.seed: run for run in runs}
+        each = [group_cell(metric, [by_seed[seed]]) if seed in by_seed else ["–"] for seed in seeds]
+        paired = [differences.get(title, [["–"]])[-1]] if baseline else []
+        rows.append((title, [group_cell(metric, runs), *each, *paired]))
+    header = ["", metric.label, *(f"seed {seed}" for seed in seeds)]
+    return Table([*header, *([f"difference to {baseline}"] if baseline else [])], rows)
+
+
+def markdown(table: Table) -> str:
+    """The table, as the pages of docs have it."""
+    from tabulate import tabulate
+
+    def text(cell: Cell) -> str:
+        return "".join(piece.text if isinstance(piece, Number) else piece for piece in cell)
+
+    rows = [[name, *map(text, cells)] for name, cells in table.rows]
+    return tabulate(rows, table.header, tablefmt="github", disable_numparse=True)
 
 
 def runs_table(runs: Sequence[Run], metrics: Sequence[Metric], status: Callable[[Run], str]) -> Table:

@@ -1,0 +1,96 @@
+"""Tables and figures of a Markdown page, drawn from JSON files that are committed beside it.
+
+A block of the page names what is drawn, and is replaced by it:
+
+    <!-- drawn: {what: seeds, from: results/digits.json, of: bbox/AP, baseline: plain} -->
+    …
+    <!-- end -->
+
+`what`: "seeds", a value for each seed, mean ± std and paired differences to `baseline`; "curves", a figure of `of` over
+the iterations; "search", the table of a tools/search.py (its results.json).
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kd_core.utils.errors import UserError
+from kd_core.utils.files import write_text, write_whole
+from kd_core.utils.report.curves import chart
+from kd_core.utils.report.runs import Run, by_title
+from kd_core.utils.report.tables import Metric, markdown, seeds_table
+
+BLOCK = re.compile(r"(<!-- drawn: (\{.*?\}) -->\n).*?(<!-- end -->)", re.DOTALL)
+KEPT = re.compile(r"iteration|(.+/)?bbox/AP.*|val/.+|time")  # of metrics.json in a committed file
+
+
+def kept(line: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in line.items() if KEPT.fullmatch(key)}
+
+
+def write_runs(path: Path, runs: list[Run]) -> None:
+    """Write the results, curves and origin of `runs`, whose roles are assigned."""
+    content = [
+        {
+            **{name: getattr(run, name) for name in ("name", "title", "role", "seed", "max_iter", "info")},
+            "lines": [line for line in map(kept, run.lines) if len(line) > 1],
+        }
+        for run in runs
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps({"runs": content}, indent=1) + "\n")
+
+
+def read_runs(path: Path) -> list[Run]:
+    """The runs that `write_runs` has written."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} holds no runs: write it by tools/report.py OUTPUT … --json FILE") from error
+    return [Run(Path(one.pop("name")), {"SEED": one.pop("seed")}, **one) for one in content]
+
+
+def redraw(page: Path, runs_of: Callable[[Path], list[Run]], search_table: Callable[[Path], str]) -> list[Path]:
+    """Draw every block of `page` anew; returns the files that were written.
+
+    Args:
+        runs_of: reads the runs in a JSON file.
+        search_table: draws the table of a search's results.json.
+
+    Raises:
+        UserError: a block that does not say what to draw from what.
+    """
+    written = [page]
+
+    def draw(block: re.Match) -> str:
+        asked = yaml.safe_load(block[2])
+        source, what = page.parent / asked.get("from", ""), asked.get("what")
+        if not source.is_file():
+            raise UserError(f"{page}: {block[2]}: there is no file {source}")
+        if what == "search":
+            text = search_table(source)
+        elif what == "seeds":
+            metric = Metric(asked.get("label", asked["of"]), asked["of"])
+            text = markdown(seeds_table(by_title(runs_of(source)), metric, asked.get("baseline")))
+        elif what == "curves":
+            text = figure(asked, runs_of(source))
+        else:
+            raise UserError(f"{page}: {block[2]}: what is {what!r}, expected seeds, curves or search")
+        return f"{block[1]}{text}\n{block[3]}"
+
+    def figure(asked: dict[str, Any], runs: list[Run]) -> str:
+        label = asked.get("label", asked["of"])
+        drawn = chart(by_title(runs), asked["of"], label)
+        name = f"{Path(asked['from']).stem}_{asked['of'].replace('/', '_')}.svg"
+        path = page.parent / "figures" / name
+        path.parent.mkdir(exist_ok=True)
+        write_whole(path, lambda file: file.write(drawn.content))
+        written.append(path)
+        return f"![{drawn.alt}](figures/{name})"
+
+    write_text(page, BLOCK.sub(draw, page.read_text(encoding="utf-8")))
+    return written
