@@ -6,10 +6,12 @@ import torch
 from detectron2.structures import Boxes, BoxMode
 from torch import Tensor
 
+from kd_core.utils.errors import UserError
 from kd_core.utils.report.runs import Run
 from kd_det.evaluation.matching import TestSet
 from kd_det.evaluation.visualize import Detector
 from kd_det.export import read_student
+from kd_det.modeling.teacher.teacher import freeze
 from kd_det.modeling.teacher.view import TeacherView
 
 IMAGES = 50  # that have objects, evenly spaced: inference takes time
@@ -33,10 +35,13 @@ def logits_on_objects(run: Run, objects: list[tuple[Path, Tensor, Tensor]]) -> T
     """Logits (N, C) of the box head on ground-truth boxes; of a cascade those of its last stage.
 
     Raises:
-        UserError: the run's folder does not hold the weights, or they are of a LazyConfig.
+        UserError: the run's folder does not hold the weights; they are of a LazyConfig, or of a detector without a box
+            head; or there are no objects.
     """
     student = read_student(run.evaluated or run.folder, str(run.folder / "config.yaml"))
-    detector = Detector(run.title, student.model, student.config)
+    if not objects:
+        raise UserError("the test set's images have no objects, or are not here")
+    detector = Detector(run.title, freeze(student.model), student.config)
     stages = getattr(student.model.roi_heads, "num_cascade_stages", 1)
     logits = []
     for path, boxes, _ in objects:

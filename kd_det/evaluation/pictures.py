@@ -74,6 +74,8 @@ def add_logits(section: Section, teacher: Run, student: Run, test_set: TestSet) 
     objects = objects_of(test_set)
     try:
         rows = [logits_on_objects(run, objects) for run in (teacher, student)]
+        if rows[0].shape != rows[1].shape:
+            raise UserError("they are of other classes")
         target = torch.cat([classes for *_, classes in objects])
         section.blocks.append(agreement_table(*rows, target, test_set.names, student.title, "objects"))
     except (UserError, OSError) as error:
