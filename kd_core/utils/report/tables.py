@@ -120,13 +120,14 @@ def seeds_table(groups: dict[str, list[Run]], metric: Metric, baseline: str | No
 
 def markdown(table: Table) -> str:
     """The table, as the pages of docs have it."""
-    from tabulate import tabulate
 
     def text(cell: Cell) -> str:
         return "".join(piece.text if isinstance(piece, Number) else piece for piece in cell)
 
-    rows = [[name, *map(text, cells)] for name, cells in table.rows]
-    return tabulate(rows, table.header, tablefmt="github", disable_numparse=True)
+    rows = [table.header, *([name, *map(text, cells)] for name, cells in table.rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows]
+    return "\n".join([lines[0], f"|{'|'.join('-' * (width + 2) for width in widths)}|", *lines[1:]])
 
 
 def runs_table(runs: Sequence[Run], metrics: Sequence[Metric], status: Callable[[Run], str]) -> Table:
