@@ -3,7 +3,6 @@
 import json
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
@@ -13,27 +12,31 @@ from torch import nn
 from kd_core.utils.errors import UserError
 from kd_core.utils.report.runs import Run
 from kd_det.analysis.latency import multiply_adds
-from kd_det.evaluation.report import read_student
+from kd_det.export import read_config
 
 logger = logging.getLogger(__name__)
 
 
 def measure_cost(runs: Sequence[Run]) -> None:
-    """Put `parameters` and `gflops` of each run's student.yaml into its `info`; equal models are measured once."""
+    """Put `parameters` and `gflops` of each run's student.yaml into its `info`; equal models are measured once.
+
+    A LazyConfig's student.yaml is code and is not run.
+    """
     known: dict[str, tuple[int, float]] = {}
     for run in runs:
-        if not (run.folder / "student.yaml").is_file():
+        path = run.folder / "student.yaml"
+        if "dataloader" in run.config or not path.is_file():
             continue
         try:
-            cfg = read_student(Path(run.folder))
-            model_key = json.dumps([cfg.MODEL, cfg.INPUT], sort_keys=True, default=str).replace(cfg.MODEL.WEIGHTS, "")
+            cfg = read_config(str(path))
+            cfg.MODEL.WEIGHTS = ""
+            model_key = json.dumps([cfg.MODEL, cfg.INPUT], sort_keys=True, default=str)
             if model_key not in known:
-                cfg.MODEL.DEVICE = "cpu"
                 model = build_model(cfg).eval()
                 known[model_key] = sum(p.numel() for p in model.parameters()), of_test_image(model, cfg) / 1e9
             run.info["parameters"], run.info["gflops"] = known[model_key]
         except (UserError, OSError, KeyError, RuntimeError, AssertionError) as error:
-            logger.warning("%s: the model's cost is not known: %s", run.folder / "student.yaml", error)
+            logger.warning("%s: the model's cost is not known: %s", path, error)
 
 
 @torch.no_grad()
