@@ -21,7 +21,8 @@ POINTS = 400  # of a line: more than the pixels of its chart
 INK = "#010203"
 SCHEMES = "<style>svg{color:#1c2126}@media(prefers-color-scheme:dark){svg{color:#dfe3e7}}</style>"
 MAP_CLASSES = 200  # confusions are drawn for up to this many classes
-SIZE = 4.6, 2.9  # inches: at 11 points the text is read on a telephone
+LEGEND = {"loc": "outside upper left", "ncols": 2, "frameon": False}  # above the axes: it hides nothing
+SIZE = 4.6, 3.1  # inches: at 11 points the text is read on a telephone
 
 
 def charts(groups: dict[str, list[Run]], keys: Sequence[str]) -> list[Figure]:
@@ -59,7 +60,7 @@ def chart(groups: dict[str, list[Run]], key: str, label: str) -> Figure:
         axes.set_xlabel("iteration")
         axes.grid(alpha=0.25)
         if drawn > 1:
-            axes.legend(frameon=False)
+            canvas.legend(**LEGEND)
         return Figure(label, svg(canvas), SVG, f"{label} over the iterations")
 
 
@@ -80,7 +81,7 @@ def reliability(curves: dict[str, tuple[Sequence[float], Sequence[float]]]) -> F
         for index, (title, (confidence, accuracy)) in enumerate(curves.items()):
             axes.plot(confidence, accuracy, marker="o", markersize=4, label=title, **line_style(index))
         axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
-        axes.legend(frameon=False)
+        canvas.legend(**LEGEND)
         return Figure("Calibration", svg(canvas), SVG, "accuracy over confidence")
 
 
