@@ -46,6 +46,7 @@ BENCHMARKS = (
     Benchmark("core", quick=("--seconds", "0.01")),
     Benchmark("kd_cls_step", ("--rounds", "1"), from_environment=(("--peer", ("PEER_DEEPKD",)),)),
     Benchmark("kd_det_step", ("--rounds", "1"), from_environment=(("--peer", ("PEER_MDISTILLER",)),)),
+    Benchmark("kd_dense_step", ("--rounds", "1", "--size", "128")),
     Benchmark("share", quick=("--rounds", "1")),
     Benchmark("growth", quick=("--quick",)),
     Benchmark(
