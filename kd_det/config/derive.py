@@ -14,6 +14,7 @@ from kd_core.utils.packaged_weights import PACKAGED, find_package
 from kd_det.checkpoint.classifier_weights import IMAGENET_MEAN, IMAGENET_STD
 from kd_det.config.defaults import kd_defaults
 from kd_det.config.files import merge_file
+from kd_det.modeling.meta_arch.registry import distilled_name
 
 RESNET_DEPTHS = (18, 34, 50, 101, 152)
 # The papers' detection settings (docs/methods); DOT and DeepKD keep the step size of plain SGD (STEP matched, ours).
@@ -73,7 +74,8 @@ def derive_student(teacher: CfgNode, request: Request) -> CfgNode:
             raise UserError(f"{name} is {value}: a factor of the teacher's, above 0 and at most 4")
     cfg = kd_defaults()
     copy_common(teacher, cfg)
-    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.WEIGHTS = "DistilledRCNN", ""
+    cfg.MODEL.META_ARCHITECTURE = distilled_name(teacher.MODEL.META_ARCHITECTURE) or "DistilledRCNN"
+    cfg.MODEL.WEIGHTS = ""
     if request.student.endswith((".yaml", ".yml")):
         merge_file(cfg, request.student)
     else:
@@ -102,7 +104,9 @@ def set_network(cfg: CfgNode, request: Request) -> None:
     depth = re.fullmatch(r"resnet(\d+)", request.student)
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     if depth and int(depth[1]) in RESNET_DEPTHS:
-        model.BACKBONE.NAME, model.RESNETS.DEPTH = "build_resnet_fpn_backbone", int(depth[1])
+        retinanet = one_stage(cfg) and "p7" in model.RETINANET.IN_FEATURES
+        model.BACKBONE.NAME = f"build_{'retinanet_' if retinanet else ''}resnet_fpn_backbone"
+        model.RESNETS.DEPTH = int(depth[1])
         model.RESNETS.RES2_OUT_CHANNELS = 64 if int(depth[1]) < 50 else 256
         model.RESNETS.STRIDE_IN_1X1, model.RESNETS.NUM_GROUPS, model.RESNETS.WIDTH_PER_GROUP = False, 1, 64
         model.RESNETS.NORM = "FrozenBN" if request.weights else "BN"
@@ -110,13 +114,21 @@ def set_network(cfg: CfgNode, request: Request) -> None:
         model.WEIGHTS = request.weights
     else:
         mean, std = set_timm(cfg, request)
-    model.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
-    model.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+    stages = ["res2", "res3", "res4", "res5"]
+    if one_stage(cfg):  # the levels of the teacher's FPN: the anchors are the teacher's
+        stages = list(model.FPN.IN_FEATURES)
+    model.RESNETS.OUT_FEATURES = model.FPN.IN_FEATURES = stages
     model.BACKBONE.FREEZE_AT = 2 if request.weights and depth else 0
     model.PIXEL_MEAN, model.PIXEL_STD = ([round(255 * v, 4) for v in values] for values in (mean, std))
     cfg.INPUT.FORMAT = "RGB"
-    if model.ROI_HEADS.NAME in ("Res5ROIHeads",) or not model.RPN.IN_FEATURES[0].startswith("p"):
+    two_stage_c4 = model.ROI_HEADS.NAME in ("Res5ROIHeads",) or not model.RPN.IN_FEATURES[0].startswith("p")
+    if two_stage_c4 and not one_stage(cfg):
         set_fpn_heads(cfg)
+
+
+def one_stage(cfg: CfgNode) -> bool:
+    """Whether the student is a RetinaNet."""
+    return cfg.MODEL.META_ARCHITECTURE == "DistilledRetinaNet"
 
 
 def set_timm(cfg: CfgNode, request: Request) -> tuple[tuple[float, ...], tuple[float, ...]]:

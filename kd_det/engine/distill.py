@@ -21,7 +21,7 @@ from detectron2.modeling import build_model
 from tabulate import tabulate
 from torch import nn
 
-from kd_core.utils.config import changes_as_yaml, merge_list, set_values
+from kd_core.utils.config import changes_as_yaml, lookup, merge_list, set_values
 from kd_core.utils.errors import UserError
 from kd_core.utils.files import write_text
 from kd_core.utils.resume import remember_request
@@ -38,6 +38,7 @@ from kd_det.engine.trainer import DistillationTrainer
 from kd_det.evaluation.report import clock, read_run
 from kd_det.export import read_student, save_plain, save_torchscript
 from kd_det.modeling.backbone.spread import map_spread, suggest_fpn_norm
+from kd_det.modeling.meta_arch.registry import class_keys
 from kd_det.modeling.teacher.build import teacher_builders, teacher_config
 
 logger = logging.getLogger(__name__)
@@ -160,10 +161,11 @@ def check_data(cfg: CfgNode) -> int:
     classes = {
         name: len(file.content["categories"]) for name, file in zip(splits, files, strict=True)
     }
+    known = lookup(cfg, class_keys(cfg.MODEL.META_ARCHITECTURE)[0])
     for name, count in classes.items():
-        if count != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
+        if count != known:
             raise UserError(
-                f"the teacher knows {cfg.MODEL.ROI_HEADS.NUM_CLASSES} classes and {name} has {count}: a student learns "
+                f"the teacher knows {known} classes and {name} has {count}: a student learns "
                 "the teacher's classes. Train the teacher on these data first"
             )
     return sum(len(DatasetCatalog.get(name)) for name in cfg.DATASETS.TRAIN)

@@ -7,17 +7,19 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
-from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool
+from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool, LastLevelP6P7
+from torch import nn
 
 from kd_core.utils.errors import UserError
 from kd_det.modeling.backbone.timm_backbone import TimmBackbone, freeze_until, set_norm
+from kd_det.modeling.meta_arch.registry import plain_name
 
 IN_FEATURES = ["res2", "res3", "res4", "res5"]  # strides 4, 8, 16, 32: what p2 to p6 are made of
 
 
 @BACKBONE_REGISTRY.register()
 def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """The extractor that `cfg.MODEL.TIMM` describes under detectron2's FPN, with maps p2 to p6.
+    """The extractor that `cfg.MODEL.TIMM` describes under detectron2's FPN, with maps p2 to p6 (RetinaNet: p3 to p7).
 
     MODEL.FPN.IN_FEATURES names its maps as those of a ResNet, `res2` to `res5` (all four where it is empty), so that
     a ResNet's config needs no change but MODEL.BACKBONE.NAME and MODEL.TIMM.NAME.
@@ -48,9 +50,16 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
         in_features=in_features,
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
         norm=cfg.MODEL.FPN.NORM,
-        top_block=LastLevelMaxPool(),
+        top_block=top_block(cfg, bottom_up, in_features[-1]),
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )
+
+
+def top_block(cfg: CfgNode, bottom_up: TimmBackbone, coarsest: str) -> nn.Module:
+    """What makes the maps above the FPN's: p6, or for a RetinaNet that reads them p6 and p7, as in detectron2."""
+    if plain_name(cfg.MODEL.META_ARCHITECTURE) != "RetinaNet" or "p7" not in cfg.MODEL.RETINANET.IN_FEATURES:
+        return LastLevelMaxPool()
+    return LastLevelP6P7(bottom_up.output_shape()[coarsest].channels, cfg.MODEL.FPN.OUT_CHANNELS, coarsest)
 
 
 def timm_bottom_up(

@@ -27,9 +27,12 @@ def plain_name(name: str) -> str:
     return name if found is None else plain_class(found).__name__
 
 
+def distilled_name(name: str) -> str | None:
+    """The distilled meta-architecture that a student of the meta-architecture `name` has, distilled or plain."""
+    return next((found for found in distilled_names() if name in (found, plain_name(found))), None)
+
+
 def class_keys(name: str) -> tuple[str, ...]:
     """The config keys that hold the number of classes of the meta-architecture `name`, distilled or plain."""
-    for distilled in distilled_names():
-        if name in (distilled, plain_name(distilled)):
-            return META_ARCH_REGISTRY.get(distilled).class_keys
-    return BOX_CLASSES
+    distilled = distilled_name(name)
+    return BOX_CLASSES if distilled is None else META_ARCH_REGISTRY.get(distilled).class_keys

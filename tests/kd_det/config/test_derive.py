@@ -2,11 +2,13 @@
 
 import pytest
 from detectron2.config import CfgNode
+from detectron2.modeling import build_model
 
 from kd_core.utils.config import changes_as_yaml
 from kd_core.utils.errors import UserError
 from kd_det.config import kd_defaults, merge_file
 from kd_det.config.derive import METHODS, Request, derive_student
+from kd_det.modeling.teacher.build import yacs_teacher
 
 
 @pytest.fixture
@@ -78,6 +80,17 @@ def test_the_student_of_a_teacher_without_an_fpn_has_one():
     student = derive_student(cfg, Request("resnet18"))
     assert student.MODEL.ROI_HEADS.NAME == "StandardROIHeads"
     assert student.MODEL.RPN.IN_FEATURES == ["p2", "p3", "p4", "p5", "p6"]
+
+
+@pytest.mark.parametrize("student", ["resnet18", "mobilenetv3_small_050"])
+def test_a_retinanet_teaches_a_retinanet_of_its_strides_and_anchors(student):
+    name = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
+    cfg = derive_student(yacs_teacher(name), Request(student, method="dkd"))
+    cfg.MODEL.DEVICE, cfg.KD.TEACHER.CONFIG_FILE, cfg.KD.TEACHER.ALLOW_RANDOM = "cpu", name, True
+    model = build_model(cfg)
+    assert cfg.MODEL.META_ARCHITECTURE == "DistilledRetinaNet"
+    assert [model.backbone.output_shape()[level].stride for level in model.head_in_features] == [8, 16, 32, 64, 128]
+    model.load_teacher()  # refuses other strides and anchors
 
 
 @pytest.mark.parametrize("method", METHODS)
