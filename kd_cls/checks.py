@@ -6,6 +6,7 @@ from typing import Any
 from fvcore.common.config import CfgNode
 from timm.optim import list_optimizers
 
+from kd_cls.data.bad_images import ON_BAD_IMAGE
 from kd_cls.distributed import Process
 from kd_cls.task.maps import PREACT
 from kd_core.losses.feature_config import check_feature, distils
@@ -40,6 +41,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "SEEDS": SEEDS,
     "LOG_PERIOD": at_least(1),
     "DATA.AUGMENTATION_EPOCHS": at_least(0),
+    "DATA.BAD_IMAGES": one_of(*ON_BAD_IMAGE),
     "DATA.INPUT_SIZE": at_least(0),
     "DATA.NUM_WORKERS": at_least(0),
     "DATA.VIEWS": ((lambda value: value in (1, 2)), "1 or 2"),

@@ -67,6 +67,9 @@ def add_data_config(cfg: CfgNode) -> None:
     cfg.DATA.NAME = "digits"
     # Folder of the images; digits needs none.
     cfg.DATA.ROOT = ""
+    # A training image that cannot be decoded: "error" ends the training and names the file; "skip" logs it once and
+    # takes the next image in its place, the same one after a resume. A validation image always ends it.
+    cfg.DATA.BAD_IMAGES = "error"
     # Let torchvision download the data set if it can (cifar100).
     cfg.DATA.DOWNLOAD = False
     # cifar, digits, imagenet, tiny_imagenet_64 or none. Empty: the data set's own.

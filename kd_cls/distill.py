@@ -4,9 +4,9 @@
     python -m kd_cls.distill --teacher my_teacher.yaml --student resnet18 --data FOLDER --baseline --output out
 
 FOLDER has train/<class>/ and val/<class>/. The teacher is a network of timm's, or a config of kd_cls that has been
-trained. A network that knows other classes gets a linear classifier first, fitted on its frozen features. The student's
-config is written to OUT/distill.yaml and is yours to edit. The command first reports what will come out and how long it
-takes, and prints a table at the end. If it is interrupted, the same command resumes.
+trained. Either network, if its weights are of other classes, gets a linear classifier first, fitted on its frozen
+features. The student's config is written to OUT/distill.yaml and is yours to edit. The command first reports what will
+come out and how long it takes, and prints a table at the end. If it is interrupted, the same command resumes.
 """
 
 import argparse
@@ -27,6 +27,7 @@ import timm
 import torch
 from fvcore.common.config import CfgNode
 from tabulate import tabulate
+from torch import nn
 from tqdm import tqdm
 
 from kd_cls.checkpoint.checkpoint import (
@@ -64,7 +65,8 @@ from kd_core.utils.files import write_text
 from kd_core.utils.packaged_weights import PACKAGED
 from kd_core.utils.resume import remember_request
 
-FATAL = ("image that cannot be decoded", "class without an image")
+UNDECODABLE = "image that cannot be decoded"
+FATAL = (UNDECODABLE, "class without an image")
 HEAD_IMAGES = 50_000  # more would not fit in memory as features, and a linear layer needs no more
 
 
@@ -93,7 +95,8 @@ def distill(args: argparse.Namespace) -> None:
     processes, device = max(args.num_gpus, 1), "auto" if args.num_gpus else "cpu"
     with start_process(device) as process:
         costs = forecast(trainings, process, processes)
-        prepare_teacher(cfg, args, process, output / "teacher")
+        prepare_teacher(cfg, args, process)
+        prepare_student(cfg, args, process)
         results = {"teacher": evaluate_teacher(cfg, process, output / "teacher" / "results.json")}
         for name in trainings:
             run_training(files[name], output / name, processes, device, process)
@@ -121,7 +124,8 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def build_config(args: argparse.Namespace, output: Path) -> CfgNode:
     """The derived config, with its data checked."""
-    classes, images = look_at_data(args.name, args.data)
+    options = dict(zip(args.options[::2], args.options[1::2], strict=False))
+    classes, images = look_at_data(args.name, args.data, options.get("DATA.BAD_IMAGES") == "skip")
     weights = weights_at_hand(args.student) if args.student_weights is None else args.student_weights
     say_weights(args.student, weights)
     size = args.size or own_size(args.student)
@@ -141,11 +145,18 @@ def build_config(args: argparse.Namespace, output: Path) -> CfgNode:
     )
     cfg = derive_student(request)
     cfg.OUTPUT_DIR = str(output / "student")
+    if weights and linear_classifier(args.student) and not knows_classes(args.student, weights, args.name, classes):
+        cfg.MODEL.PRETRAINED, cfg.MODEL.WEIGHTS = False, str(output / "start.pth")
     merge_list(cfg, args.options)
     return cfg
 
 
-def look_at_data(name: str, root: str) -> tuple[int, int]:
+def linear_classifier(name: str) -> bool:
+    """Whether a network's last layer is one that `fit_head` can fit."""
+    return isinstance(timm.create_model(name).get_classifier(), nn.Linear)
+
+
+def look_at_data(name: str, root: str, skips_bad_images: bool = False) -> tuple[int, int]:
     """Decode every image once; returns the numbers of classes and of training images.
 
     Raises:
@@ -156,7 +167,7 @@ def look_at_data(name: str, root: str) -> tuple[int, int]:
     for line in report.lines():
         say(f"  {line}")
     for kind in FATAL:
-        if kind in report.problems:
+        if kind in report.problems and not (kind == UNDECODABLE and skips_bad_images):
             raise UserError(f"--data {root}: {kind}, the first: {report.problems[kind][0]}")
     data = build_data(config_of_data(name, root))
     return data.num_classes, len(data.train)
@@ -198,22 +209,37 @@ def knows_classes(name: str, weights: str, data: str, classes: int) -> bool:
     return tensor is not None and len(tensor) == classes
 
 
-def prepare_teacher(cfg: CfgNode, args: argparse.Namespace, process: Process, folder: Path) -> None:
-    """Fit the teacher's classifier on its frozen features, unless it knows the classes or that was done before."""
-    path, node = folder / "head.pth", cfg.KD.TEACHER
-    if str(path) != node.WEIGHTS or path.is_file():
+def prepare_teacher(cfg: CfgNode, args: argparse.Namespace, process: Process) -> None:
+    """The teacher's classifier, where it knows other classes."""
+    if str(Path(args.output) / "teacher" / "head.pth") != cfg.KD.TEACHER.WEIGHTS:
+        return
+    weights = args.teacher_weights or weights_at_hand(cfg.KD.TEACHER.NAME) or "timm"
+    fit_classifier(cfg, cfg.KD.TEACHER, cfg.KD.TEACHER.INPUT_SIZE, weights, process)
+
+
+def prepare_student(cfg: CfgNode, args: argparse.Namespace, process: Process) -> None:
+    """The classifier that a student with weights starts from: a random one would first spoil its features."""
+    if str(Path(args.output) / "start.pth") != cfg.MODEL.WEIGHTS:
+        return
+    weights = weights_at_hand(args.student) if args.student_weights is None else args.student_weights
+    fit_classifier(cfg, cfg.MODEL, cfg.DATA.INPUT_SIZE, weights, process)
+
+
+def fit_classifier(cfg: CfgNode, node: CfgNode, size: int, weights: str, process: Process) -> None:
+    """Fit a network's classifier on its frozen features, into `node.WEIGHTS`, unless that was done before."""
+    path = Path(node.WEIGHTS)
+    if path.is_file():
         return
     start = time.perf_counter()
-    weights = args.teacher_weights or weights_at_hand(node.NAME) or "timm"
     data = build_data(cfg)
-    model = create_network(node.NAME, data.num_classes, node.KWARGS, weights == "timm", "KD.TEACHER")
+    model = create_network(node.NAME, data.num_classes, node.KWARGS, weights == "timm", "--student, --teacher")
     if weights != "timm":
-        load_weights(model, weights, "--teacher-weights", new_classifier=True)
+        load_weights(model, weights, "--student-weights, --teacher-weights", new_classifier=True)
     own = model.pretrained_cfg
-    stats = InputStats(tuple(own["mean"]), tuple(own["std"]), node.INPUT_SIZE)
+    stats = InputStats(tuple(own["mean"]), tuple(own["std"]), size)
     say(f"fitting a classifier of {data.num_classes} classes on the features of {node.NAME} (weights: {weights}) …")
     fit_head(model, still_images(cfg, stats, process), process.device)
-    folder.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {
         "method": "linear classifier on frozen features",
         "architecture": node.NAME,

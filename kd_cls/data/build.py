@@ -14,6 +14,7 @@ from kd_cls.data import (
     create_loaders,
     default_augmentation,
 )
+from kd_cls.data.bad_images import SkipsUnreadable
 from kd_cls.data.statistics import InputStats
 from kd_cls.distributed import Process
 from kd_core.utils.errors import UserError
@@ -27,6 +28,8 @@ def build_data(cfg: CfgNode) -> DataSets:
             VAL_IMAGES.
     """
     data = create_datasets(cfg.DATA.NAME, cfg.DATA.ROOT, download=cfg.DATA.DOWNLOAD)
+    if cfg.DATA.BAD_IMAGES == "skip":
+        data = data._replace(train=SkipsUnreadable(data.train))
     if cfg.DATA.HELD_OUT:
         data = hold_out(data, cfg)
     return data._replace(

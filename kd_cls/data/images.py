@@ -12,18 +12,29 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from kd_core.utils.errors import UserError
 
 
+class UnreadableImage(UserError):
+    """An image file that cannot be decoded: one line, also when it comes from a loader's worker."""
+
+    def __init__(self, message: str) -> None:
+        # What a worker raises is raised again with the text of its traceback, whose last line ends with the message.
+        super().__init__(message.strip().splitlines()[-1].split(f"{type(self).__name__}: ")[-1])
+
+
 def read_rgb(path: str | Path) -> Image.Image:
     """The image at `path` as RGB; grey, palette and CMYK images are converted.
 
     Raises:
-        UserError: the file cannot be read or decoded; the message names it. (timm's data set would silently return
-            the next image instead.)
+        UnreadableImage: the file cannot be read or decoded; the message names it. (timm's data set would silently
+            return the next image instead.)
     """
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL raises SyntaxError for a broken PNG
-        raise UserError(f"{path} is not a readable image ({error}): replace or remove it") from error
+        reason = " ".join(str(error).split())
+        raise UnreadableImage(
+            f"{path} is not a readable image ({reason}): replace or remove it, or set DATA.BAD_IMAGES skip"
+        ) from error
 
 
 class ImageList(Dataset):

@@ -33,10 +33,11 @@ class Cost:
 
 
 def on_trial(cfg: CfgNode, process: Process, processes: int) -> CfgNode:
-    """A copy whose step is that of one process, with a teacher that need not be ready yet."""
+    """A copy whose step is that of one process, with networks whose weights need not be ready yet."""
     trial = cfg.clone()
     trial.SOLVER.IMS_PER_BATCH = max(cfg.SOLVER.IMS_PER_BATCH // processes, 1)
     trial.KD.TEACHER.ALLOW_RANDOM, trial.KD.TEACHER.EVALUATE, trial.KD.TEACHER.CACHE = True, False, "none"
+    trial.MODEL.WEIGHTS, trial.MODEL.PRETRAINED = "", False
     trial.DEVICE = str(process.device)
     return trial
 

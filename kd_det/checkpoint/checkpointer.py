@@ -3,7 +3,6 @@
 import os
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.error import URLError
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -54,10 +53,8 @@ class WholeCheckpointer(DetectionCheckpointer):
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As detectron2's; a UserError where a URL cannot be downloaded."""
-        try:
-            return super().load(path, *args, **kwargs)
-        except URLError as error:
-            raise UserError(f"MODEL.WEIGHTS: {path} cannot be downloaded ({error}); name a local file") from error
+        download(path, "MODEL.WEIGHTS")
+        return super().load(path, *args, **kwargs)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         try:
@@ -96,12 +93,8 @@ def load_all_weights(model: nn.Module, path: str, key: str) -> None:
         UserError: the file is missing or unreadable, or any weight of the model is missing from it or has another
         shape.
     """
-    try:
-        local = PathManager.get_local_path(path)
-    except Exception as error:  # every file handler has exceptions of its own
-        raise UserError(f"{key}: {path} cannot be downloaded ({error})") from error
-    check_local_file(key, local)
     checkpointer = WholeCheckpointer(model, save_to_disk=False)
+    check_local_file(key, download(path, key))
     try:
         checkpointer.load(path)
     except UserError as error:
@@ -109,6 +102,22 @@ def load_all_weights(model: nn.Module, path: str, key: str) -> None:
     misfit = misfit_of(checkpointer.incompatible)
     if misfit.shapes or misfit.missing:
         raise UserError(f"{key}: {path} {misfit}")
+
+
+def download(path: str, key: str) -> str:
+    """The local file of a path, a URL or a detectron2:// name that the config key names; "" for "".
+
+    Raises:
+        UserError: it cannot be downloaded, or the scheme is unknown.
+    """
+    try:
+        local = PathManager.get_local_path(path) if path else ""
+    except Exception as error:  # every file handler has exceptions of its own
+        reason = " ".join(str(error).split())
+        raise UserError(f"{key}: {path} cannot be downloaded ({reason}); name a local file") from error
+    if "://" in path and not os.path.isfile(local):
+        raise UserError(f"{key}: {path} is no address that detectron2 can download; name a local file")
+    return local
 
 
 def check_local_file(key: str, path: str, hint: str = "") -> None:

@@ -85,7 +85,8 @@ def build_config(args: argparse.Namespace, output: Path) -> CfgNode:
         raise UserError(f"--teacher: there is no weights file {teacher_weights}")
     teacher = teacher_config(asked, any_classes=True)
     set_data(teacher, args, output)
-    records = check_data(teacher)
+    options = dict(zip(args.options[::2], args.options[1::2], strict=False))
+    records = check_data(teacher, skips_bad_images=options.get("DATASETS.BAD_IMAGES") == "skip")
     weights = default_weights(args.student) if args.student_weights is None else args.student_weights
     say_weights(args.student, weights)
     request = Request(
@@ -133,7 +134,7 @@ def set_data(cfg: CfgNode, args: argparse.Namespace, output: Path) -> None:
         raise UserError("the teacher's config names no data: give --train JSON IMAGES and --val JSON IMAGES, or --voc")
 
 
-def check_data(cfg: CfgNode) -> int:
+def check_data(cfg: CfgNode, skips_bad_images: bool = False) -> int:
     """Look at every image and box of the COCO json files; returns the number of training images."""
     register_datasets(cfg)
     splits = {}
@@ -150,7 +151,8 @@ def check_data(cfg: CfgNode) -> int:
         say(f"{name}: {len(file.content['images'])} images, {len(file.content['annotations'])} boxes")
         for line in file.report.lines():
             say(f"  {line}")
-        broken = [kind for kind in (*FATAL, *UNDECODABLE) if kind in file.report.problems]
+        skipped = UNDECODABLE if skips_bad_images and name in cfg.DATASETS.TRAIN else ()
+        broken = [k for k in (*FATAL, *UNDECODABLE) if k in file.report.problems and k not in skipped]
         if broken:
             raise UserError(
                 f"{name}: {broken[0]} (the first: {file.report.problems[broken[0]][0]}). `tools/check_data.py "

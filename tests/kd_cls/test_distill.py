@@ -79,6 +79,13 @@ def test_a_name_and_a_folder_become_a_student_and_a_table_and_a_second_call_trai
         command("--method", "kd")
 
 
+def test_a_student_with_weights_of_other_classes_starts_with_a_classifier_of_these(command, teacher_weights, tmp_path):
+    words = ("--student", "cifar_resnet14", "--student-weights", teacher_weights)
+    command(*words, "SOLVER.BASE_LR", 1e-9, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 1e-9)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    assert results["student"]["top1"] == 100  # a random classifier that is hardly trained has a third
+
+
 def test_an_interrupted_distillation_resumes_to_the_bit(command, tmp_path, monkeypatch):
     words = ("--batch", 6, "SOLVER.CHECKPOINT_PERIOD", 1)
     command(*words)

@@ -90,6 +90,17 @@ def test_a_teachers_missing_file_is_told_with_the_way_to_train_it(tmp_path):
         load_all_weights(nn.Linear(2, 3), path, "MODEL.WEIGHTS")
 
 
-def test_an_address_that_cannot_be_reached_is_named_with_its_key():
-    with pytest.raises(ValueError, match=r"MODEL.WEIGHTS: http://localhost:9/x.pth cannot be downloaded \(.*refused"):
-        WholeCheckpointer(nn.Linear(2, 3)).load("http://localhost:9/x.pth")
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://localhost:9/w.pkl", r"http://localhost:9/w\.pkl cannot be downloaded \(.*refused"),
+        ("nothing://w.pkl", r"nothing://w\.pkl is no address that detectron2 can download"),
+    ],
+)
+def test_an_address_that_cannot_be_reached_is_named_with_its_key(url, message):
+    with pytest.raises(ValueError, match=f"MODEL.WEIGHTS: {message}") as raised:
+        WholeCheckpointer(nn.Linear(2, 3), save_to_disk=False).load(url)
+    assert "
+" not in str(raised.value)
+    with pytest.raises(ValueError, match=f"KD.TEACHER.WEIGHTS: {message}"):
+        load_all_weights(nn.Linear(2, 3), url, "KD.TEACHER.WEIGHTS")
