@@ -80,8 +80,9 @@ def distill(args: argparse.Namespace) -> None:
     output = Path(args.output)
     check_arguments(args)
     left_out = ("output", "num_gpus", "baseline")
-    remember_request(output / "distill.json", {key: value for key, value in vars(args).items() if key not in left_out})
+    request = {key: value for key, value in vars(args).items() if key not in left_out}
     files = {"student": output / "distill.yaml", "baseline": output / "baseline.yaml"}
+    remember_request(output / "distill.json", request, files["student"])
     if not files["student"].is_file():
         cfg = build_config(args, output)
         write_text(files["student"], changes_as_yaml(cfg, get_cfg(), header(args, files["student"])))

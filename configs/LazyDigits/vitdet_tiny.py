@@ -29,6 +29,7 @@ dataloader.train.mapper.update(recompute_boxes=False, use_instance_mask=False)
 flip, scale, crop = dataloader.train.mapper.augmentations
 scale.update(min_scale=0.8, max_scale=1.25, target_height=SIZE, target_width=SIZE)
 crop.crop_size = (SIZE, SIZE)
+flip.prob = 0.0  # a mirrored digit is another sign
 dataloader.test.mapper.augmentations[0].update(short_edge_length=SIZE, max_size=SIZE)
 dataloader.train.update(total_batch_size=8, num_workers=0)
 dataloader.test.num_workers = 0

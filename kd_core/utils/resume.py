@@ -55,18 +55,20 @@ def plain(cfg: CfgNode | dict[str, Any]) -> dict[str, Any]:
     return yaml.safe_load(cfg.dump() if isinstance(cfg, CfgNode) else yaml.safe_dump(cfg))
 
 
-def remember_request(path: Path, request: dict[str, Any]) -> None:
+def remember_request(path: Path, request: dict[str, Any], result: Path) -> None:
     """Note in the file `path` what a command was asked for, and refuse its folder for any other request.
 
     Args:
+        result: the first file that the command makes of a request. Until it is there, a request that failed may be
+            corrected.
         request: option → value, of those that a second call must repeat.
     Raises:
         UserError: the folder holds something else; names the first option that differs and both values.
     """
     output, request = path.parent, json.loads(json.dumps(request))
     output.mkdir(parents=True, exist_ok=True)
-    if not path.is_file():
-        if any(output.iterdir()):
+    if not path.is_file() or not result.is_file():
+        if not path.is_file() and any(output.iterdir()):
             raise UserError(f"--output {output} is not empty and holds no distillation: give another folder")
         write_text(path, json.dumps(request, indent=1))
         return

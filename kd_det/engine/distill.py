@@ -22,6 +22,7 @@ from tabulate import tabulate
 from torch import nn
 
 from kd_core.utils.config import changes_as_yaml, lookup, merge_list, set_values
+from kd_core.utils.data_check import summary
 from kd_core.utils.errors import UserError
 from kd_core.utils.files import write_text
 from kd_core.utils.resume import remember_request
@@ -56,8 +57,9 @@ def distill(args: argparse.Namespace) -> None:
     warnings.simplefilter("ignore")
     output = Path(args.output)
     changeable = ("output", "num_gpus", "baseline")
-    remember_request(output / "distill.json", {k: v for k, v in vars(args).items() if k not in changeable})
     config_file, baseline_file = output / "distill.yaml", output / "baseline.yaml"
+    request = {key: value for key, value in vars(args).items() if key not in changeable}
+    remember_request(output / "distill.json", request, config_file)
     if not config_file.is_file():
         cfg = build_config(args, output)
         write_text(config_file, changes_as_yaml(cfg, kd_defaults(), header(args, config_file)))
@@ -155,8 +157,8 @@ def check_data(cfg: CfgNode, skips_bad_images: bool = False) -> int:
         broken = [k for k in (*FATAL, *UNDECODABLE) if k in file.report.problems and k not in skipped]
         if broken:
             raise UserError(
-                f"{name}: {broken[0]} (the first: {file.report.problems[broken[0]][0]}). `tools/check_data.py "
-                f"{file.json_file} {file.image_root} --output cleaned.json` writes a json without it"
+                f"{name}: {summary(broken[0], file.report.problems[broken[0]])}. `tools/check_data.py {file.json_file} "
+                f"{file.image_root} --output cleaned.json` writes a json without it"
             )
     for line in together.lines():
         say(f"  {line}")

@@ -44,7 +44,7 @@ def train(output: Path, entry: list[str], *words: str) -> None:
     main(arguments(output, register(entry), *words))
 
 
-def train_and_die(output: Path, entry: list[str]) -> None:
+def train_and_die(output: Path, entry: list[str], *words: str) -> None:
     """Die in the fourth iteration, before its step: the last checkpoint is that of the second."""
     run_step = LazyTrainer.run_step
 
@@ -54,7 +54,7 @@ def train_and_die(output: Path, entry: list[str]) -> None:
         run_step(trainer)
 
     LazyTrainer.run_step = fatal
-    train(output, entry)
+    train(output, entry, *words)
 
 
 def quietly(function: Callable[..., None], *args: Any) -> None:

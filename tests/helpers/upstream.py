@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-TESTS = ["tests/kd_det", "tests/tools"]
+TESTS = ["tests/kd_det", "tests/tools", "tests/upstream"]
 
 
 def overlay(checkout: Path, folder: Path) -> Path:
@@ -59,6 +59,7 @@ def main() -> int:
         (folder / "path").mkdir()
         paths = [overlay(Path(sys.argv[1]), folder / "path"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         variables = {
+            "DETECTRON2": str(Path(sys.argv[1]).resolve()),  # its projects are no part of the package
             "PYTHONPATH": os.pathsep.join(str(path) for path in paths if path),
             "PYTHONPYCACHEPREFIX": str(folder / "cache"),  # no __pycache__ in the checkout
         }

@@ -91,6 +91,7 @@ def test_two_files_become_an_exported_student_and_a_second_call_trains_nothing(c
         (("--student", "resnet1818"), r"did you mean resnet18"),
         (("--student", "resnet18", "--method", "kdd"), r"--method kdd: expected one of"),
         (("--student", "resnet18", "SOLVER.BASE_RL", "1"), r"unknown key SOLVER\.BASE_RL"),
+        (("--student", "resnet18", "--student-weights", "gone.pth"), r"there is no file gone\.pth"),
     ],
 )
 def test_a_wrong_word_is_told_before_anything_is_trained(command, words, message):
@@ -98,18 +99,66 @@ def test_a_wrong_word_is_told_before_anything_is_trained(command, words, message
         command(*words)
 
 
-def test_classes_that_the_teacher_does_not_know_are_refused(command, data, tmp_path):
+def test_a_wrong_word_may_be_corrected_in_the_same_folder(command):
+    with pytest.raises(SystemExit, match="did you mean resnet18"):
+        command("--student", "resnet1818")
+    with pytest.raises(SystemExit, match="--method kdd"):
+        command("--student", "resnet18", "--method", "kdd")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("teacher.txt", "no config\n", r"teacher\.txt"),
+        ("teacher.yaml", "MODEL: [\n", r"teacher\.yaml"),
+        ("teacher.yaml", "MODEL:\n  BACKBONES: 3\n", r"unknown key MODEL\.BACKBONES"),
+        ("teacher.py", "x = 1\n", r"teacher\.py has no `model`"),
+        ("gone.yaml", None, r"gone\.yaml is neither a file nor a name in detectron2's model zoo"),
+    ],
+)
+def test_a_teacher_that_is_no_detector_is_told_in_one_sentence(command, teacher, tmp_path, name, text, message):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit, match=message) as ended:
+        command("--student", "resnet18", "--teacher", tmp_path / name, teacher[2])
+    assert "\n" not in ended.value.code
+
+
+def change_first(name: str, **values: object) -> Callable[[dict], None]:
+    """A function that changes the first entry of a list of a COCO json."""
+    return lambda content: content[name][0].update(values)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content["categories"].append({"id": 99, "name": "x"}), r"knows 10 classes and .* has 11"),
+        (lambda content: content.update(annotations=[]), r"\.json has no annotations: there is nothing to learn"),
+        (change_first("images", file_name="not_there.jpg"), r"image file missing \(1\): .*not_there\.jpg"),
+        (change_first("annotations", category_id=77), r"unknown category \(1\): annotations\[0\], category_id 77"),
+        (change_first("annotations", bbox=[9, 9, -4, 5]), r"box of negative size \(1\): annotations\[0\]"),
+    ],
+)
+def test_faulty_data_are_named_before_anything_is_trained(command, data, change, message):
     path = Path(data[1])
     content = json.loads(path.read_text())
-    content["categories"].append({"id": 99, "name": "eleven"})
+    change(content)
     path.write_text(json.dumps(content))
-    with pytest.raises(SystemExit, match=r"the teacher knows 10 classes and .* has 11"):
+    with pytest.raises(SystemExit, match=message) as ended:
         command("--student", "resnet18")
+    assert "\n" not in ended.value.code
 
 
-def test_a_broken_image_is_named_before_anything_is_trained(command, data, tmp_path):
-    content = json.loads(Path(data[1]).read_text())
-    content["images"][0]["file_name"] = "not_there.jpg"
-    Path(data[1]).write_text(json.dumps(content))
-    with pytest.raises(SystemExit, match=r"image file missing \(the first: .*not_there\.jpg"):
-        command("--student", "resnet18")
+def test_a_truncated_image_is_named_unless_it_is_to_be_skipped(command, data):
+    image = Path(data[2], json.loads(Path(data[1]).read_text())["images"][0]["file_name"])
+    whole = image.read_bytes()
+    copy = Path(data[1]).parent / "images"
+    copy.mkdir()
+    for other in json.loads(Path(data[1]).read_text())["images"]:
+        (copy / other["file_name"]).write_bytes(Path(data[2], other["file_name"]).read_bytes())
+    (copy / image.name).write_bytes(whole[: len(whole) // 2])
+    words = ["--student", "resnet1818", *data, "--train", data[1], copy]
+    with pytest.raises(SystemExit, match=rf"image that cannot be decoded \(1\): {copy / image.name}"):
+        command(*words)
+    with pytest.raises(SystemExit, match="did you mean resnet18"):  # the data are accepted
+        command(*words, "DATASETS.BAD_IMAGES", "skip")
