@@ -27,10 +27,10 @@ def overlay(checkout: Path, folder: Path) -> Path:
     source, package = checkout / "detectron2", folder / "detectron2"
     if not (source / "__init__.py").is_file():
         sys.exit(f"DETECTRON2={checkout}: there is no detectron2/__init__.py; give a clone of detectron2's repository")
-    link_all(source, package, leave_out=["model_zoo"])
+    link_all(source, package, leave_out=["model_zoo", "_C.py"])  # the latter is no compiled code
     link_all(source / "model_zoo", package / "model_zoo", leave_out=["configs"])
     (package / "model_zoo" / "configs").symlink_to((checkout / "configs").resolve())
-    if not any(source.glob("_C.*")):
+    if not any(path.suffix in (".so", ".pyd") for path in source.glob("_C.*")):
         (package / "_C.py").write_text(stand_in_for_compiled_code(), encoding="utf-8")
     return folder
 
