@@ -28,6 +28,7 @@ from kd_core.utils.files import write_text
 from kd_core.utils.resume import remember_request
 from kd_det.analysis.cost import measure
 from kd_det.analysis.latency import COST_HEADERS, Cost, cost_cells, inference_cost
+from kd_det.checkpoint.checkpointer import check_local_file
 from kd_det.config.defaults import kd_defaults
 from kd_det.config.derive import METHODS, Request, default_weights, derive_student
 from kd_det.config.files import merge_file
@@ -83,8 +84,9 @@ def build_config(args: argparse.Namespace, output: Path) -> CfgNode:
     asked = kd_defaults()
     asked.KD.TEACHER.CONFIG_FILE, asked.KD.TEACHER.WEIGHTS = teacher_file, teacher_weights
     asked.KD.TEACHER.OVERRIDES = list(args.teacher_override or [])
-    if "://" not in teacher_weights and not os.path.isfile(teacher_weights):
-        raise UserError(f"--teacher: there is no weights file {teacher_weights}")
+    check_local_file("--teacher", teacher_weights)
+    if args.student_weights != "timm":
+        check_local_file("--student-weights", args.student_weights or "", "'timm' downloads timm's")
     teacher = teacher_config(asked, any_classes=True)
     set_data(teacher, args, output)
     options = dict(zip(args.options[::2], args.options[1::2], strict=False))
