@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers of pytest-xdist sha
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-collect_ignore = [] if "DETECTRON2" in os.environ else ["upstream"]  # make test-upstream says where it is
+collect_ignore = [] if "KD_UPSTREAM" in os.environ else ["upstream"]  # make test-upstream sets it
 
 # nohup and background jobs start pytest with signals ignored, and exec hands an ignored signal down to every process
 # that a test starts and then wants to interrupt. A handler that does nothing is not handed down.

@@ -59,7 +59,7 @@ def main() -> int:
         (folder / "path").mkdir()
         paths = [overlay(Path(sys.argv[1]), folder / "path"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         variables = {
-            "DETECTRON2": str(Path(sys.argv[1]).resolve()),  # its projects are no part of the package
+            "KD_UPSTREAM": str(Path(sys.argv[1]).resolve()),  # tests/upstream reads its projects
             "PYTHONPATH": os.pathsep.join(str(path) for path in paths if path),
             "PYTHONPYCACHEPREFIX": str(folder / "cache"),  # no __pycache__ in the checkout
         }

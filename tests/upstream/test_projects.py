@@ -10,7 +10,7 @@ import torch
 from helpers.few_digits import few_digits
 from helpers.lazy_training import in_a_process, train, train_and_die
 
-PROJECTS = Path(os.environ["DETECTRON2"], "projects")
+PROJECTS = Path(os.environ["KD_UPSTREAM"], "projects")
 HEADS = ["model.roi_heads.num_classes=10"]
 HEADS += [f"model.roi_heads.box_heads.{stage}.{key}" for stage in range(3) for key in ("conv_dims=[8]", "fc_dims=[16]")]
 HEADS += [f"model.roi_heads.box_predictors.{stage}.input_shape.channels=16" for stage in range(3)]
