@@ -16,13 +16,13 @@ import argparse
 
 from detectron2.engine import default_argument_parser
 
-from kd_det.engine.launch import run_command
+from kd_det.engine.launch import add_verbose, run_command
 from kd_det.engine.lazy_trainer import main
 
 
 def parse_args() -> argparse.Namespace:
-    """detectron2's own arguments."""
-    parser = default_argument_parser(epilog=" ")
+    """detectron2's own arguments, and --verbose."""
+    parser = add_verbose(default_argument_parser(epilog=" "))
     parser.description = __doc__
     return parser.parse_args()
 

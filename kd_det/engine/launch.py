@@ -34,9 +34,13 @@ def argument_parser(usage: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--list-keys", action="store_true", help="print the keys and values of --config-file, and exit"
     )
-    parser.add_argument(
-        "--verbose", action="store_true", help="also print config, environment and model, which log.txt always has"
-    )
+    return add_verbose(parser)
+
+
+def add_verbose(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """--verbose: config, environment and model on the console, too."""
+    help_text = "also print config, environment and model, which log.txt always has"
+    parser.add_argument("--verbose", action="store_true", help=help_text)
     return parser
 
 

@@ -191,7 +191,8 @@ def setup(args: argparse.Namespace) -> tuple[DictConfig, CfgNode]:
         check_same_run(yaml.safe_load(saved), tree, tree, IGNORED_ON_RESUME, source)
     comm.synchronize()
     open_logs(cfg.OUTPUT_DIR)
-    quiet_console()
+    if not getattr(args, "verbose", False):
+        quiet_console()
     default_setup(OmegaConf.create(tree), args)
     if comm.is_main_process():
         sweep_unfinished(cfg.OUTPUT_DIR)

@@ -71,6 +71,7 @@ def test_killed_and_resumed_it_ends_where_an_undisturbed_run_does_to_the_bit(tra
 
 def test_it_logs_the_distillation_terms_and_steps_them_in_streams_of_their_own(trained):
     last = json.loads((trained / "metrics.json").read_text().splitlines()[0])
+    assert "method    DeepKD (DKD)" in (trained / "log.txt").read_text()
     assert last["iteration"] == 5 and {"loss_kd_tckd", "loss_kd_nckd", "loss_cls", "lr"} <= set(last)
     state = load(trained / "model_final.pth")["trainer"]
     assert state["optimizer_name"] == "kd_core.optim.presets.deepkd_sgd"
