@@ -27,7 +27,7 @@ class BoxEvaluator(COCOEvaluator):
         if not any(len(p["instances"]) for p in predictions):
             logger.error(
                 "NOT ONE DETECTION on %d images: no AP can be computed. Training has diverged, the weights were not "
-                "loaded, or MODEL.ROI_HEADS.SCORE_THRESH_TEST is too high.",
+                "loaded, or SCORE_THRESH_TEST (of MODEL.ROI_HEADS or MODEL.RETINANET) is too high.",
                 len(predictions),
             )
         with evaluating_with(coco_eval_class()):
