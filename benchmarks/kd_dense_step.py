@@ -63,8 +63,10 @@ def main() -> int:
     bounds, cells = [], []
     for name, (side, other, bound) in pairs.items():
         ratio = statistics.median(a / b for a, b in zip(seconds[side], other, strict=True))
-        cells.append([name, *(1e3 * statistics.median(x) for x in (seconds[side], other)), judged(ratio, bound, digits=4)])
-        bounds += [] if bound is None else [Bound(name, ratio, bound)]
+        medians = (1e3 * statistics.median(times) for times in (seconds[side], other))
+        cells.append([name, *medians, judged(ratio, bound, digits=4)])
+        if bound is not None:
+            bounds.append(Bound(name, ratio, bound))
     table = Table(["", "ms", "floor or other side, ms", "ratio (bound)"], cells)
     print(table)
     return write_figures(args.json, {"ratios": table}, bounds)
