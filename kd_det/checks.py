@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from detectron2.config import CfgNode
+from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from detectron2.utils import comm
 from torch import nn
 
@@ -15,11 +16,12 @@ from kd_core.utils.config import lookup
 from kd_core.utils.errors import UserError
 from kd_core.utils.wandb import import_wandb
 from kd_det.checkpoint.checkpointer import check_local_file, misfit_of
+from kd_det.compat import NO_DEEPLAB
 from kd_det.config import build_box_loss
 from kd_det.data import check_dataset, check_same_classes, register_datasets
 from kd_det.data.loader import check_sampler
 from kd_det.data.two_sizes import check_scale
-from kd_det.modeling.meta_arch.registry import distilled_architecture, distilled_names
+from kd_det.modeling.meta_arch.registry import PIXEL_CLASSES, class_keys, distilled_architecture, distilled_names
 from kd_det.modeling.teacher.acceleration import TeacherSpeed
 from kd_det.modeling.teacher.build import check_teacher_weights, each_teacher, named_in_list, teacher_config
 from kd_det.solver import check_images, check_solver, scale_to_world_size
@@ -78,6 +80,7 @@ def training_checks(cfg: CfgNode, world_size: int = 1, resume: bool = False) -> 
     yield Check("MODEL", partial(check_synchronised_norms, cfg, world_size))
     yield Check("MODEL.META_ARCHITECTURE", partial(check_meta_architecture, cfg))
     yield Check("MODEL.TIMM", partial(check_backbone, cfg))
+    yield Check("MODEL.SEM_SEG_HEAD.NAME", partial(check_segmentation_head, cfg))
     yield Check("KD.LOSS.WARMUP_ITERS", partial(check_max_iter, cfg))
     yield Check("KD.LOSS", partial(check_loss, cfg))
     yield Check("KD.FEATURE", partial(check_feature, kd.FEATURE, "WARMUP_ITERS", cfg.SOLVER.MAX_ITER))
@@ -171,13 +174,21 @@ def check_backbone(cfg: CfgNode) -> None:
     if (timm.NAME or timm.PRETRAINED or timm.WEIGHTS) and "timm" not in name:
         raise UserError(
             f"MODEL.TIMM (NAME {timm.NAME!r}) is set, but MODEL.BACKBONE.NAME {name} does not read it: set "
-            "MODEL.BACKBONE.NAME build_timm_fpn_backbone, or leave MODEL.TIMM at its defaults"
+            "MODEL.BACKBONE.NAME build_timm_fpn_backbone or build_timm_backbone, or leave MODEL.TIMM at its defaults"
         )
     if timm.NORM == "FrozenBN" and not (cfg.MODEL.WEIGHTS or timm.PRETRAINED or timm.WEIGHTS):
         raise UserError(
             "MODEL.TIMM.NORM is FrozenBN and there are no weights: statistics of random layers would stay frozen. Give "
             "MODEL.TIMM.PRETRAINED True, MODEL.TIMM.WEIGHTS or MODEL.WEIGHTS, or set MODEL.TIMM.NORM BN"
         )
+
+
+def check_segmentation_head(cfg: CfgNode) -> None:
+    """Refuse a segmentation head that is not registered, where the meta-architecture has one."""
+    name = cfg.MODEL.SEM_SEG_HEAD.NAME
+    if PIXEL_CLASSES in class_keys(cfg.MODEL.META_ARCHITECTURE) and name not in SEM_SEG_HEADS_REGISTRY:
+        hint = NO_DEEPLAB if name.startswith("DeepLab") else "detectron2 has no such head, and none is registered"
+        raise UserError(f"MODEL.SEM_SEG_HEAD.NAME is {name}: {hint}")
 
 
 def check_frozen_stem(cfg: CfgNode) -> None:

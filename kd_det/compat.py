@@ -1,7 +1,7 @@
 """What differs between detectron2 0.5, 0.6 and main, and between the versions of torch under them."""
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import signature
 from typing import Any
@@ -9,11 +9,13 @@ from typing import Any
 import detectron2
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 from detectron2.evaluation import coco_evaluation
 from detectron2.solver.build import get_default_optimizer_params
 from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LRScheduler
 
 from kd_core.utils.errors import UserError
 
@@ -25,6 +27,10 @@ except ImportError:
 # Every process keeps BatchNorm statistics of its own until `ShareBatchNorm`. Newer torch has renamed the option.
 _DDP_OPTIONS = signature(DistributedDataParallel).parameters
 KEEP_BUFFERS = {"forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTIONS else "broadcast_buffers": False}
+NO_DEEPLAB = (
+    "this detectron2 has no detectron2.projects.deeplab: install an upstream build, or remove detectron2 and run "
+    "tools/install_detectron2.py"
+)
 
 
 def distribute(model: nn.Module) -> nn.Module:
@@ -56,6 +62,32 @@ def uses_sigmoid_loss(predictor: nn.Module) -> bool:
     main: USE_SIGMOID_CE. 0.5, 0.6: no such option.
     """
     return getattr(predictor, "use_sigmoid_ce", False)
+
+
+def add_deeplab_config(cfg: CfgNode) -> None:
+    """The keys of detectron2's DeepLab project, and its heads, where it is installed.
+
+    0.5, 0.6, main: `detectron2.projects.deeplab` is part of upstream's builds; a copy of the package folder alone lacks
+    it.
+    """
+    try:
+        from detectron2.projects import deeplab
+    except ImportError:
+        return
+    deeplab.add_deeplab_config(cfg)
+
+
+def deeplab_scheduler() -> Callable[..., LRScheduler]:
+    """DeepLab's `build_lr_scheduler`, which knows WarmupPolyLR.
+
+    Raises:
+        UserError: this detectron2 has no DeepLab.
+    """
+    try:
+        from detectron2.projects.deeplab import build_lr_scheduler
+    except ImportError as error:
+        raise UserError(f"SOLVER.LR_SCHEDULER_NAME WarmupPolyLR: {NO_DEEPLAB}") from error
+    return build_lr_scheduler
 
 
 def tracing_adapter() -> type:

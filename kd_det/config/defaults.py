@@ -9,6 +9,7 @@ from torch import nn
 from kd_core.losses import FeatureLoss
 from kd_core.losses.config import add_loss_config, build_kd_loss
 from kd_core.losses.feature_config import add_feature_config, build_feature_loss
+from kd_det.compat import add_deeplab_config
 
 
 def add_kd_config(cfg: CfgNode) -> None:
@@ -47,6 +48,9 @@ def add_kd_config(cfg: CfgNode) -> None:
 
     # The user's COCO-format data sets: a list of [name, json file, image folder].
     cfg.DATASETS.REGISTER = []
+    # The user's data sets of label maps: a list of [name, image folder, label folder, class 0, class 1, …]. A label map
+    # is a png of class ids under its image's name; 255 is ignored.
+    cfg.DATASETS.REGISTER_SEM_SEG = []
     # A training image that cannot be decoded: "error" ends the training and names the file; "skip" logs it once and
     # takes the next image in its place, the same one after a resume.
     cfg.DATASETS.BAD_IMAGES = "error"
@@ -193,8 +197,9 @@ def add_solver_config(node: CfgNode) -> None:
 
 
 def kd_defaults() -> CfgNode:
-    """detectron2's default config with kd_det's keys."""
+    """detectron2's default config with kd_det's keys, and those of DeepLab where this detectron2 has it."""
     cfg = get_cfg()
+    add_deeplab_config(cfg)
     add_kd_config(cfg)
     return cfg
 

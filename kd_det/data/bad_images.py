@@ -53,6 +53,8 @@ class NamedBadImages(Dataset):
             record = self.records[candidate % len(self)]
             try:
                 return self.dataset[candidate % len(self)]
+            except UserError as error:  # names its own file: a label map
+                return BadImage(str(error))
             except Exception:
                 reason = why_unreadable(record)
                 if reason is None:

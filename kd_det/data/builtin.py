@@ -1,4 +1,4 @@
-"""`digits_train`, `digits_val` and `digits_test` in detectron2's catalogs, written to disk when first loaded."""
+"""The built-in digits in detectron2's catalogs, written to disk when first loaded: boxes, label maps, panoptic."""
 
 import argparse
 import hashlib
@@ -12,7 +12,8 @@ from detectron2.data.datasets import load_coco_json
 from iopath.common.file_io import file_lock
 
 from kd_core.utils.errors import UserError
-from kd_det.data import digits
+from kd_det.data import digit_maps, digits
+from kd_det.data.label_maps import label_map_records
 
 JPEG_QUALITY = 90
 DEFAULT_SEED = 0
@@ -50,7 +51,7 @@ def prepare_digits(root: str | os.PathLike | None = None, seed: int | None = Non
             raise
         raise UserError(
             f"the digits data set cannot be written to {folder} ({error.strerror}): set DETECTRON2_DATASETS "
-            "to a folder that can be written, with 30 MB free"
+            "to a folder that can be written, with 40 MB free"
         ) from error
     return folder
 
@@ -72,6 +73,57 @@ def register_digits(root: str | os.PathLike | None = None) -> None:
         )
 
 
+def register_digit_maps(root: str | os.PathLike | None = None) -> None:
+    """Put `digits_sem_seg_<split>` and `digits_panoptic_<split>` of every split into detectron2's catalogs, once."""
+    folder = (Path(root) if root is not None else datasets_root()) / "digits"
+    things = {_category_id(label): label for label in range(len(digits.CLASS_NAMES))}
+    for split in digits.SPLITS:
+        image_root = str(folder / split.name)
+        semantic, panoptic = (split.name.replace("digits", f"digits_{kind}") for kind in ("sem_seg", "panoptic"))
+        if semantic in DatasetCatalog:
+            continue
+        DatasetCatalog.register(semantic, lambda split=split: _load_maps(folder, split))
+        MetadataCatalog.get(semantic).set(
+            image_root=image_root,
+            sem_seg_root=str(folder / "sem_seg" / split.name),
+            evaluator_type="sem_seg",
+            ignore_label=digit_maps.IGNORED,
+            stuff_classes=list(digit_maps.SEM_SEG_CLASSES),
+        )
+        DatasetCatalog.register(panoptic, lambda split=split, name=panoptic: _load_panoptic(folder, split, name))
+        MetadataCatalog.get(panoptic).set(
+            image_root=image_root,
+            json_file=str(folder / "annotations" / f"instances_{split.name}.json"),
+            panoptic_json=str(folder / "annotations" / f"panoptic_{split.name}.json"),
+            panoptic_root=str(folder / "panoptic" / split.name),
+            sem_seg_root=str(folder / "panoptic_sem_seg" / split.name),
+            evaluator_type="coco_panoptic_seg",
+            ignore_label=digit_maps.IGNORED,
+            thing_classes=list(digits.CLASS_NAMES),
+            stuff_classes=list(digit_maps.STUFF_CLASSES),
+            thing_dataset_id_to_contiguous_id=things,
+            stuff_dataset_id_to_contiguous_id={0: 0, _category_id(digit_maps.PHOTO): 1},
+        )
+
+
+def _load_maps(folder: Path, split: digits.Split) -> list[dict]:
+    prepare_digits(folder.parent)
+    return label_map_records(folder / split.name, folder / "sem_seg" / split.name)
+
+
+def _load_panoptic(folder: Path, split: digits.Split, name: str) -> list[dict]:
+    prepare_digits(folder.parent)
+    records = load_coco_json(MetadataCatalog.get(name).json_file, str(folder / split.name), name)
+    labels = folder / "panoptic_sem_seg" / split.name
+    return [{**r, "sem_seg_file_name": str(labels / f"{Path(r['file_name']).stem}.png")} for r in records]
+
+
+def is_builtin(name: str) -> bool:
+    """Whether a data set's files are written when it is first loaded."""
+    splits = {split.name for split in digits.SPLITS}
+    return name.replace("_sem_seg", "").replace("_panoptic", "") in splits
+
+
 def _load(folder: Path, split: digits.Split) -> list[dict]:
     prepare_digits(folder.parent)
     return load_coco_json(str(_json_file(folder, split)), str(folder / split.name), split.name)
@@ -87,7 +139,7 @@ def _category_id(label: int) -> int:
 
 def _fingerprint(seed: int | None) -> dict:
     """What the images depend on: when the generator's source changes, they are written again."""
-    sources = [Path(digits.__file__), Path(__file__)]
+    sources = [Path(digits.__file__), Path(digit_maps.__file__), Path(__file__)]
     return {"seed": seed, "source_sha256": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()}
 
 
@@ -124,19 +176,21 @@ def _replace(folder: Path, seed: int | None) -> None:
 
 
 def _write_split(folder: Path, split: digits.Split, seed: int) -> None:
-    images, annotations = [], []
+    images, annotations, maps = [], [], []
     (folder / split.name).mkdir(parents=True)
     for index in range(split.num_images):
-        image, boxes = digits.render(split, index, seed)
+        image, boxes, ink = digits.render_with_ink(split, index, seed)
         image_id, file_name = index + 1, f"{index:06d}.jpg"
         image.save(folder / split.name / file_name, quality=JPEG_QUALITY)
         images.append({"id": image_id, "file_name": file_name, "height": image.height, "width": image.width})
+        maps.append((file_name, ink, boxes))
         annotations += [_annotation(len(annotations) + i, image_id, box) for i, box in enumerate(boxes, start=1)]
     categories = [{"id": _category_id(label), "name": name} for label, name in enumerate(digits.CLASS_NAMES)]
     info = {"description": f"{split.name}: load_digits (scikit-learn) on photographs (scikit-image), seed {seed}"}
     _json_file(folder, split).parent.mkdir(exist_ok=True)
     content = {"info": info, "images": images, "annotations": annotations, "categories": categories}
     _json_file(folder, split).write_text(json.dumps(content))
+    digit_maps.write_maps(folder, split.name, maps)
 
 
 def _annotation(annotation_id: int, image_id: int, box: digits.Box) -> dict:

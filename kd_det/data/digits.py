@@ -21,6 +21,7 @@ MAX_COVERED = 0.2  # of the smaller of two digits' boxes
 INK_LUMINANCE = (190.0, 250.0)  # of 255: bright ink of any hue, as chalk
 PHOTO_BRIGHTNESS = 0.55  # the photographs are dimmed: ink of either polarity is not learnt within a demo's minutes
 OPACITY = (0.9, 1.0)  # of the ink
+RIM = 0.1  # coverage of a pixel at which it is not the photograph's alone any more; from .5 on it is the digit's
 CROP_SIZE = (120, 280)  # pixels of the photograph that fill an image
 MAX_PHOTO_SIDE = 640  # the larger photographs are reduced to this
 MAX_NOISE = 10.0  # standard deviation of the sensor noise, of 255
@@ -121,8 +122,29 @@ def load_photos(split: Split) -> tuple[Image.Image, ...]:
     return tuple(photos)
 
 
+@dataclass(frozen=True)
+class InkMap:
+    """Whose ink every pixel of an image (H, W) shows."""
+
+    owner: np.ndarray  # uint8: 1, 2, … for the digits in their order, 0 for the photograph
+    rim: np.ndarray  # bool: some ink, but more of what lies under it
+
+    def paste(self, ink: np.ndarray, x: int, y: int, number: int) -> None:
+        """A digit's coverage, with its upper left corner at (x, y); it lies on top."""
+        place = np.s_[y : y + ink.shape[0], x : x + ink.shape[1]]
+        covered, some = ink >= 0.5, (ink > RIM) & (ink < 0.5)
+        self.owner[place][covered] = number
+        self.rim[place] = (self.rim[place] & ~covered) | some
+
+
 def render(split: Split, index: int, seed: int) -> tuple[Image.Image, list[Box]]:
     """Image `index` of `split` and the digits on it, in the order in which they were pasted (later ones lie on top)."""
+    image, boxes, _ = render_with_ink(split, index, seed)
+    return image, boxes
+
+
+def render_with_ink(split: Split, index: int, seed: int) -> tuple[Image.Image, list[Box], InkMap]:
+    """`render`, and whose ink every pixel shows."""
     rng = np.random.default_rng([seed, split.key, index])
     samples, labels = load_samples(split)
     canvas = _photo_crop(load_photos(split), rng)
@@ -131,6 +153,7 @@ def render(split: Split, index: int, seed: int) -> tuple[Image.Image, list[Box]]
         _paste(canvas, ink, *_position(ink, rng), rng)
 
     boxes: list[Box] = []
+    ink_map = InkMap(*(np.zeros(canvas.shape[:2], kind) for kind in (np.uint8, bool)))
     for _ in range(rng.integers(*NUM_DIGITS, endpoint=True)):
         choice = rng.integers(len(samples))
         ink = _ink(samples[choice], rng)
@@ -138,9 +161,10 @@ def render(split: Split, index: int, seed: int) -> tuple[Image.Image, list[Box]]
         if box is not None:
             _paste(canvas, ink, box.x, box.y, rng)
             boxes.append(box)
+            ink_map.paste(ink, box.x, box.y, len(boxes))
 
     canvas += rng.normal(0.0, rng.uniform(0.0, MAX_NOISE), canvas.shape)
-    return Image.fromarray(canvas.round().clip(0, 255).astype(np.uint8)), boxes
+    return Image.fromarray(canvas.round().clip(0, 255).astype(np.uint8)), boxes, ink_map
 
 
 def _photo_crop(photos: tuple[Image.Image, ...], rng: np.random.Generator) -> np.ndarray:

@@ -22,6 +22,7 @@ from kd_core.utils.errors import UserError
 from kd_core.utils.rng import mix_seed_32, preserved_rng, seed_rng
 from kd_det.data.bad_images import BadImage, NamedBadImages
 from kd_det.data.two_sizes import build_train_mapper
+from kd_det.modeling.meta_arch.registry import PIXEL_CLASSES, class_keys
 
 SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler")
 
@@ -145,10 +146,31 @@ def make_train_loader(
 ) -> TrainLoader:
     """The loader of detectron2's dataset dicts, as SOLVER.IMS_PER_BATCH, DATALOADER and SEED say."""
     seed, world_size = cfg.SEED if cfg.SEED >= 0 else None, comm.get_world_size()
+    check_annotated(cfg, dicts)
     groups = [int(d["width"] > d["height"]) for d in dicts] if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None
     batches = GroupedBatches(sampler, groups, cfg.SOLVER.IMS_PER_BATCH // world_size, comm.get_rank(), world_size)
     dataset = NamedBadImages(MapDataset(DatasetFromList(dicts, copy=False), mapper), dicts, cfg.DATASETS.BAD_IMAGES)
     return TrainLoader(PositionedDataset(dataset, seed), batches, cfg.DATALOADER.NUM_WORKERS)
+
+
+def check_annotated(cfg: CfgNode, dicts: list[dict]) -> None:
+    """Refuse records without the label maps, or the masks of things, that the meta-architecture learns from."""
+    name, keys = cfg.MODEL.META_ARCHITECTURE, class_keys(cfg.MODEL.META_ARCHITECTURE)
+    if PIXEL_CLASSES not in keys:
+        return
+    bare = next((d["file_name"] for d in dicts if "sem_seg_file_name" not in d), None)
+    if bare is not None:
+        raise UserError(
+            f"DATASETS.TRAIN: {bare} has no label map, from which {name} learns: name a data set that has them "
+            "(DATASETS.REGISTER_SEM_SEG for your own)"
+        )
+    if len(keys) > 1 and cfg.MODEL.MASK_ON:
+        without = (d["file_name"] for d in dicts if not all("segmentation" in a for a in d.get("annotations", [{}])))
+        if (bare := next(without, None)) is not None:
+            raise UserError(
+                f"DATASETS.TRAIN: {bare} has things without masks, from which {name} learns: give every annotation a "
+                "segmentation"
+            )
 
 
 def build_sampler(cfg: CfgNode, dicts: Iterable[dict], seed: int | None) -> Sampler:

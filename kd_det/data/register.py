@@ -4,7 +4,7 @@ import difflib
 import json
 import os
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,18 @@ from detectron2.utils.file_io import PathManager
 
 from kd_core.utils.config import lookup
 from kd_core.utils.errors import UserError
-from kd_det.data import digits
-from kd_det.data.builtin import datasets_root
+from kd_det.data.builtin import datasets_root, is_builtin
 from kd_det.data.check import refuse_broken
-from kd_det.modeling.meta_arch.registry import class_keys
+from kd_det.data.label_maps import label_map_records
+from kd_det.modeling.meta_arch.registry import PIXEL_CLASSES, class_keys
 
 REGISTER_FORM = "DATASETS.REGISTER is a list of [name, json file, image folder]"
-PATHS = ("json_file", "image_root", "image_dir", "gt_dir", "dirname")  # in the metadata of detectron2's data sets
+# In the metadata of detectron2's data sets.
+PATHS = ("json_file", "image_root", "sem_seg_root", "panoptic_root", "panoptic_json", "image_dir", "gt_dir", "dirname")
 
 
 def register_datasets(cfg: CfgNode) -> None:
-    """Register the COCO-format data sets of `DATASETS.REGISTER`; it may be called again.
+    """Register the data sets of `DATASETS.REGISTER` and `DATASETS.REGISTER_SEM_SEG`; it may be called again.
 
     `DATASETS.REGISTER` is a list of [name, json file, image folder]. Relative paths start at $DETECTRON2_DATASETS
     (./datasets where that is not set), as those of detectron2's own data sets do; `~` is the home folder.
@@ -39,6 +40,20 @@ def register_datasets(cfg: CfgNode) -> None:
             _refuse_other_paths(name, json_file, image_root)
         else:
             register_coco_instances(name, {}, json_file, image_root)
+    for entry in cfg.DATASETS.REGISTER_SEM_SEG:
+        name, images, labels, classes = _parsed_sem_seg(entry)
+        if name not in DatasetCatalog:
+            DatasetCatalog.register(name, partial(label_map_records, images, labels))
+        elif [MetadataCatalog.get(name).get(key) for key in ("image_root", "sem_seg_root")] != [images, labels]:
+            raise UserError(f"DATASETS.REGISTER_SEM_SEG: {name} is already a data set with other folders: rename it")
+        MetadataCatalog.pop(name, None)  # the classes may have other names now
+        MetadataCatalog.get(name).set(
+            image_root=images,
+            sem_seg_root=labels,
+            evaluator_type="sem_seg",
+            ignore_label=cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
+            stuff_classes=classes,
+        )
 
 
 def check_datasets(cfg: CfgNode, keys: Iterable[str] = ("TRAIN", "TEST")) -> None:
@@ -59,17 +74,19 @@ def check_dataset(cfg: CfgNode, key: str, name: str) -> None:
     _check_known(key, name)
     _check_on_disk(key, name)
     _check_content(key, name)
-    classes = _class_names(key, name)
-    if classes is not None:
-        _check_number(cfg, key, name, len(classes))
+    for number in class_keys(cfg.MODEL.META_ARCHITECTURE):
+        classes = _class_names(key, name, number)
+        if classes is not None:
+            _check_number(cfg, key, name, len(classes), number)
 
 
 def check_same_classes(cfg: CfgNode, keys: Iterable[str] = ("TRAIN", "TEST")) -> None:
     """Refuse data sets with other classes than the first, or in another order; unknown data sets are passed over."""
     first: tuple[str, list[str]] | None = None
     named = [(key, name) for key in keys for name in cfg.DATASETS[key]]
+    number = class_keys(cfg.MODEL.META_ARCHITECTURE)[0]
     for key, name in named:
-        classes = _class_names(f"DATASETS.{key}", name) if name in DatasetCatalog else None
+        classes = _class_names(f"DATASETS.{key}", name, number) if name in DatasetCatalog else None
         if classes is None:
             continue
         first = first or (name, classes)
@@ -86,6 +103,17 @@ def _parsed(entry: Any) -> tuple[str, str, str]:
     name, *paths = entry
     json_file, image_root = (_resolved(path) for path in paths)
     return name, json_file, image_root
+
+
+def _parsed_sem_seg(entry: Any) -> tuple[str, str, str, list[str]]:
+    is_list = isinstance(entry, list | tuple) and len(entry) >= 5
+    if not is_list or not all(isinstance(part, str) and part for part in entry):
+        raise UserError(
+            "DATASETS.REGISTER_SEM_SEG is a list of [name, image folder, label folder, class 0, class 1, …] of at "
+            f"least two classes, but one entry is {entry!r}"
+        )
+    name, images, labels, *classes = entry
+    return name, _resolved(images), _resolved(labels), classes
 
 
 def _resolved(path: str) -> str:
@@ -113,7 +141,7 @@ def _check_known(key: str, name: str) -> None:
 
 
 def _check_on_disk(key: str, name: str) -> None:
-    if name in {split.name for split in digits.SPLITS}:
+    if is_builtin(name):
         return  # written when it is first loaded
     metadata = MetadataCatalog.get(name)
     for field in PATHS:
@@ -133,9 +161,16 @@ def _check_content(key: str, name: str) -> None:
         refuse_broken(key, name, json_file, image_root)
 
 
-def _class_names(key: str, name: str) -> list[str] | None:
-    """From detectron2's metadata or else from the json file; None where neither says."""
+def _class_names(key: str, name: str, number: str) -> list[str] | None:
+    """From detectron2's metadata or else from the json file; None where neither says. `number` is the model's key."""
     metadata = MetadataCatalog.get(name)
+    if number == PIXEL_CLASSES:
+        if metadata.get("sem_seg_root", metadata.get("gt_dir")) is None:
+            raise UserError(
+                f"{key}: {name} has no label maps, from which this MODEL.META_ARCHITECTURE learns; name a data set "
+                "that has them, or add your own with DATASETS.REGISTER_SEM_SEG"
+            )
+        return metadata.get("stuff_classes")
     classes, json_file = metadata.get("thing_classes"), metadata.get("json_file")
     if classes is not None or json_file is None or not PathManager.exists(json_file):
         return classes
@@ -153,8 +188,7 @@ def _names_in(json_file: str, _modified: int) -> list[str]:
     return [category["name"] for category in sorted(categories, key=lambda category: category["id"])]
 
 
-def _check_number(cfg: CfgNode, key: str, name: str, found: int) -> None:
-    own_key = class_keys(cfg.MODEL.META_ARCHITECTURE)[0]
-    configured = lookup(cfg, own_key)
+def _check_number(cfg: CfgNode, key: str, name: str, found: int, number: str) -> None:
+    configured = lookup(cfg, number)
     if found != configured:
-        raise UserError(f"{key}: {name} has {found} classes: {own_key} {configured} does not fit, set it to {found}")
+        raise UserError(f"{key}: {name} has {found} classes: {number} {configured} does not fit, set it to {found}")

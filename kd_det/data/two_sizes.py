@@ -1,5 +1,6 @@
 """The same view of an image in two sizes, for the student and for the teacher."""
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import numpy as np
@@ -7,20 +8,40 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
+from detectron2.data.detection_utils import build_augmentation
 from fvcore.transforms.transform import BlendTransform, CropTransform, HFlipTransform, NoOpTransform, VFlipTransform
 
 from kd_core.losses.feature_config import distils
 from kd_core.utils.errors import UserError
+from kd_det.data.label_maps import CheckedLabels
+from kd_det.modeling.meta_arch.registry import PIXEL_CLASSES, class_keys
 from kd_det.modeling.teacher.view import TEACHER_IMAGE
 
 # Their effect does not depend on the image's size.
 SIZELESS = (BlendTransform, HFlipTransform, NoOpTransform, VFlipTransform)
 
 
-def build_train_mapper(cfg: CfgNode) -> DatasetMapper:
-    """detectron2's mapper, or `TwoSizeMapper` where a teacher has its own image size."""
+def build_train_mapper(cfg: CfgNode) -> Callable[[dict], dict]:
+    """detectron2's mapper, or `TwoSizeMapper` where a teacher has its own image size; label maps are checked."""
     two = cfg.KD.TEACHER.IMAGE_SCALE != 1 and distils(cfg.KD)
-    return TwoSizeMapper(cfg, True) if two else DatasetMapper(cfg, True)
+    keys, head = class_keys(cfg.MODEL.META_ARCHITECTURE), cfg.MODEL.SEM_SEG_HEAD
+    own = {"augmentations": segmentation_augmentations(cfg)} if keys == (PIXEL_CLASSES,) else {}
+    mapper = (TwoSizeMapper if two else DatasetMapper)(cfg, True, **own)
+    return CheckedLabels(mapper, head.NUM_CLASSES, head.IGNORE_VALUE) if PIXEL_CLASSES in keys else mapper
+
+
+def segmentation_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
+    """Resize, crop, flip, in this order: INPUT.CROP is cut out of the resized image, as in detectron2's DeepLab.
+
+    detectron2's mapper crops first, and boxes need that; but label maps of one size make batches of one size.
+    """
+    resize, *others = build_augmentation(cfg, True)
+    crop = cfg.INPUT.CROP
+    if not crop.ENABLED:
+        return [resize, *others]
+    largest = crop.get("SINGLE_CATEGORY_MAX_AREA", 1.0)  # a key of the DeepLab project
+    area = T.RandomCrop_CategoryAreaConstraint(crop.TYPE, crop.SIZE, largest, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE)
+    return [resize, area, *others]
 
 
 class TwoSizeMapper(DatasetMapper):

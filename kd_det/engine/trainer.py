@@ -41,7 +41,7 @@ from kd_det.checkpoint.resume import (
     other_checkpoints,
 )
 from kd_det.checks import check_frozen_weights, check_synchronised_norms
-from kd_det.compat import distribute
+from kd_det.compat import deeplab_scheduler, distribute
 from kd_det.config.student import plain_config
 from kd_det.data.loader import TrainLoader, build_train_loader
 from kd_det.engine.console import describe, restore_console
@@ -352,7 +352,8 @@ class DistillationTrainer(TrainerBase):
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:
-        return build_lr_scheduler(cfg, optimizer)
+        build = deeplab_scheduler() if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupPolyLR" else build_lr_scheduler
+        return build(cfg, optimizer)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:

@@ -1,15 +1,28 @@
-"""COCO evaluation: detectron2's evaluator, with an error in the log when a model detects nothing."""
+"""detectron2's evaluators, by the type of the data set; they say what is wrong with a model or a label map."""
 
 import logging
 import os
+from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, coco_evaluation
+from detectron2.evaluation import (
+    CityscapesSemSegEvaluator,
+    COCOEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluator,
+    DatasetEvaluators,
+    SemSegEvaluator,
+    coco_evaluation,
+)
+from detectron2.utils.file_io import PathManager
+from PIL import Image
 
 from kd_core.utils.errors import UserError
 from kd_det.compat import evaluating_with
+from kd_det.data.label_maps import check_labels
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +47,21 @@ class BoxEvaluator(COCOEvaluator):
             super()._eval_predictions(predictions, *args, **kwargs)
 
 
+class LabelMapEvaluator(SemSegEvaluator):
+    """mIoU and pixel accuracy; a label map that does not fit is named before it is counted."""
+
+    def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
+        for item, output in zip(inputs, outputs, strict=True):
+            path = self.input_file_to_gt_file[item["file_name"]]
+            with PathManager.open(path, "rb") as file:
+                labels = np.array(Image.open(file))
+            size = tuple(output["sem_seg"].shape[1:])
+            if labels.shape != size:
+                raise UserError(f"{path} is {labels.shape[1]} × {labels.shape[0]} and its image {size[1]} × {size[0]}")
+            check_labels(labels, self._num_classes, self._ignore_label, path)
+        super().process(inputs, outputs)
+
+
 def coco_eval_class() -> type:
     """`COCOeval` of faster-coco-eval where it is installed, else that of pycocotools."""
     try:
@@ -44,15 +72,36 @@ def coco_eval_class() -> type:
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-    """The evaluator of a data set whose metadata says `evaluator_type: coco`.
+    """The evaluator that the data set's metadata names as `evaluator_type`.
+
+        coco                 box AP, and mask and keypoint AP where the model has such heads
+        sem_seg              mIoU and pixel accuracy
+        cityscapes_sem_seg   Cityscapes' own scripts
+        coco_panoptic_seg    both of the first, and PQ where panopticapi is installed
 
     Raises:
-        UserError: the data set has another type.
+        UserError: the data set has another type, or a package is missing.
     """
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
-    if kind != "coco":
-        raise UserError(
-            f"DATASETS.TEST: {dataset_name} needs the evaluator {kind!r}, but tools/train_net.py evaluates COCO-format "
-            "data sets only: override DistillationTrainer.build_evaluator for others"
-        )
-    return BoxEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
+    output = os.path.join(cfg.OUTPUT_DIR, "inference")
+    if kind == "coco":
+        return BoxEvaluator(dataset_name, output_dir=output)
+    if kind == "sem_seg":
+        return LabelMapEvaluator(dataset_name, output_dir=output)
+    if kind == "cityscapes_sem_seg":
+        if find_spec("cityscapesscripts") is None:
+            raise UserError(
+                f"DATASETS.TEST: {dataset_name} is evaluated by Cityscapes' own scripts: pip install cityscapesscripts"
+            )
+        return CityscapesSemSegEvaluator(dataset_name)
+    if kind == "coco_panoptic_seg":
+        evaluators = [LabelMapEvaluator(dataset_name, output_dir=output), BoxEvaluator(dataset_name, output_dir=output)]
+        if find_spec("panopticapi") is None:
+            logger.warning("%s: PQ is left out, because panopticapi is not installed", dataset_name)
+        else:
+            evaluators.append(COCOPanopticEvaluator(dataset_name, output))
+        return DatasetEvaluators(evaluators)
+    raise UserError(
+        f"DATASETS.TEST: {dataset_name} needs the evaluator {kind!r}, which tools/train_net.py does not have: override "
+        "DistillationTrainer.build_evaluator"
+    )

@@ -17,9 +17,18 @@ from kd_core.utils.report.sections import (
     seeds_section,
 )
 from kd_core.utils.report.tables import Cell, Metric, Number, Table, group_cell
+from kd_det.evaluation.figures import MAIN_FIGURES
 from kd_det.evaluation.pictures import detection_sections
 
 AP = "bbox/AP"
+# Task → figures of it, the main one first, and what its classes' figures begin with.
+SEGMENTATION = {
+    "sem_seg": (
+        {"mIoU": "mIoU", "fwIoU": "frequency-weighted IoU", "mACC": "mean accuracy", "pACC": "pixel accuracy"},
+        "IoU-",
+    ),
+    "panoptic_seg": ({"PQ": "PQ", "SQ": "SQ", "RQ": "RQ", "PQ_th": "PQ, things", "PQ_st": "PQ, stuff"}, "PQ-"),
+}
 NAMES = {
     "AP": "AP",
     "AP50": "AP50",
@@ -30,6 +39,7 @@ NAMES = {
 }
 CURVES = {
     "Average precision": r"(.+/)?bbox/AP(50|75)?",
+    "Segmentation": r"(.+/)?(sem_seg/(mIoU|pACC)|panoptic_seg/PQ(_th|_st)?)",
     "Losses": r"total_loss|loss_(?!scale).+",
     "Distillation and optimizer": r"topk/K|momentum/.+|grad_norm/.+|gsnr/.+|loss_scale|lr",
 }
@@ -50,44 +60,60 @@ def detector_page(runs: Sequence[Run], title: str, baseline: str | None = None, 
         logits: run teacher and student on some images to compare their logits.
     """
     prefixes = evaluation_prefixes(runs)
-    main = f"{prefixes[0]}/AP" if prefixes else AP
+    main = main_key(prefixes[0]) if prefixes else AP
+    boxes = not prefixes or any(task_of(prefix) == "bbox" for prefix in prefixes)
     metrics = [metric for prefix in prefixes for metric in precision_metrics(prefix)]
-    text = ["AP in per cent, COCO's definition."] if metrics else ["No run has been evaluated yet."]
+    text = ["AP and IoU in per cent, by COCO's definitions."] if metrics else ["No run has been evaluated yet."]
     groups = complete_groups(runs, main)
     sections = [results_section(groups, metrics + COST, text)]
     sections += [section for prefix in prefixes if (section := class_section(groups, prefix))]
     sections += [
-        *detection_sections(groups, best_student(groups, main), logits),
+        *(detection_sections(groups, best_student(groups, main), logits) if boxes else []),
         curves_section(groups, CURVES),
         seeds_section(runs, metrics[:3], main, baseline),
         origin_section(runs),
     ]
-    return Page(title, sections, common_notes(runs, main, "AP"))
+    return Page(title, sections, common_notes(runs, main, main.rpartition("/")[2]))
 
 
 def evaluation_prefixes(runs: Sequence[Run]) -> list[str]:
-    """What stands before /AP: "bbox"; "ema/bbox" for the moving average; a data set's name where there are several."""
-    keys = dict.fromkeys(key for run in runs for key in run.scalars() if key.endswith(AP))
+    """What stands before a main figure: "bbox", "sem_seg"; "ema/bbox" for the moving average; "<data set>/bbox"."""
+    ends = tuple(f"{task}/{figure}" for task, figure in MAIN_FIGURES.items())
+    keys = dict.fromkeys(key for run in runs for key in run.scalars() if key.endswith(ends))
+    order = list(MAIN_FIGURES)
     return sorted(
-        (key.removesuffix("/AP") for key in keys), key=lambda prefix: ("ema/" in prefix, prefix != "bbox")
+        (key.rpartition("/")[0] for key in keys),
+        key=lambda prefix: ("ema/" in prefix, "/" in prefix, order.index(task_of(prefix))),
     )
 
 
+def task_of(prefix: str) -> str:
+    """The last word of a prefix, such as "bbox"."""
+    return prefix.rpartition("/")[2]
+
+
+def main_key(prefix: str) -> str:
+    """The key of the main figure under a prefix."""
+    return f"{prefix}/{MAIN_FIGURES[task_of(prefix)]}"
+
+
 def precision_metrics(prefix: str) -> list[Metric]:
-    where = prefix.removesuffix("bbox").strip("/").replace("ema", "moving average")
-    return [Metric(f"{label}, {where}" if where else label, f"{prefix}/{name}") for name, label in NAMES.items()]
+    where = prefix.removesuffix(task_of(prefix)).strip("/").replace("ema", "moving average")
+    names, _ = SEGMENTATION.get(task_of(prefix), (NAMES, ""))
+    return [Metric(f"{label}, {where}" if where else label, f"{prefix}/{name}") for name, label in names.items()]
 
 
 def class_section(groups: dict[str, list[Run]], prefix: str) -> Section | None:
-    """AP by class, the largest remaining gap to the teacher first; without a teacher the lowest AP first."""
+    """AP or IoU by class, the largest remaining gap to the teacher first; without a teacher the lowest AP first."""
     runs = [run for group in groups.values() for run in group]
-    start = f"{prefix}/AP-"
+    _, each = SEGMENTATION.get(task_of(prefix), (NAMES, "AP-"))
+    start = f"{prefix}/{each}"
     keys = dict.fromkeys(key for run in runs for key in run.scalars())
     names = [key.removeprefix(start) for key in keys if key.startswith(start)]
     if not names:
         return None
     teacher = next((group for group in groups.values() if group[0].role == "teacher"), None)
-    best = groups[best_student(groups, f"{prefix}/AP")]
+    best = groups[best_student(groups, main_key(prefix))]
     rows = []
     for name in names:
         metric = Metric(name, start + name)
@@ -99,13 +125,13 @@ def class_section(groups: dict[str, list[Run]], prefix: str) -> Section | None:
         rows.append((-gap if math.isfinite(gap) else math.inf, name, cells))
     rows.sort(key=lambda row: row[0])
     if teacher:
-        order = f"The gap is the teacher's AP less that of {best[0].title}; the largest stands first."
+        order = f"The gap is the teacher's {each[:-1]} less that of {best[0].title}; the largest stands first."
     else:
-        order = f"The lowest AP of {best[0].title} stands first."
+        order = f"The lowest {each[:-1]} of {best[0].title} stands first."
     header = ["class", *groups, *(["gap"] if teacher else [])]
     absent = " NaN: the class has no ground truth, or nothing was detected."
     table = Table(header, [(name, cells) for _, name, cells in rows], order + absent, paged=20)
-    return Section("By class" if prefix == "bbox" else f"By class, {prefix}", [], [table])
+    return Section("By class" if "/" not in prefix else f"By class, {prefix}", [], [table])
 
 
 def best_student(groups: dict[str, list[Run]], key: str) -> str:

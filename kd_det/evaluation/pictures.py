@@ -96,7 +96,7 @@ def open_test_set(run: Run) -> TestSet | None:
     if not names:
         return None
     entries = lookup(run.config, "DATASETS", "REGISTER", default=[])
-    register_datasets(CfgNode({"DATASETS": {"REGISTER": entries}}))
+    register_datasets(CfgNode({"DATASETS": {"REGISTER": entries, "REGISTER_SEM_SEG": []}}))
     metadata = MetadataCatalog.get(names[-1])
     path, root = metadata.get("json_file", ""), metadata.get("image_root", "")
     if not path or not Path(path).is_file():

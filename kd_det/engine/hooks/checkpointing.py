@@ -14,6 +14,7 @@ from torch import nn
 from kd_core.utils.files import write_whole
 from kd_core.utils.rng import mix_seed_32
 from kd_det.config.student import student_config, write_student
+from kd_det.evaluation.figures import MAIN_FIGURES
 
 
 class SeedEachStep(HookBase):
@@ -42,7 +43,7 @@ class SaveStudentConfig(HookBase):
 
 
 class KeepBest(HookBase):
-    """Saves the weights with the highest box AP so far, and that AP; must come after the evaluation.
+    """Saves the weights with the highest AP (mIoU, PQ) so far, under the key `AP`; must come after the evaluation.
 
     `--resume` does not use the file: it holds no optimizer. A resumed training continues from the AP in it.
 
@@ -74,15 +75,16 @@ class KeepBest(HookBase):
         if results is self.seen or not comm.is_main_process():
             return
         self.seen = results
-        ap = box_ap(results.get(self.task, {}) if self.task else results)
-        if ap > self.best:
-            self.best = ap
-            state = {"model": self.model.state_dict(), "AP": ap, "iteration": self.trainer.iter}
+        figure = main_figure(results.get(self.task, {}) if self.task else results)
+        if figure > self.best:
+            self.best = figure
+            state = {"model": self.model.state_dict(), "AP": figure, "iteration": self.trainer.iter}
             write_whole(self.path, lambda file: torch.save(state, file))
 
 
-def box_ap(results: dict[str, Any]) -> float:
-    """Box AP in the results of an evaluation, on the first of several data sets; NaN where there is none."""
-    if "bbox" in results:
-        return float(results["bbox"].get("AP", math.nan))
-    return next((box_ap(of_set) for of_set in results.values() if isinstance(of_set, dict)), math.nan)
+def main_figure(results: dict[str, Any]) -> float:
+    """PQ, box AP or mIoU in an evaluation's results, on the first of several data sets; NaN where there is none."""
+    for task, figure in MAIN_FIGURES.items():
+        if task in results:
+            return float(results[task].get(figure, math.nan))
+    return next((main_figure(of_set) for of_set in results.values() if isinstance(of_set, dict)), math.nan)

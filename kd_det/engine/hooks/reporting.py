@@ -65,7 +65,7 @@ class Report(hooks.PeriodicWriter):
     def write(self, iteration: int, running: bool) -> None:
         """The page, where REPORT.ENABLED asks for it, and the status line."""
         # with pycocotools and matplotlib: where a report is written, and not in every process
-        from kd_det.evaluation.html_report import detector_page, evaluation_prefixes, read_detector_run
+        from kd_det.evaluation.html_report import detector_page, evaluation_prefixes, main_key, read_detector_run
 
         if self.cfg.REPORT.ENABLED:
             make_page = partial(detector_page, logits=False)
@@ -76,5 +76,6 @@ class Report(hooks.PeriodicWriter):
                     self.trainer.storage.put_image(name, torch.from_numpy(pixels).permute(2, 0, 1))
         run = logged(self.cfg.OUTPUT_DIR)
         prefixes = evaluation_prefixes([run])
-        values = list(zip(*run.series(f"{prefixes[0]}/AP"), strict=True)) if prefixes else []
-        logger.info(status_line(iteration, self.trainer.max_iter, "AP", values))
+        key = main_key(prefixes[0]) if prefixes else "bbox/AP"
+        values = list(zip(*run.series(key), strict=True)) if prefixes else []
+        logger.info(status_line(iteration, self.trainer.max_iter, key.rpartition("/")[2], values))

@@ -54,6 +54,11 @@ class TimmBackbone(Backbone):
         self.extractor.training = mode
         return super().train(mode)
 
+    @property
+    def size_divisibility(self) -> int:
+        """Images are padded to multiples of the largest stride."""
+        return max(self._out_feature_strides.values())
+
     def check_maps(self, in_features: list[str]) -> None:
         """Check that the maps of an image whose sides are multiples of 32 have the shapes of `output_shape()`.
 

@@ -1,4 +1,4 @@
-"""`build_timm_fpn_backbone`: any feature extractor of timm under detectron2's own FPN."""
+"""`build_timm_fpn_backbone` and `build_timm_backbone`: any feature extractor of timm, with and without an FPN."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,23 +28,8 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     Raises:
         UserError: names the key under MODEL and what is wrong with its value.
     """
-    # timm takes a second to import
-    from kd_det.modeling.backbone.timm_extractor import create_extractor, warn_of_other_pixels
-
-    timm = cfg.MODEL.TIMM
-    extractor = create_extractor(timm, input_shape.channels, load_weights=not cfg.MODEL.WEIGHTS)
-    if cfg.MODEL.WEIGHTS or timm.PRETRAINED or timm.WEIGHTS:
-        warn_of_other_pixels(cfg, extractor.pretrained_cfg)
-    bottom_up = TimmBackbone(extractor, input_shape.channels)
     in_features = list(cfg.MODEL.FPN.IN_FEATURES) or IN_FEATURES
-    check_stages(timm.NAME, bottom_up, in_features)
-    try:
-        set_norm(bottom_up, timm.NORM)
-        freeze_until(bottom_up, cfg.MODEL.BACKBONE.FREEZE_AT)
-        with torch.no_grad():
-            bottom_up.check_maps(in_features)
-    except UserError as error:
-        raise UserError(f"MODEL.TIMM.NAME {timm.NAME}: {error}") from error
+    bottom_up = configured_bottom_up(cfg, input_shape, in_features, "MODEL.FPN.IN_FEATURES")
     return FPN(
         bottom_up,
         in_features=in_features,
@@ -60,6 +45,39 @@ def top_block(cfg: CfgNode, bottom_up: TimmBackbone, coarsest: str) -> nn.Module
     if plain_name(cfg.MODEL.META_ARCHITECTURE) != "RetinaNet" or "p7" not in cfg.MODEL.RETINANET.IN_FEATURES:
         return LastLevelMaxPool()
     return LastLevelP6P7(bottom_up.output_shape()[coarsest].channels, cfg.MODEL.FPN.OUT_CHANNELS, coarsest)
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
+    """The extractor that `cfg.MODEL.TIMM` describes, without an FPN, for segmentation heads such as DeepLab's.
+
+    Its maps are `res<k>`, the deepest of stride 2^k. MODEL.TIMM.KWARGS [[output_stride, 8]] dilates a network that can
+    be dilated: `res3` is its last map then. MODEL.SEM_SEG_HEAD.IN_FEATURES names the maps that are used.
+    """
+    return configured_bottom_up(
+        cfg, input_shape, list(cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES), "MODEL.SEM_SEG_HEAD.IN_FEATURES"
+    )
+
+
+def configured_bottom_up(cfg: CfgNode, input_shape: ShapeSpec, in_features: list[str], key: str) -> TimmBackbone:
+    """The extractor of `cfg.MODEL.TIMM` with its norms and frozen layers; `key` names the maps that are asked for."""
+    # timm takes a second to import
+    from kd_det.modeling.backbone.timm_extractor import create_extractor, warn_of_other_pixels
+
+    timm = cfg.MODEL.TIMM
+    extractor = create_extractor(timm, input_shape.channels, load_weights=not cfg.MODEL.WEIGHTS)
+    if cfg.MODEL.WEIGHTS or timm.PRETRAINED or timm.WEIGHTS:
+        warn_of_other_pixels(cfg, extractor.pretrained_cfg)
+    bottom_up = TimmBackbone(extractor, input_shape.channels)
+    check_stages(timm.NAME, bottom_up, in_features, key)
+    try:
+        set_norm(bottom_up, timm.NORM)
+        freeze_until(bottom_up, cfg.MODEL.BACKBONE.FREEZE_AT)
+        with torch.no_grad():
+            bottom_up.check_maps(in_features)
+    except UserError as error:
+        raise UserError(f"MODEL.TIMM.NAME {timm.NAME}: {error}") from error
+    return bottom_up
 
 
 def timm_bottom_up(
@@ -90,14 +108,14 @@ def timm_bottom_up(
     return bottom_up
 
 
-def check_stages(name: str, bottom_up: TimmBackbone, in_features: list[str]) -> None:
-    """Raise a UserError where a map that the FPN asks for is not among those of the extractor."""
+def check_stages(name: str, bottom_up: TimmBackbone, in_features: list[str], key: str) -> None:
+    """Raise a UserError where a map that `key` asks for is not among those of the extractor."""
     available = bottom_up.output_shape()
     missing = [feature for feature in in_features if feature not in available]
     if missing:
         has = ", ".join(f"{feature} (stride {spec.stride})" for feature, spec in available.items())
         raise UserError(
-            f"MODEL.FPN.IN_FEATURES asks for {', '.join(missing)}, which MODEL.TIMM.NAME {name} does not have: its "
-            f"maps are {has}. Name others there (and RPN.IN_FEATURES, ROI_HEADS.IN_FEATURES to match), list "
+            f"{key} asks for {', '.join(missing)}, which MODEL.TIMM.NAME {name} does not have: its "
+            f"maps are {has}. Name others there (and in the heads' IN_FEATURES to match), list "
             "more stages in MODEL.TIMM.OUT_INDICES, or choose another network"
         )

@@ -3,6 +3,7 @@
 from detectron2.modeling import META_ARCH_REGISTRY
 
 BOX_CLASSES = ("MODEL.ROI_HEADS.NUM_CLASSES",)
+PIXEL_CLASSES = "MODEL.SEM_SEG_HEAD.NUM_CLASSES"
 
 
 def distilled_architecture(name: str) -> type | None:

@@ -12,6 +12,7 @@ from kd_core.utils.errors import UserError
 from kd_det.config import build_logit_loss
 from kd_det.modeling.meta_arch.distilled import Distilled
 from kd_det.modeling.meta_arch.rcnn import DistilledRCNN
+from kd_det.modeling.meta_arch.registry import PIXEL_CLASSES
 from kd_det.modeling.pixels import (
     PixelMap,
     PixelOptions,
@@ -22,8 +23,6 @@ from kd_det.modeling.pixels import (
 )
 from kd_det.modeling.rows import Rows
 from kd_det.modeling.teacher.view import TeacherView
-
-PIXEL_CLASSES = "MODEL.SEM_SEG_HEAD.NUM_CLASSES"
 
 
 @META_ARCH_REGISTRY.register()

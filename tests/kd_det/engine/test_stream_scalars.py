@@ -8,7 +8,7 @@ import torch
 from detectron2.engine import SimpleTrainer
 
 from helpers.tiny_detector import make_batch
-from kd_det.engine.hooks.checkpointing import KeepBest, box_ap
+from kd_det.engine.hooks.checkpointing import KeepBest, main_figure
 from kd_det.engine.hooks.monitoring import measured_gsnr
 from kd_det.engine.train_step import build_step
 from kd_det.engine.trainer import DistillationTrainer
@@ -53,8 +53,8 @@ def test_the_gsnr_is_told_while_it_is_measured(tiny_cfg, tiny_model, storage):
 
 def test_the_best_of_several_data_sets_is_that_of_the_first():
     nested = {"first": {"bbox": {"AP": 3.0}}, "second": {"bbox": {"AP": 5.0}}, "ema": {"first": {"bbox": {"AP": 4.0}}}}
-    assert box_ap(nested) == 3.0 and box_ap(nested["ema"]) == 4.0
-    assert box_ap({"bbox": {"AP": 1.0}}) == 1.0 and math.isnan(box_ap({})) and math.isnan(box_ap({"segm": {"AP": 1.0}}))
+    assert main_figure(nested) == 3.0 and main_figure(nested["ema"]) == 4.0
+    assert main_figure({"bbox": {"AP": 1.0}}) == 1.0 and math.isnan(main_figure({})) and math.isnan(main_figure({"segm": {"AP": 1.0}}))
 
 
 def test_the_best_weights_are_kept_and_a_resumed_run_knows_how_good_they_were(trainer, tmp_path):

@@ -1,0 +1,85 @@
+"""Label maps: images with a png of class ids each, for semantic segmentation."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from kd_core.utils.errors import UserError
+
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+
+def label_map_records(image_root: str | Path, label_root: str | Path) -> list[dict[str, Any]]:
+    """detectron2's dataset dicts of the images in a folder and the label maps of the same names in another.
+
+    Folders below them are searched, too. Only the files' headers are read.
+
+    Raises:
+        UserError: no image; an image without a label map; a label map of another size than its image.
+    """
+    image_root, label_root = Path(image_root), Path(label_root)
+    records = []
+    for path in sorted(p for p in image_root.rglob("*") if p.suffix.lower() in IMAGES):
+        labels = (label_root / path.relative_to(image_root)).with_suffix(".png")
+        if not labels.is_file():
+            raise UserError(f"{path} has no label map: there is no {labels}")
+        (width, height), size = (image_size(file) for file in (path, labels))
+        if size != (width, height):
+            raise UserError(
+                f"{labels} is {size[0]} × {size[1]} and its image {width} × {height}: a label map has the image's size"
+            )
+        record = {"file_name": str(path), "sem_seg_file_name": str(labels), "height": height, "width": width}
+        records.append({**record, "image_id": path.stem})
+    if not records:
+        raise UserError(f"{image_root} holds no image ({', '.join(IMAGES)})")
+    return records
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height, from the file's header."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except OSError as error:
+        raise UserError(f"{path} cannot be read as an image: {error}") from error
+
+
+def check_labels(labels: np.ndarray | Tensor, num_classes: int, ignored: int, path: str) -> None:
+    """Raise a UserError where a label map holds the id of no class."""
+    labels = torch.as_tensor(labels)
+    wrong = labels[(labels >= num_classes) & (labels != ignored) | (labels < 0) & (labels != ignored)]
+    if len(wrong):
+        raise UserError(
+            f"{path} holds the class id {int(wrong[0])}: ids are 0 … {num_classes - 1} for the {num_classes} classes "
+            f"(MODEL.SEM_SEG_HEAD.NUM_CLASSES), and {ignored} for ignored pixels (MODEL.SEM_SEG_HEAD.IGNORE_VALUE)"
+        )
+
+
+class CheckedLabels:
+    """A mapper whose label maps are checked: their size before the crop, their ids after it.
+
+    Args:
+        mapper: a mapper of detectron2's dataset dicts.
+        num_classes: of the segmentation head.
+        ignored: label of ignored pixels.
+    """
+
+    def __init__(self, mapper: Callable[[dict], dict], num_classes: int, ignored: int) -> None:
+        self.mapper, self.num_classes, self.ignored = mapper, num_classes, ignored
+
+    def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
+        path = record["sem_seg_file_name"]
+        size, expected = image_size(path), (record.get("width"), record.get("height"))
+        if None not in expected and size != expected:
+            raise UserError(
+                f"{path} is {size[0]} × {size[1]} and its image {expected[0]} × {expected[1]}: a label map has the "
+                "image's size"
+            )
+        mapped = self.mapper(record)
+        check_labels(mapped["sem_seg"], self.num_classes, self.ignored, path)
+        return mapped
