@@ -11,7 +11,7 @@ from typing import Any
 import detectron2
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import GeneralizedRCNN, build_model
+from detectron2.modeling import GeneralizedRCNN, PanopticFPN, SemanticSegmentor, build_model
 from torch import Tensor, nn
 
 from kd_core.utils.errors import UserError
@@ -21,6 +21,7 @@ from kd_det.checkpoint.checkpointer import WholeCheckpointer
 from kd_det.compat import tracing_adapter
 from kd_det.config import kd_defaults, merge_file
 from kd_det.config.student import student_config, write_student
+from kd_det.modeling.teacher.view import preprocess_image
 
 CONFIGS = ("student.yaml", "config.yaml")  # written beside the checkpoints of a training
 TRACED_AT, CHECKED_AT = (3, 320, 256), (3, 224, 352)  # an image's (C, H, W): a trace must hold at other sizes too
@@ -31,7 +32,7 @@ ONNX_SHARE = 0.9  # of detections: other kernels round otherwise, and two of nea
 
 @dataclass(frozen=True)
 class Student:
-    """A detector in eval mode on the CPU, the plain detectron2 config that builds it, and its weights file."""
+    """A model in eval mode on the CPU, the plain detectron2 config that builds it, and its weights file."""
 
     model: nn.Module
     config: CfgNode
@@ -107,9 +108,12 @@ def adapter(student: Student) -> nn.Module:
     """The detector as a function of one image (3, H, W) that returns tensors, for tracing.
 
     Raises:
-        UserError: this detectron2 has no `TracingAdapter`, and why.
+        UserError: this detectron2 has no `TracingAdapter`, and why; a panoptic model, whose outputs are no list.
     """
-    return tracing_adapter()(student.model, [{"image": example(TRACED_AT)}], detect).eval()
+    if isinstance(student.model, PanopticFPN):
+        raise UserError("TorchScript and ONNX are not implemented for PanopticFPN: export without them")
+    function = segment if isinstance(student.model, SemanticSegmentor) else detect
+    return tracing_adapter()(student.model, [{"image": example(TRACED_AT)}], function).eval()
 
 
 def detect(model: nn.Module, inputs: list[dict[str, Tensor]]) -> list[dict[str, Any]]:
@@ -119,14 +123,26 @@ def detect(model: nn.Module, inputs: list[dict[str, Tensor]]) -> list[dict[str, 
     return [{"instances": model.inference(inputs, do_postprocess=False)[0]}]
 
 
+def segment(model: SemanticSegmentor, inputs: list[dict[str, Tensor]]) -> list[dict[str, Any]]:
+    """Logits (C, H, W) at the size of the image given."""
+    _, height, width = inputs[0]["image"].shape
+    logits, _ = model.sem_seg_head(model.backbone(preprocess_image(model, inputs).tensor), None)
+    return [{"sem_seg": logits[0, :, :height, :width]}]
+
+
 def example(shape: tuple[int, int, int]) -> Tensor:
     """An image of noise."""
     return torch.randint(256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
 def output_names(traceable: nn.Module) -> list[str]:
-    """The fields of the detections, in the order of the traced outputs; the image's size comes last."""
+    """The fields of the detections, in the order of the traced outputs; the image's size comes last.
+
+    A segmentation has one output, its logits.
+    """
     traceable(example(TRACED_AT))
+    if isinstance(traceable.model, SemanticSegmentor):
+        return ["sem_seg"]
     return [*traceable.outputs_schema.schemas[0].schemas[0].keys, "image_size"]
 
 
@@ -188,14 +204,20 @@ def check_equal(what: str, traceable: nn.Module, exported: Callable[[Tensor], An
     Args:
         share: of the detections that must be equal, at the same place in the list.
     """
-    *expected, expected_size = traceable(example(CHECKED_AT))
-    *found, size = exported(example(CHECKED_AT))
-    alike = expected_size.equal(size) and all(a.shape == b.shape for a, b in zip(expected, found, strict=True))
+    expected, found = (list(as_tuple(function(example(CHECKED_AT)))) for function in (traceable, exported))
+    alike = all(a.shape == b.shape for a, b in zip(expected, found, strict=True))
+    if len(expected) > 1:  # detections end with the image's size
+        alike = alike and expected.pop().equal(found.pop())
     if alike and len(expected[0]):
         differences = [(a.double() - b.double()).abs().flatten(1).amax(1) for a, b in columns(expected, found)]
         alike = torch.stack(differences).amax(0).le(TOLERANCE).double().mean() >= share
     if not alike:
         raise RuntimeError(f"{what} gives other detections than the student: it is not written")
+
+
+def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+    """The outputs of a traced function, which a single one comes without a tuple of."""
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
 def columns(expected: list[Tensor], found: list[Tensor]) -> list[tuple[Tensor, Tensor]]:

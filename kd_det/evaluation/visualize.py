@@ -10,15 +10,16 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import read_image
-from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling import SemanticSegmentor
 from detectron2.structures import Instances
 from PIL import Image, ImageDraw, ImageFont
+from torch import nn
 
 from kd_core.losses.feature_config import distils
 from kd_core.utils.errors import UserError
 from kd_core.utils.files import write_whole
 from kd_det.data import check_datasets, register_datasets
-from kd_det.evaluation.drawing import Canvas
+from kd_det.evaluation.drawing import SMALL_SIDE, Canvas, class_colour
 from kd_det.evaluation.matching import Box, coco_detections, coco_of_records, match_detections
 from kd_det.export import read_student
 from kd_det.modeling.teacher.build import each_teacher, teacher_builders, teacher_config
@@ -31,7 +32,7 @@ class Detector:
     """A model in eval mode under the input settings that it was trained with."""
 
     title: str
-    model: GeneralizedRCNN
+    model: nn.Module
     config: CfgNode
 
     def read(self, path: str) -> dict[str, Any]:
@@ -48,6 +49,11 @@ class Detector:
     def detect(self, path: str) -> Instances:
         """Detections in the pixels of the image file, on the CPU."""
         return self.model([self.read(path)])[0]["instances"].to("cpu")
+
+    @torch.no_grad()
+    def segment(self, path: str) -> np.ndarray:
+        """The class of every pixel of the image file, (H, W)."""
+        return self.model([self.read(path)])[0]["sem_seg"].argmax(0).cpu().numpy()
 
 
 def read_detectors(source: str, cfg: CfgNode, with_teacher: bool = True) -> list[Detector]:
@@ -83,8 +89,10 @@ def side_by_side(
     record: dict[str, Any], metadata: Metadata, detectors: list[Detector], threshold: float
 ) -> Image.Image:
     """A row of panels: ground truth, then each detector's detections of a score above `threshold`: those that are
-    right, those that are wrong, and what it missed.
+    right, those that are wrong, and what it missed. A segmentation is the class of every pixel in colour.
     """
+    if all(isinstance(detector.model, SemanticSegmentor) for detector in detectors):
+        return label_maps_side_by_side(record, metadata, detectors)
     rgb, names = read_image(record["file_name"], "RGB"), metadata.thing_classes
     truth = coco_of_records([record], len(names))
     objects = [Box(tuple(one["bbox"]), one["category_id"]) for one in truth.anns.values() if not one["iscrowd"]]
@@ -95,6 +103,21 @@ def side_by_side(
         match = match_detections(truth, detections, [record["image_id"]])[record["image_id"]]
         panels[f"{detector.title}: {match}"] = Canvas(rgb, names).draw_match(match)
     return in_a_row({title: np.asarray(panel) for title, panel in panels.items()})
+
+
+def label_maps_side_by_side(record: dict[str, Any], metadata: Metadata, models: list[Detector]) -> Image.Image:
+    """The image, its labels, and each model's with the share of labelled pixels that are right; ignored ones black."""
+    rgb, path = read_image(record["file_name"], "RGB"), record["sem_seg_file_name"]
+    truth = read_image(path, "L")[..., 0]
+    colours = np.zeros((256, 3), np.uint8)
+    colours[: len(metadata.stuff_classes)] = [class_colour(k) for k in range(len(metadata.stuff_classes))]
+    panels, labelled = {"image": rgb, "ground truth": colours[truth]}, truth != metadata.ignore_label
+    for model in models:
+        found = model.segment(record["file_name"])
+        right = (found == truth)[labelled].mean() if labelled.any() else 1.0
+        panels[f"{model.title}: {right:.1%} right"] = colours[found]
+    scale = 2 if max(rgb.shape[:2]) < SMALL_SIDE else 1
+    return in_a_row({title: panel.repeat(scale, 0).repeat(scale, 1) for title, panel in panels.items()})
 
 
 def in_a_row(panels: dict[str, np.ndarray]) -> Image.Image:

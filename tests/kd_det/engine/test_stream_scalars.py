@@ -54,7 +54,9 @@ def test_the_gsnr_is_told_while_it_is_measured(tiny_cfg, tiny_model, storage):
 def test_the_best_of_several_data_sets_is_that_of_the_first():
     nested = {"first": {"bbox": {"AP": 3.0}}, "second": {"bbox": {"AP": 5.0}}, "ema": {"first": {"bbox": {"AP": 4.0}}}}
     assert main_figure(nested) == 3.0 and main_figure(nested["ema"]) == 4.0
-    assert main_figure({"bbox": {"AP": 1.0}}) == 1.0 and math.isnan(main_figure({})) and math.isnan(main_figure({"segm": {"AP": 1.0}}))
+    assert main_figure({"bbox": {"AP": 1.0}}) == 1.0
+    assert math.isnan(main_figure({})) and math.isnan(main_figure({"segm": {"AP": 1.0}}))
+    assert main_figure({"sem_seg": {"mIoU": 2.0}, "panoptic_seg": {"PQ": 1.0}}) == 1.0
 
 
 def test_the_best_weights_are_kept_and_a_resumed_run_knows_how_good_they_were(trainer, tmp_path):
