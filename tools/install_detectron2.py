@@ -9,6 +9,8 @@ torchvision, so Faster, Mask, Keypoint and Cascade R-CNN train and evaluate; def
 need a compiled upstream build.
 
     python tools/install_detectron2.py
+
+Upstream's project DeepLab is installed with it, as `detectron2.projects.deeplab`.
 """
 
 import argparse
@@ -208,6 +210,8 @@ def repackage(archive: Path, project: Path) -> None:
         tar.extractall(unpacked, filter="data")
     (root,) = unpacked.iterdir()
     shutil.move(root / "detectron2", project / "detectron2")
+    # As upstream's setup.py installs it.
+    shutil.move(root / "projects" / "DeepLab" / "deeplab", project / "detectron2" / "projects" / "deeplab")
     shutil.rmtree(unpacked)
     repair(project / "detectron2")
     (project / "pyproject.toml").write_text(PYPROJECT, encoding="utf-8")

@@ -7,6 +7,7 @@ optimizer and preprocessing are the config's own, the teacher's those of its own
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 import torch
 import yacs.config
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.utils.env import seed_all_rng
 
@@ -23,6 +25,7 @@ from kd_det.checks import data_checks
 from kd_det.config import all_keys, kd_defaults, merge_file, merge_list
 from kd_det.data import prepare_digits
 from kd_det.engine.trainer import DistillationTrainer
+from kd_det.modeling.meta_arch.registry import PIXEL_CLASSES, class_keys
 from kd_det.modeling.teacher.build import config_path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,6 +44,7 @@ SMALL = {
     "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 16,
     "MODEL.ROI_BOX_HEAD.FC_DIM": 16,
     "MODEL.ROI_MASK_HEAD.CONV_DIM": 8,
+    "MODEL.SEM_SEG_HEAD.CONVS_DIM": 32,  # a group norm has 32 groups
     "INPUT.MIN_SIZE_TRAIN": [64],
     "INPUT.MAX_SIZE_TRAIN": 64,
     "INPUT.MIN_SIZE_TEST": 64,
@@ -68,7 +72,9 @@ def shrink(cfg: CfgNode, *overrides: dict) -> CfgNode:
     dense = cfg.MODEL.META_ARCHITECTURE in ("DistilledRetinaNet", "RetinaNet")
     levels = cfg.MODEL.RETINANET.IN_FEATURES if dense else range(5)
     anchors = {"MODEL.ANCHOR_GENERATOR.SIZES": [[8 * 2**level] for level in range(len(levels))]}
-    merged = {key: value for part in (SMALL, anchors, narrow, *overrides) for key, value in part.items()}
+    deeplab = {"MODEL.SEM_SEG_HEAD.ASPP_CHANNELS": 32} if "ASPP_CHANNELS" in cfg.MODEL.SEM_SEG_HEAD else {}
+    crop = {"INPUT.CROP.SIZE": [32, 64]} if cfg.INPUT.CROP.TYPE == "absolute" else {}
+    merged = {key: value for part in (SMALL, anchors, narrow, deeplab, crop, *overrides) for key, value in part.items()}
     merge_list(cfg, [str(word) for pair in merged.items() for word in pair])
     return cfg
 
@@ -100,12 +106,51 @@ def make_data(folder: Path, num_classes: int) -> list[list[str]]:
     return entries
 
 
+def label_map_data(cfg: CfgNode, folder: Path) -> dict[str, object]:
+    """Overrides for a segmentation: a few of the digits' label maps, as data sets of the model's number of classes."""
+    digits, classes = prepare_digits(ROOT / "datasets"), [f"c{k}" for k in range(cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)]
+    entries = []
+    for split, count in IMAGES.items():
+        name = f"walk_maps_{split}_{len(classes)}"
+        kinds = {f"digits_{split}": ".jpg", f"sem_seg/digits_{split}": ".png"}
+        entry = [name]
+        for source, suffix in kinds.items():
+            target = folder / name / suffix[1:]
+            target.mkdir(parents=True, exist_ok=True)
+            entry.append(str(target))
+            for path in sorted((digits / source).glob(f"*{suffix}"))[:count]:
+                shutil.copy(path, target)
+        entries.append([*entry, *classes])
+    return {
+        "DATASETS.REGISTER_SEM_SEG": entries,
+        "DATASETS.TRAIN": [entries[0][0]],
+        "DATASETS.TEST": [entries[1][0]],
+    }
+
+
+def panoptic_data(cfg: CfgNode, folder: Path) -> dict[str, object]:
+    """Overrides for a panoptic model: a few of the digits, under the model's numbers of classes; no evaluation."""
+    things, stuff = cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+    name = f"walk_panoptic_{things}_{stuff}"
+    prepare_digits(ROOT / "datasets")
+    if name not in DatasetCatalog:
+        DatasetCatalog.register(name, lambda: DatasetCatalog.get("digits_panoptic_train")[: IMAGES["train"]])
+        classes = {"thing_classes": [f"t{k}" for k in range(things)], "stuff_classes": [f"s{k}" for k in range(stuff)]}
+        MetadataCatalog.get(name).set(sem_seg_root=str(folder), **classes)
+    return {"DATASETS.TRAIN": [name], "DATASETS.TEST": [], "INPUT.MASK_FORMAT": "bitmask"}
+
+
 def prepare(path: Path, folder: Path, entries: list[list[str]]) -> CfgNode:
     """The small config of one walk, its OUTPUT_DIR and its teacher's yaml in `folder`."""
     cfg = read(path)
     output = folder / path.parent.name / path.stem
     output.mkdir(parents=True)
-    data = {"DATASETS.REGISTER": entries, "DATASETS.TRAIN": [entries[0][0]], "DATASETS.TEST": [entries[1][0]]}
+    kinds = {1: label_map_data, 2: panoptic_data}
+    keys = class_keys(cfg.MODEL.META_ARCHITECTURE)
+    if PIXEL_CLASSES in keys:
+        data = kinds[len(keys)](cfg, folder)
+    else:
+        data = {"DATASETS.REGISTER": entries, "DATASETS.TRAIN": [entries[0][0]], "DATASETS.TEST": [entries[1][0]]}
     overrides = {**STUDENT, **data, "OUTPUT_DIR": output}
     if cfg.KD.TEACHER.CONFIG_FILE:
         overrides["KD.TEACHER.CONFIG_FILE"] = output / "teacher.yaml"
@@ -148,7 +193,7 @@ def walk(path: Path, folder: Path, entries: list[list[str]]) -> set[str]:
     with recorded_reads() as reads:
         cfg = prepare(path, folder, entries)
         name_nodes(cfg)
-        for check in data_checks(cfg, ("TRAIN", "TEST")):
+        for check in data_checks(cfg, ("TRAIN", "TEST") if cfg.DATASETS.TEST else ("TRAIN",)):
             check.run()
         first, steps = train(cfg, resume=False)
         cfg.SOLVER.CHECKPOINT_PERIOD = cfg.SOLVER.MAX_ITER + 1  # the last checkpoint is written anyway

@@ -20,14 +20,23 @@ import kd_det.config.defaults as det_config
 from helpers import config_walk
 from kd_core.optim.config import build_stream_optimizer
 from kd_det.checks import check_backbone, check_frozen_stem, check_meta_architecture
+from kd_det.compat import add_deeplab_config
 from kd_det.config import kd_defaults, lookup, merge_file
 from kd_det.solver import check_solver
 
 ROOT = Path(__file__).resolve().parents[2]
 COCO = sorted((ROOT / "configs/COCO").glob("[!B]*.yaml"))
 DIGITS = sorted(p for p in (ROOT / "configs/Digits").glob("[!B]*.yaml") if not p.name.startswith("cls_"))
+CAMVID = sorted((ROOT / "configs/CamVid").glob("[!B]*.yaml"))
+CITYSCAPES = sorted((ROOT / "configs/Cityscapes").glob("[!B]*.yaml"))
+# Upstream's builds have it, and tools/install_detectron2.py installs it.
+NEEDS_DEEPLAB = pytest.mark.skipif(
+    "POLY_LR_POWER" not in kd_defaults().SOLVER, reason="this detectron2 has no detectron2.projects.deeplab"
+)
+EVERY = [*COCO, *DIGITS, *CAMVID, *(pytest.param(path, marks=NEEDS_DEEPLAB) for path in CITYSCAPES)]
 DETECTION_BASES = [path for path in (ROOT / "configs/Digits").glob("Base-*.yaml") if "cls" not in path.stem]
 BASES = [*sorted((ROOT / "configs/COCO").glob("Base*.yaml")), *sorted(DETECTION_BASES)]
+BASES += [ROOT / "configs/CamVid/Base-CamVid.yaml"]
 
 
 def read(path: Path) -> CfgNode:
@@ -37,14 +46,14 @@ def read(path: Path) -> CfgNode:
     return cfg
 
 
-@pytest.mark.parametrize("path", [*COCO, *DIGITS], ids=lambda path: f"{path.parent.name}-{path.stem}")
+@pytest.mark.parametrize("path", EVERY, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_a_config_names_a_loss_and_an_optimizer_that_can_be_built(path):
     cfg = read(path)
     for check in (check_solver, check_meta_architecture, check_backbone, check_frozen_stem):
         check(cfg)
     architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
     loss = architecture.build_loss(cfg)
-    method = path.stem.removeprefix("retinanet_").split("_")[0]
+    method = re.sub("^(retinanet|seg|panoptic)_", "", path.stem).split("_")[0]
     assert (loss is None) == (method in ("baseline", "teacher"))
     if loss is not None:
         classes = lookup(cfg, architecture.class_keys[0]) + architecture.background
@@ -68,7 +77,7 @@ def walked(tmp_path_factory) -> Callable[[Path], set[str]]:
         yield cache(lambda path: config_walk.walk(path, folder, entries[80 if path in COCO else 10]))
 
 
-@pytest.mark.parametrize("path", [*COCO, *DIGITS], ids=lambda path: f"{path.parent.name}-{path.stem}")
+@pytest.mark.parametrize("path", EVERY, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_a_config_steps_saves_resumes_and_steps_again(path, walked):
     reads = walked(path)
     unread = [key for key in keys_in(path) if key not in reads]
@@ -77,7 +86,7 @@ def test_a_config_steps_saves_resumes_and_steps_again(path, walked):
 
 @pytest.mark.parametrize("base", BASES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_a_key_in_a_base_config_is_read_by_one_that_includes_it(base, walked):
-    including = [path for path in [*COCO, *DIGITS] if base in bases_of(path)]
+    including = [path for path in [*COCO, *DIGITS, *CAMVID] if base in bases_of(path)]
     # One of each kind is enough, and whichever test comes first has walked them.
     chosen = {kind_of(read(path)): path for path in including}.values()
     reads = set().union(*(walked(path) for path in chosen))
@@ -141,7 +150,9 @@ def names_read() -> set[str]:
 
 
 def test_every_key_of_ours_is_read_by_something():
-    ours = leaves(kd_defaults(), get_cfg())
+    plain = get_cfg()
+    add_deeplab_config(plain)
+    ours = leaves(kd_defaults(), plain)
     assert "KD.TEACHER.EVALUATE" in ours and "SOLVER.DEEPKD.DELTA_TCG" in ours and "SOLVER.AMP.DTYPE" in ours
     read_somewhere = names_read()
     unread = {key for key in ours if key.split(".")[-1] not in read_somewhere}
