@@ -82,7 +82,7 @@ def test_a_checkpoint_of_another_name_and_the_moving_average_are_taken(run, tmp_
         (lambda run: spoil(run, lambda model: model.popitem()), r"pth lacks 1 weights .* \S+$"),
         (lambda run: spoil(run, lambda model: model.update(foreign=torch.ones(1))), r"has 1 weights that .* foreign$"),
         (lambda run: spoil(run, lambda model: model.update({FIRST: torch.ones(1)})), rf"another shape, .* {FIRST}"),
-        (lambda run: (run / "model_final.pth").write_bytes(b"half"), r"no checkpoint that can be read"),
+        (lambda run: (run / "model_final.pth").write_bytes(b"half"), r"cannot be read as a checkpoint"),
     ],
     ids=["no weights", "no config", "missing", "foreign", "shape", "damaged"],
 )
