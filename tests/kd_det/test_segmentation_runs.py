@@ -97,7 +97,7 @@ def test_trained_with_streams_in_bfloat16_and_resumed_to_the_bit_then_reported_d
 
     (output / "config.yaml").write_text(cfg.dump())
     run = read_detector_run(output)
-    page = detector_page([run], "Streets")
+    page = detector_page([run], "Streets").render()
     assert "mIoU" in page and "car" in page
 
     student = read_student(output)
