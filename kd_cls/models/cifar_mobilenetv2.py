@@ -8,12 +8,10 @@ checkpoints load as they are. It departs from the paper: ReLU for ReLU6, channel
 from collections.abc import Iterator
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
-from kd_cls.models.cifar_net import PooledClassifier, cifar_cfg, conv1x1, conv3x3, init_weights, stage_info
-
-default_cfgs = generate_default_cfgs({"cifar_mobilenetv2": cifar_cfg("classifier.0", "conv1.0")})
+from kd_cls.models.cifar_net import PooledClassifier, conv1x1, conv3x3, conv_bn_relu, init_weights, stage_info
+from kd_cls.models.registry import cifar_cfg, register_networks
 
 # Expansion (None: the network's T), channels at width 1, blocks, stride of the first: the paper's table 2, but the
 # second stage has stride 1, not 2.
@@ -37,8 +35,8 @@ class InvertedResidual(nn.Module):
         hidden = in_channels * expansion
         self.is_residual = stride == 1 and in_channels == channels
         self.conv = nn.Sequential(
-            *_conv_bn_relu(conv1x1(in_channels, hidden)),
-            *_conv_bn_relu(conv3x3(hidden, hidden, stride, groups=hidden)),
+            *conv_bn_relu(conv1x1(in_channels, hidden)),
+            *conv_bn_relu(conv3x3(hidden, hidden, stride, groups=hidden)),
             conv1x1(hidden, channels),
             nn.BatchNorm2d(channels),
         )
@@ -64,14 +62,14 @@ class CifarMobileNetV2(PooledClassifier):
     ) -> None:
         super().__init__(int(1280 * max(width, 1)), num_classes, in_chans, drop_rate)
         in_channels = int(32 * width)
-        self.conv1 = nn.Sequential(*_conv_bn_relu(conv3x3(in_chans, in_channels, stride=2)))
+        self.conv1 = nn.Sequential(*conv_bn_relu(conv3x3(in_chans, in_channels, stride=2)))
         self.blocks = nn.ModuleList()
         for factor, channels, blocks, stride in STAGES:
             channels = int(channels * width)
             shapes = [(in_channels, channels, stride)] + [(channels, channels, 1)] * (blocks - 1)
             self.blocks.append(nn.Sequential(*(InvertedResidual(*shape, factor or expansion) for shape in shapes)))
             in_channels = channels
-        self.conv2 = nn.Sequential(*_conv_bn_relu(conv1x1(in_channels, self.num_features)))
+        self.conv2 = nn.Sequential(*conv_bn_relu(conv1x1(in_channels, self.num_features)))
         self.classifier = self._new_classifier(num_classes)
         names, widths = zip(*((f"blocks.{n}", int(STAGES[n][1] * width)) for n in LAST_OF_SIZE), strict=True)
         self.feature_info = stage_info(names, widths, (2, 4, 8, 16))
@@ -97,11 +95,5 @@ class CifarMobileNetV2(PooledClassifier):
         return self.conv2(x)
 
 
-def _conv_bn_relu(conv: nn.Conv2d) -> tuple[nn.Module, nn.Module, nn.Module]:
-    return conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU(inplace=True)
-
-
-@register_model
-def cifar_mobilenetv2(pretrained: bool = False, **kwargs) -> CifarMobileNetV2:
-    """MobileNetV2, T = 6, w = 0.5, 812,836 parameters at 100 classes."""
-    return build_model_with_cfg(CifarMobileNetV2, "cifar_mobilenetv2", pretrained, **kwargs)
+# 812,836 parameters at 100 classes
+register_networks(CifarMobileNetV2, cifar_cfg("classifier.0", "conv1.0"), cifar_mobilenetv2={})

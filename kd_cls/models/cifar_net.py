@@ -1,4 +1,4 @@
-"""Shared by the CIFAR networks: timm's classifier interface and the default config."""
+"""Shared by the papers' networks: timm's classifier interface, and layers."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -7,25 +7,6 @@ import torch
 from timm.models._features import feature_take_indices
 from torch import nn
 from torch.nn import functional as F
-
-from kd_cls.data.statistics import CIFAR100_MEAN, CIFAR100_STD
-
-
-def cifar_cfg(classifier: str, first_conv: str = "conv1") -> dict[str, Any]:
-    """timm's `pretrained_cfg` of a CIFAR-100 network: 100 classes, 32 px, mean and std (timm's default is ImageNet's).
-
-    `classifier` and `first_conv` name the layers that timm replaces for other classes or input channels.
-    """
-    return {
-        "num_classes": 100,
-        "input_size": (3, 32, 32),
-        "crop_pct": 1.0,
-        "interpolation": "bilinear",
-        "mean": CIFAR100_MEAN,
-        "std": CIFAR100_STD,
-        "first_conv": first_conv,
-        "classifier": classifier,
-    }
 
 
 class PooledClassifier(nn.Module):
@@ -136,3 +117,8 @@ def conv3x3(in_channels: int, out_channels: int, stride: int = 1, groups: int = 
 def conv1x1(in_channels: int, out_channels: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
     """1×1 convolution, no bias."""
     return nn.Conv2d(in_channels, out_channels, 1, stride, groups=groups, bias=False)
+
+
+def conv_bn_relu(conv: nn.Conv2d) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """The convolution, a batch norm and a ReLU."""
+    return conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU(inplace=True)

@@ -7,15 +7,13 @@ load as they are. `x4` means four times the channels in the stages and twice in 
 from collections.abc import Iterator
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, downsample_conv
 from torch import nn
 
-from kd_cls.models.cifar_net import PooledClassifier, cifar_cfg, conv3x3, init_weights, stage_info
+from kd_cls.models.cifar_net import PooledClassifier, conv3x3, init_weights, stage_info
+from kd_cls.models.registry import cifar_cfg, register_networks
 
-DEPTHS = (8, 14, 20, 32, 44, 56, 110)
 WIDE = (32, 64, 128, 256)  # of the x4 networks: stem, stages
-default_cfgs = generate_default_cfgs({f"cifar_resnet{name}": cifar_cfg("fc") for name in (*DEPTHS, "8x4", "32x4")})
 
 
 class CifarResNet(PooledClassifier):
@@ -67,59 +65,16 @@ def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequ
     return nn.Sequential(first, *(BasicBlock(channels, channels) for _ in range(blocks - 1)))
 
 
-def _create(name: str, pretrained: bool, **kwargs) -> CifarResNet:
-    return build_model_with_cfg(CifarResNet, name, pretrained, **kwargs)
-
-
-@register_model
-def cifar_resnet8(pretrained: bool = False, **kwargs) -> CifarResNet:
-    """ResNet-8."""
-    return _create("cifar_resnet8", pretrained, depth=8, **kwargs)
-
-
-@register_model
-def cifar_resnet14(pretrained: bool = False, **kwargs) -> CifarResNet:
-    """ResNet-14."""
-    return _create("cifar_resnet14", pretrained, depth=14, **kwargs)
-
-
-@register_model
-def cifar_resnet20(pretrained: bool = False, **kwargs) -> CifarResNet:
-    """ResNet-20, 278,324 parameters at 100 classes."""
-    return _create("cifar_resnet20", pretrained, depth=20, **kwargs)
-
-
-@register_model
-def cifar_resnet32(pretrained: bool = False, **kwargs) -> CifarResNet:
-    """ResNet-32, 472,756 parameters at 100 classes."""
-    return _create("cifar_resnet32", pretrained, depth=32, **kwargs)
-
-
-@register_model
-def cifar_resnet44(pretrained: bool = False, **kwargs) -> CifarResNet:
-    """ResNet-44."""
-    return _create("cifar_resnet44", pretrained, depth=44, **kwargs)
-
-
-@register_model
-def cifar_resnet56(pretrained: bool = False, **kwargs) -> CifarResNet:
-    """ResNet-56, 861,620 parameters at 100 classes."""
-    return _create("cifar_resnet56", pretrained, depth=56, **kwargs)
-
-
-@register_model
-def cifar_resnet110(pretrained: bool = False, **kwargs) -> CifarResNet:
-    """ResNet-110, 1,736,564 parameters at 100 classes."""
-    return _create("cifar_resnet110", pretrained, depth=110, **kwargs)
-
-
-@register_model
-def cifar_resnet8x4(pretrained: bool = False, **kwargs) -> CifarResNet:
-    """ResNet-8 of four times the width, 1,233,540 parameters at 100 classes."""
-    return _create("cifar_resnet8x4", pretrained, depth=8, widths=WIDE, **kwargs)
-
-
-@register_model
-def cifar_resnet32x4(pretrained: bool = False, **kwargs) -> CifarResNet:
-    """ResNet-32 of four times the width, 7,433,860 parameters at 100 classes."""
-    return _create("cifar_resnet32x4", pretrained, depth=32, widths=WIDE, **kwargs)
+register_networks(
+    CifarResNet,
+    cifar_cfg("fc"),
+    cifar_resnet8={"depth": 8},
+    cifar_resnet14={"depth": 14},
+    cifar_resnet20={"depth": 20},  # 278,324 parameters at 100 classes
+    cifar_resnet32={"depth": 32},  # 472,756
+    cifar_resnet44={"depth": 44},
+    cifar_resnet56={"depth": 56},  # 861,620
+    cifar_resnet110={"depth": 110},  # 1,736,564
+    cifar_resnet8x4={"depth": 8, "widths": WIDE},  # 1,233,540
+    cifar_resnet32x4={"depth": 32, "widths": WIDE},  # 7,433,860
+)

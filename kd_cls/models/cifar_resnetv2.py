@@ -8,13 +8,11 @@ with the activation last.
 from collections.abc import Iterator
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 from torch.nn import functional as F
 
-from kd_cls.models.cifar_net import PooledClassifier, cifar_cfg, conv1x1, conv3x3, init_weights, stage_info
-
-default_cfgs = generate_default_cfgs({name: cifar_cfg("linear") for name in ("cifar_resnet18", "cifar_resnet50")})
+from kd_cls.models.cifar_net import PooledClassifier, conv1x1, conv3x3, init_weights, stage_info
+from kd_cls.models.registry import cifar_cfg, register_networks
 
 
 class ShortcutBlock(nn.Module):
@@ -111,15 +109,9 @@ class CifarResNetV2(PooledClassifier):
             yield x
 
 
-@register_model
-def cifar_resnet18(pretrained: bool = False, **kwargs) -> CifarResNetV2:
-    """ResNet-18 for 32 px."""
-    blocks = (2, 2, 2, 2)
-    return build_model_with_cfg(CifarResNetV2, "cifar_resnet18", pretrained, block=Basic, blocks=blocks, **kwargs)
-
-
-@register_model
-def cifar_resnet50(pretrained: bool = False, **kwargs) -> CifarResNetV2:
-    """ResNet-50 for 32 px, 23,705,252 parameters at 100 classes."""
-    blocks = (3, 4, 6, 3)
-    return build_model_with_cfg(CifarResNetV2, "cifar_resnet50", pretrained, block=Bottleneck, blocks=blocks, **kwargs)
+register_networks(
+    CifarResNetV2,
+    cifar_cfg("linear"),
+    cifar_resnet18={"block": Basic, "blocks": (2, 2, 2, 2)},
+    cifar_resnet50={"block": Bottleneck, "blocks": (3, 4, 6, 3)},  # 23,705,252 parameters at 100 classes
+)

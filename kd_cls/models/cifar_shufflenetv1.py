@@ -8,13 +8,11 @@ the paper leaves out.
 from collections.abc import Iterator
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 from torch.nn import functional as F
 
-from kd_cls.models.cifar_net import PooledClassifier, cifar_cfg, conv1x1, conv3x3, stage_info
-
-default_cfgs = generate_default_cfgs({"cifar_shufflev1": cifar_cfg("linear")})
+from kd_cls.models.cifar_net import PooledClassifier, conv1x1, conv3x3, stage_info
+from kd_cls.models.registry import cifar_cfg, register_networks
 
 STEM = 24  # channels
 
@@ -87,7 +85,5 @@ class CifarShuffleNetV1(PooledClassifier):
             yield x
 
 
-@register_model
-def cifar_shufflev1(pretrained: bool = False, **kwargs) -> CifarShuffleNetV1:
-    """ShuffleNetV1, 3 groups, 949,258 parameters at 100 classes."""
-    return build_model_with_cfg(CifarShuffleNetV1, "cifar_shufflev1", pretrained, **kwargs)
+# 949,258 parameters at 100 classes
+register_networks(CifarShuffleNetV1, cifar_cfg("linear"), cifar_shufflev1={})

@@ -7,13 +7,11 @@ checkpoints load as they are: the paper's table 5 with a 1×1 stem of stride 1 a
 from collections.abc import Iterator
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 from torch.nn import functional as F
 
-from kd_cls.models.cifar_net import PooledClassifier, cifar_cfg, conv1x1, conv3x3, stage_info
-
-default_cfgs = generate_default_cfgs({"cifar_shufflev2": cifar_cfg("linear")})
+from kd_cls.models.cifar_net import PooledClassifier, conv1x1, conv3x3, stage_info
+from kd_cls.models.registry import cifar_cfg, register_networks
 
 
 class SplitUnit(nn.Module):
@@ -100,7 +98,5 @@ class CifarShuffleNetV2(PooledClassifier):
         return F.relu(self.bn2(self.conv2(x)))
 
 
-@register_model
-def cifar_shufflev2(pretrained: bool = False, **kwargs) -> CifarShuffleNetV2:
-    """ShuffleNetV2 1×, 1,355,528 parameters at 100 classes."""
-    return build_model_with_cfg(CifarShuffleNetV2, "cifar_shufflev2", pretrained, **kwargs)
+# 1,355,528 parameters at 100 classes
+register_networks(CifarShuffleNetV2, cifar_cfg("linear"), cifar_shufflev2={})

@@ -7,19 +7,15 @@ they are; VGG-8 with one convolution per block is that code's own.
 from collections.abc import Iterator
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 from torch.nn import functional as F
 
-from kd_cls.models.cifar_net import PooledClassifier, cifar_cfg, init_weights, stage_info
+from kd_cls.models.cifar_net import PooledClassifier, init_weights, stage_info
+from kd_cls.models.registry import cifar_cfg, register_networks
 
 WIDTHS = (64, 128, 256, 512, 512)  # channels of the five blocks
 # Convolutions in each block: the paper's table 1, columns A, B, D and E, and VGG-8.
 CONVOLUTIONS = {8: (1, 1, 1, 1, 1), 11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
-
-default_cfgs = generate_default_cfgs(
-    {f"cifar_vgg{depth}": cifar_cfg("classifier", "block0.0") for depth in CONVOLUTIONS}
-)
 
 
 class CifarVGG(PooledClassifier):
@@ -71,31 +67,6 @@ def _block(in_channels: int, channels: int, convolutions: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-@register_model
-def cifar_vgg8(pretrained: bool = False, **kwargs) -> CifarVGG:
-    """VGG-8, 3,965,028 parameters at 100 classes."""
-    return build_model_with_cfg(CifarVGG, "cifar_vgg8", pretrained, depth=8, **kwargs)
-
-
-@register_model
-def cifar_vgg11(pretrained: bool = False, **kwargs) -> CifarVGG:
-    """VGG-11."""
-    return build_model_with_cfg(CifarVGG, "cifar_vgg11", pretrained, depth=11, **kwargs)
-
-
-@register_model
-def cifar_vgg13(pretrained: bool = False, **kwargs) -> CifarVGG:
-    """VGG-13, 9,462,180 parameters at 100 classes."""
-    return build_model_with_cfg(CifarVGG, "cifar_vgg13", pretrained, depth=13, **kwargs)
-
-
-@register_model
-def cifar_vgg16(pretrained: bool = False, **kwargs) -> CifarVGG:
-    """VGG-16."""
-    return build_model_with_cfg(CifarVGG, "cifar_vgg16", pretrained, depth=16, **kwargs)
-
-
-@register_model
-def cifar_vgg19(pretrained: bool = False, **kwargs) -> CifarVGG:
-    """VGG-19."""
-    return build_model_with_cfg(CifarVGG, "cifar_vgg19", pretrained, depth=19, **kwargs)
+# VGG-8 has 3,965,028 parameters at 100 classes, VGG-13 9,462,180.
+VARIANTS = {f"cifar_vgg{depth}": {"depth": depth} for depth in CONVOLUTIONS}
+register_networks(CifarVGG, cifar_cfg("classifier", "block0.0"), **VARIANTS)

@@ -9,15 +9,11 @@ they move once.
 from collections.abc import Iterator
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 from torch.nn import functional as F
 
-from kd_cls.models.cifar_net import PooledClassifier, cifar_cfg, conv1x1, conv3x3, init_weights, stage_info
-
-default_cfgs = generate_default_cfgs(
-    {f"cifar_wrn_{size}": cifar_cfg("fc") for size in ("16_1", "16_2", "40_1", "40_2")}
-)
+from kd_cls.models.cifar_net import PooledClassifier, conv1x1, conv3x3, init_weights, stage_info
+from kd_cls.models.registry import cifar_cfg, register_networks
 
 
 class PreActBlock(nn.Module):
@@ -93,25 +89,11 @@ class CifarWideResNet(PooledClassifier):
         return F.relu(self.bn1(x))
 
 
-@register_model
-def cifar_wrn_16_1(pretrained: bool = False, **kwargs) -> CifarWideResNet:
-    """WRN-16-1."""
-    return build_model_with_cfg(CifarWideResNet, "cifar_wrn_16_1", pretrained, depth=16, widen=1, **kwargs)
-
-
-@register_model
-def cifar_wrn_16_2(pretrained: bool = False, **kwargs) -> CifarWideResNet:
-    """WRN-16-2, 703,284 parameters at 100 classes."""
-    return build_model_with_cfg(CifarWideResNet, "cifar_wrn_16_2", pretrained, depth=16, widen=2, **kwargs)
-
-
-@register_model
-def cifar_wrn_40_1(pretrained: bool = False, **kwargs) -> CifarWideResNet:
-    """WRN-40-1, 569,780 parameters at 100 classes."""
-    return build_model_with_cfg(CifarWideResNet, "cifar_wrn_40_1", pretrained, depth=40, widen=1, **kwargs)
-
-
-@register_model
-def cifar_wrn_40_2(pretrained: bool = False, **kwargs) -> CifarWideResNet:
-    """WRN-40-2, 2,255,156 parameters at 100 classes."""
-    return build_model_with_cfg(CifarWideResNet, "cifar_wrn_40_2", pretrained, depth=40, widen=2, **kwargs)
+register_networks(
+    CifarWideResNet,
+    cifar_cfg("fc"),
+    cifar_wrn_16_1={"depth": 16, "widen": 1},
+    cifar_wrn_16_2={"depth": 16, "widen": 2},  # 703,284 parameters at 100 classes
+    cifar_wrn_40_1={"depth": 40, "widen": 1},  # 569,780
+    cifar_wrn_40_2={"depth": 40, "widen": 2},  # 2,255,156
+)

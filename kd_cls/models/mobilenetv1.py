@@ -8,14 +8,13 @@ from collections.abc import Iterator
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
-from kd_cls.models.cifar_net import PooledClassifier, cifar_cfg, conv1x1, conv3x3, stage_info
+from kd_cls.models.cifar_net import PooledClassifier, conv1x1, conv3x3, conv_bn_relu, stage_info
+from kd_cls.models.registry import cifar_cfg, register_networks
 
 IMAGENET = {"num_classes": 1000, "input_size": (3, 224, 224), "crop_pct": 0.875}
 IMAGENET |= {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
-default_cfgs = generate_default_cfgs({"kd_mobilenetv1": cifar_cfg("fc", "model.0.0") | IMAGENET})
 
 # Channels and stride of the depthwise separable convolutions after the stem.
 SEPARABLE = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1))
@@ -31,12 +30,12 @@ class MobileNetV1(PooledClassifier):
 
     def __init__(self, num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0.0) -> None:
         super().__init__(1024, num_classes, in_chans, drop_rate)
-        stages = [nn.Sequential(*_conv_bn_relu(conv3x3(in_chans, 32, stride=2)))]
+        stages = [nn.Sequential(*conv_bn_relu(conv3x3(in_chans, 32, stride=2)))]
         in_channels = 32
         for channels, stride in SEPARABLE:
             depthwise = conv3x3(in_channels, in_channels, stride, groups=in_channels)
             pointwise = conv1x1(in_channels, channels)
-            stages.append(nn.Sequential(*_conv_bn_relu(depthwise), *_conv_bn_relu(pointwise)))
+            stages.append(nn.Sequential(*conv_bn_relu(depthwise), *conv_bn_relu(pointwise)))
             in_channels = channels
         self.model = nn.Sequential(*stages)
         self.fc = self._new_classifier(num_classes)
@@ -51,11 +50,5 @@ class MobileNetV1(PooledClassifier):
                 yield x
 
 
-def _conv_bn_relu(conv: nn.Conv2d) -> tuple[nn.Module, nn.Module, nn.Module]:
-    return conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU(inplace=True)
-
-
-@register_model
-def kd_mobilenetv1(pretrained: bool = False, **kwargs) -> MobileNetV1:
-    """MobileNetV1 1.0, 224 px, 4,231,976 parameters at 1000 classes."""
-    return build_model_with_cfg(MobileNetV1, "kd_mobilenetv1", pretrained, **kwargs)
+# 4,231,976 parameters at 1000 classes
+register_networks(MobileNetV1, cifar_cfg("fc", "model.0.0") | IMAGENET, kd_mobilenetv1={})
