@@ -43,6 +43,6 @@ def test_a_process_is_ended_by_an_interrupt() -> None:
 
 def test_the_same_where_the_shell_ignores_interrupts() -> None:
     tests = f"{__file__}::{test_a_process_is_ended_by_an_interrupt.__name__}"
-    python = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(ROOT), tests]
+    python = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n0", "--rootdir", str(ROOT), tests]
     done = run([sys.executable, "-c", IGNORING, *python], cwd=ROOT)
     assert done.returncode == 0, done.stdout

@@ -36,8 +36,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
-    args = parse(arguments)
-    return exit_on_user_error("check_data", lambda: check(args))
+    return exit_on_user_error("check_data", lambda: check(parse(arguments)))
 
 
 def check(args: argparse.Namespace) -> int:

@@ -75,8 +75,7 @@ def as_yaml(keys: dict[str, object]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parse_arguments(arguments)
-    exit_on_user_error("convert_weights", lambda: run(options))
+    exit_on_user_error("convert_weights", lambda: run(parse_arguments(arguments)))
 
 
 def run(options: argparse.Namespace) -> None:

@@ -20,9 +20,11 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from pathlib import Path
+
+from kd_core.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "Digits"
@@ -159,14 +161,21 @@ def main() -> None:
     )
 
 
-if __name__ == "__main__":
+def run_command(name: str, main: Callable[[], object], interrupted: str) -> None:
+    """`main()` of a tool that runs trainings; what stops it ends it in one line that says how to resume."""
     listen()
     try:
         main()
+    except UserError as error:
+        sys.exit(f"{name}: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"\n[demo] interrupted; to resume: {shlex.join([sys.executable, *sys.argv])}")
+        sys.exit(f"\n[{name}] {interrupted}")
     except subprocess.CalledProcessError as error:
         sys.exit(
-            f"[demo] a training failed (exit {error.returncode}); its message is above. "
+            f"[{name}] a training failed (exit {error.returncode}); its message is above. "
             "The same command resumes from its last checkpoint."
         )
+
+
+if __name__ == "__main__":
+    run_command("demo", main, f"interrupted; to resume: {shlex.join([sys.executable, *sys.argv])}")

@@ -10,7 +10,6 @@ graph, which `make verify-gpu` checks. Never run on a GPU so far.
 """
 
 import argparse
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import search
-from demo import ROOT, listen
-
-from kd_core.utils.errors import UserError
+from demo import ROOT, run_command
 
 TABLE = ROOT / "configs" / "Search" / "cifar100.yaml"
 
@@ -45,12 +42,4 @@ def main(arguments: Sequence[str] | None = None) -> str:
 
 
 if __name__ == "__main__":
-    listen()
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"gpu_tables: {error}")
-    except KeyboardInterrupt:
-        sys.exit("[gpu_tables] the time is over; run the same command again to resume")
-    except subprocess.CalledProcessError as error:
-        sys.exit(f"[gpu_tables] a training ended (exit {error.returncode}); its message is above. Run again to resume.")
+    run_command("gpu_tables", main, "the time is over; run the same command again to resume")

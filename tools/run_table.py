@@ -14,7 +14,6 @@ import argparse
 import itertools
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from demo import CONFIGS, ROOT, Trainings, listen, wait_for
+from demo import CONFIGS, ROOT, Trainings, run_command, wait_for
 
 NO_MASK = ("KD.LOSS.TOPK.ENABLED", "False")
 # name → title, config in configs/Digits, overrides
@@ -46,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
     teacher = output / "teacher"
     threads = max((os.cpu_count() or 1) // args.jobs, 1)
     environment = {"OMP_NUM_THREADS": str(threads)} if args.jobs > 1 else {}
-    words = teacher_words(teacher)
+    words = ("KD.TEACHER.WEIGHTS", str(teacher / "model_final.pth"))
     with Trainings(args.jobs, environment) as trainings:
         wait_for(trainings.train("teacher", teacher, "SEED", "0", *args.options))
         students = [
@@ -72,10 +71,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=ROOT / "output" / "table", help="where everything is written")
     parser.add_argument("options", nargs="*", metavar="KEY VALUE", help="config keys to override, in every training")
     return parser.parse_intermixed_args(arguments)
-
-
-def teacher_words(teacher: Path) -> tuple[str, ...]:
-    return "KD.TEACHER.WEIGHTS", str(teacher / "model_final.pth")
 
 
 def own_words(name: str, teacher: tuple[str, ...]) -> tuple[str, ...]:
@@ -129,10 +124,4 @@ def iteration(config: str, words: list[str]) -> Callable[[], None]:
 
 
 if __name__ == "__main__":
-    listen()
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("\n[table] interrupted; run the same command again to resume")
-    except subprocess.CalledProcessError as error:
-        sys.exit(f"[table] a training failed (exit {error.returncode}); its message is above. Run again to resume.")
+    run_command("table", main, "interrupted; run the same command again to resume")

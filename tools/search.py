@@ -34,7 +34,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from demo import ROOT, Trainings, interrupt, listen, wait_for
+from demo import ROOT, Trainings, interrupt, run_command, wait_for
 
 from kd_core.utils.config import read_yaml
 from kd_core.utils.errors import UserError
@@ -333,12 +333,4 @@ def main(arguments: Sequence[str] | None = None) -> str:
 
 
 if __name__ == "__main__":
-    listen()
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"search: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\n[search] interrupted; run the same command again to resume")
-    except subprocess.CalledProcessError as error:
-        sys.exit(f"[search] a training ended (exit {error.returncode}); its message is above. Run again to resume.")
+    run_command("search", main, "interrupted; run the same command again to resume")

@@ -433,17 +433,12 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{row.name}: {verdict(row, results[row])}", flush=True)
     titles = ["", "logits", "losses (noise)", "weights (noise)", "slow step / fast step", ""]
     print("\n" + tabulate([cells(row, found) for row, found in results.items()], titles, tablefmt="github"))
-    return report_keys(results) or int("fails" in tests)
-
-
-def report_keys(results: dict[Row, dict[str, Any]]) -> int:
-    """Print the keys that are worth setting; returns 1 if anything fails or differs."""
     words = {row: verdict(row, found) for row, found in results.items()}
+    print()
     for network in RUNS:
         keys = [f"{row.key} {row.on}" for row, text in words.items() if row.network == network and "worth" in text]
-        print(f"\nSafe and worth setting here for a {network}: {', '.join(keys) or 'none'}", end="")
-    print()
-    return int(any(text.startswith(("fails", "differs")) for text in words.values()))
+        print(f"Safe and worth setting here for a {network}: {', '.join(keys) or 'none'}")
+    return int("fails" in tests or any(text.startswith(("fails", "differs")) for text in words.values()))
 
 
 if __name__ == "__main__":

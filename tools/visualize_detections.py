@@ -34,8 +34,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parse_arguments(arguments)
-    exit_on_user_error("visualize_detections", lambda: run(options))
+    exit_on_user_error("visualize_detections", lambda: run(parse_arguments(arguments)))
 
 
 def run(options: argparse.Namespace) -> None:

@@ -49,8 +49,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parse_arguments(arguments)
-    exit_on_user_error("voc_to_coco", lambda: run(options))
+    exit_on_user_error("voc_to_coco", lambda: run(parse_arguments(arguments)))
 
 
 def run(options: argparse.Namespace) -> None:

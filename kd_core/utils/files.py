@@ -4,15 +4,12 @@ import json
 import os
 import re
 import socket
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, BinaryIO
 
-UNFINISHED = ".*.[0-9]*.tmp"  # .<name>.<process>.tmp
-ABANDONED_SECONDS = 600  # a file that is being written changes more often
+UNFINISHED = ".*.[0-9]*.tmp"  # .<name>.<machine>.<process>.tmp
 
 
 def write_whole(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> None:
@@ -38,28 +35,9 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def sweep_unfinished(folder: str | os.PathLike) -> None:
-    """Remove the unfinished files that killed writers left in `folder`: on this machine those whose process is gone.
-
-    Of another machine on a shared disk, those that have not changed for ten minutes.
-    """
-    here = socket.gethostname().replace(".", "-")
+    """Remove the unfinished files that killed writers left in the folder of a training, which starts now."""
     for path in Path(folder).glob(UNFINISHED):
-        *_, machine, process, _ = path.name.split(".")
-        with suppress(FileNotFoundError):  # finished meanwhile
-            is_old = time.time() - path.stat().st_mtime > ABANDONED_SECONDS
-            if is_old or (machine == here and not is_running(process)):
-                path.unlink()
-
-
-def is_running(process: str) -> bool:
-    """Whether a process of this number runs on this machine."""
-    try:
-        os.kill(int(process), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True
+        path.unlink(missing_ok=True)
 
 
 def cut_metrics(path: str | os.PathLike, last: int) -> None:

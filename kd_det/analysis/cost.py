@@ -1,22 +1,19 @@
 """Measures one step of a training, and estimates the whole schedule from it."""
 
-import os
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from kd_core.utils.latency import wait_for_device
 from kd_det.engine.trainer import DistillationTrainer
-
-PAGE = os.sysconf("SC_PAGE_SIZE")
-SAMPLING = 0.005  # seconds
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ def measure(cfg: CfgNode, world_size: int, stands_in: bool) -> Estimate:
                 trainer.run_step()
                 start = time.perf_counter()
                 trainer.run_step()
-                synchronise(trainer.model)
+                wait_for_device(trainer.model)
                 seconds = time.perf_counter() - start
             losses = {name: value for name, (value, _) in trainer.storage.latest().items() if "loss" in name}
     return estimate(cfg, trainer, world_size, seconds, peak[0], losses, stands_in)
@@ -141,31 +138,17 @@ def peak_memory(model: nn.Module) -> Iterator[list[int]]:
         yield peak
         peak[0] = torch.cuda.max_memory_allocated(device) - before
         return
-    before, done = resident_bytes(), threading.Event()
-
-    def sample() -> None:
-        while not done.wait(SAMPLING):
-            peak[0] = max(peak[0], resident_bytes() - before)
-
-    sampler = threading.Thread(target=sample, daemon=True)
-    sampler.start()
-    try:
-        yield peak
-    finally:
-        done.set()
-        sampler.join()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # from now on VmHWM counts anew
+    before = process_memory("VmRSS")
+    yield peak
+    peak[0] = max(process_memory("VmHWM") - before, 0)
 
 
-def resident_bytes() -> int:
-    """Resident memory of this process; 0 where the system has no /proc."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * PAGE
-    except OSError:
-        return 0
-
-
-def synchronise(model: nn.Module) -> None:
-    """Wait for the device."""
-    if next(model.parameters()).is_cuda:
-        torch.cuda.synchronize()
+def process_memory(field: str) -> int:
+    """Bytes of this process, VmRSS now or VmHWM at most; 0 where the system does not say."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{field}:"):
+                return 1024 * int(line.split()[1])
+    return 0

@@ -10,8 +10,8 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from kd_core.utils.errors import UserError
+from kd_core.utils.latency import multiply_adds
 from kd_core.utils.report.runs import Run
-from kd_det.analysis.latency import multiply_adds
 from kd_det.export import read_config
 
 logger = logging.getLogger(__name__)

@@ -73,8 +73,9 @@ def setup(args: argparse.Namespace) -> CfgNode:
         quiet_console()
     default_setup(cfg, args)
     if comm.is_main_process():
-        sweep_unfinished(cfg.OUTPUT_DIR)
-        if trainings is not None:  # an evaluation leaves the training's config as it was
+        if not args.eval_only:
+            sweep_unfinished(cfg.OUTPUT_DIR)
+        elif trainings is not None:  # an evaluation leaves the training's config as it was
             write_whole(written, lambda file: file.write(trainings))
     return cfg
 

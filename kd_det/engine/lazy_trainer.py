@@ -195,8 +195,9 @@ def setup(args: argparse.Namespace) -> tuple[DictConfig, CfgNode]:
         quiet_console()
     default_setup(OmegaConf.create(tree), args)
     if comm.is_main_process():
-        sweep_unfinished(cfg.OUTPUT_DIR)
-        if args.eval_only and saved:  # an evaluation leaves the training's config as it was
+        if not args.eval_only:
+            sweep_unfinished(cfg.OUTPUT_DIR)
+        elif saved:  # an evaluation leaves the training's config as it was
             write_whole(written, lambda file: file.write(saved))
     return lazy, cfg
 

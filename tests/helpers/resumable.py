@@ -1,8 +1,11 @@
 """A small DeepKD training that saves every step and resumes from what is saved, started by test_resume.py.
 
-python resumable.py FOLDER STEPS [DIE_AT]: with DIE_AT the process is killed, as by kill -9, in the middle of that step.
+python resumable.py FOLDER STEPS DIE_AT …: an undisturbed training in FOLDER/undisturbed; in FOLDER/killed one that is
+killed, as by kill -9, in the middle of each of these steps, and then ends. Each prints its folder's name, the exit code
+and the step it has saved. The processes are forked, so that torch is imported once.
 """
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -24,7 +27,8 @@ def streams(model: nn.Module, step: int) -> dict[str, Tensor]:
     return {"tog": nn.functional.cross_entropy(logits, target), "tcg": terms["tckd"], "ncg": terms["nckd"]}
 
 
-def main(folder: Path, steps: int, die_at: int) -> None:
+def train(folder: Path, steps: int, die_at: int | None) -> None:
+    folder.mkdir(exist_ok=True)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 5))
     optimizer = deepkd_sgd(model.parameters(), 0.01, weight_decay=5e-4, nesterov=True)
@@ -54,4 +58,10 @@ def main(folder: Path, steps: int, die_at: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else -1)
+    torch.set_num_threads(1)
+    folder, steps, *deaths = Path(sys.argv[1]), *map(int, sys.argv[2:])
+    for name, die_at in (("undisturbed", None), *(("killed", step) for step in deaths), ("killed", None)):
+        process = multiprocessing.get_context("fork").Process(target=train, args=(folder / name, steps, die_at))
+        process.start()
+        process.join()
+        print(name, process.exitcode, torch.load(folder / name / "last.pt", weights_only=True)["step"])

@@ -1,4 +1,4 @@
-"""Run by torchrun in test_two_ranks.py: `two_ranks.py CONFIG FOLDER` leaves rank<r>.pth in the folder.
+"""Run by torchrun in test_two_ranks.py: `two_ranks.py FOLDER …` leaves rank<r>.pth in each folder, of its config.yaml.
 
 `model`: after three iterations of DeepKD, in the second of which rank 1 has no object; `synchronised`: the same, two
 iterations with naiveSyncBN; `gradients`: of one float64 step on half of eight images; `norms`: statistics that differed
@@ -84,12 +84,14 @@ if __name__ == "__main__":
     from tiny_detector import make_batch  # this folder is on a script's path
 
     join_process_group(0)
-    config = kd_defaults()
-    merge_file(config, sys.argv[1])
-    rank = comm.get_rank()
-    torch.manual_seed(rank)  # DistributedDataParallel shall send rank 0's weights
-    result = {"model": train(config), "norms": shared_norms(rank), "disagreement": disagreement(rank)}
-    config.MODEL.RESNETS.NORM, config.SOLVER.MAX_ITER = "naiveSyncBN", 2
-    result["synchronised"] = train(config)
-    result["gradients"] = gradients(config, make_batch(8)[4 * rank : 4 * rank + 4])
-    torch.save(result, Path(sys.argv[2], f"rank{rank}.pth"))
+    rank, randperm, nms = comm.get_rank(), torch.randperm, proposal_utils.batched_nms
+    for folder in map(Path, sys.argv[1:]):
+        torch.randperm, proposal_utils.batched_nms = randperm, nms  # which `gradients` has pinned
+        config = kd_defaults()
+        merge_file(config, str(folder / "config.yaml"))
+        torch.manual_seed(rank)  # DistributedDataParallel shall send rank 0's weights
+        result = {"model": train(config), "norms": shared_norms(rank), "disagreement": disagreement(rank)}
+        config.MODEL.RESNETS.NORM, config.SOLVER.MAX_ITER = "naiveSyncBN", 2
+        result["synchronised"] = train(config)
+        result["gradients"] = gradients(config, make_batch(8)[4 * rank : 4 * rank + 4])
+        torch.save(result, folder / f"rank{rank}.pth")

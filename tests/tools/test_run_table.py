@@ -10,18 +10,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from helpers import ROOT
+from helpers.few_digits import few_digits
 from helpers.processes import started
 
 SHORT = [
     "SOLVER.MAX_ITER", "4", "SOLVER.STEPS", "(3,)", "SOLVER.WARMUP_ITERS", "1", "SOLVER.IMS_PER_BATCH", "1",
     "INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "32", "DATALOADER.NUM_WORKERS", "0",
+    "REPORT.ENABLED", "False",
 ]  # fmt: skip
 
 
 @contextmanager
 def started_table(output: Path, *words: str) -> Iterator[subprocess.Popen]:
     """The command; its output is in `output`/said."""
-    command = [sys.executable, "-W", "ignore", "tools/run_table.py", "--output", str(output), *words, *SHORT]
+    entry = few_digits(output, 8)
+    few = ["DATASETS.REGISTER", str([entry]), "DATASETS.TEST", str((entry[0],))]
+    command = [sys.executable, "-W", "ignore", "tools/run_table.py", "--output", str(output), *words, *SHORT, *few]
     with open(output / "said", "w") as said, started(command, cwd=ROOT, stdout=said, stderr=said) as process:
         yield process
 

@@ -23,7 +23,7 @@ TABLE = {
     "test": {"seeds": [0], "options": {}},
     "methods": {"DKD": {"config": "configs/Digits/cls_dkd.yaml", "grid": {"SOLVER.BASE_LR": [0.05, -1.0]}}},
 }
-SHORT = ["DATA.TRAIN_IMAGES", "24", "DATA.VAL_IMAGES", "20", "SOLVER.IMS_PER_BATCH", "12"]
+SHORT = ["DATA.TRAIN_IMAGES", "24", "DATA.VAL_IMAGES", "20", "SOLVER.IMS_PER_BATCH", "12", "REPORT.ENABLED", "False"]
 
 
 def write_table(folder: Path, **changes: object) -> Path:

@@ -211,12 +211,13 @@ def test_bad_input_ends_the_process_in_one_line_and_exit_code_1(tmp_path, enviro
     assert done.stderr.splitlines()[-1].startswith("train_net: the command line: unknown key KD.LOSS.DKD.BTEA")
 
 
-def test_the_help_names_the_ways_to_start_and_the_keys_are_listed_with_their_values(environment):
+def test_the_help_names_the_ways_to_start_and_the_keys_are_listed_with_their_values(load_tool, environment, capsys):
     text = run([*TRAIN_NET, "--help"], environment).stdout
     for part in ("torchrun --nproc-per-node", "--num-gpus 0", "--list-keys", "--resume", "working folder"):
         assert part in text
-    keys = run([*TRAIN_NET, "--config-file", "configs/Digits/dkd.yaml", "--list-keys", "KD.LOSS.DKD"], environment)
-    assert keys.stdout.splitlines() == [
+    words = ["--config-file", str(ROOT / "configs/Digits/dkd.yaml"), "--list-keys", "KD.LOSS.DKD"]
+    load_tool("train_net").main(argument_parser("").parse_args(words))
+    assert capsys.readouterr().out.splitlines() == [
         "KD.LOSS.DKD.ALPHA 1.0", "KD.LOSS.DKD.BETA 0.25", "KD.LOSS.DKD.PARTITION 'target'",
     ]  # fmt: skip
 

@@ -40,19 +40,24 @@ def on_two_ranks(*command):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("options", [(), ("KD.ROWS", "foreground", "KD.PROPOSALS", "student+teacher")])
-def test_two_ranks_share_parameters_and_statistics_and_step_by_one_process_gradient(
-    tiny_cfg, tmp_path, unpinned, options
-):
-    cfg = tiny_cfg(
-        *DEEPKD, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.MAX_ITER", 3, "DATASETS.TRAIN", "('digits_train',)",
-        "SOLVER.EMA.ENABLED", True, *options,
-    )  # fmt: skip
-    (tmp_path / "output").mkdir()
-    config = tmp_path / "config.yaml"
-    config.write_text(cfg.dump())
-    on_two_ranks(HELPERS / "two_ranks.py", config, tmp_path)
-    first, second = (torch.load(tmp_path / f"rank{rank}.pth", weights_only=True) for rank in (0, 1))
+def test_two_ranks_share_parameters_and_statistics_and_step_by_one_process_gradient(tiny_cfg, tmp_path, unpinned):
+    configs = {}
+    for name, options in {"own": (), "both": ("KD.ROWS", "foreground", "KD.PROPOSALS", "student+teacher")}.items():
+        folder = tmp_path / name
+        configs[folder] = tiny_cfg(
+            *DEEPKD, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.MAX_ITER", 3, "DATASETS.TRAIN", "('digits_train',)",
+            "SOLVER.EMA.ENABLED", True, "OUTPUT_DIR", folder / "output", *options,
+        )  # fmt: skip
+        (folder / "output").mkdir(parents=True)
+        (folder / "config.yaml").write_text(configs[folder].dump())
+    on_two_ranks(HELPERS / "two_ranks.py", *configs)
+    for folder, cfg in configs.items():
+        check_ranks(folder, cfg)
+
+
+def check_ranks(folder, cfg):
+    """What two_ranks.py has left of a config."""
+    first, second = (torch.load(folder / f"rank{rank}.pth", weights_only=True) for rank in (0, 1))
     for trained in ("model", "synchronised"):
         assert any("running_var" in name for name in first[trained])
         assert all(torch.equal(value, second[trained][name]) for name, value in first[trained].items())
