@@ -55,7 +55,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def take_apart(source: str, student_output: str, teacher_output: str) -> None:
     """Write the two detectors of a merged file."""
-    student, teacher = merged.split(merged.read_merged(source))
+    student, teacher = merged.read_merged(source)
     for found, path in ((student, student_output), (teacher, teacher_output)):
         files = ", ".join(map(str, merged.save(found, path)))
         what = "a whole detector" if found.whole else "a backbone"

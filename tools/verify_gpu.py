@@ -35,7 +35,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from kd_core.utils.errors import exit_on_user_error
+from kd_core.utils.errors import exit_on_user_error, one_line
 
 ROOT = Path(__file__).resolve().parents[1]
 WORTH = 1.03
@@ -339,7 +339,7 @@ def measure(row: Row, device: str, steps: int, rounds: int, work: Path) -> dict[
         for precision in ("float32", amp_dtype())[: 2 if device == "cuda" else 1]:
             found["gains"][precision] = gain(row, device, rounds, work, precision)
     except Exception as error:  # whatever a fast path may raise is what is to be found out
-        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+        return {"error": f"{type(error).__name__}: {one_line(error)}"}
     return found if not warned.messages else {"error": f"falls back: {warned.messages[0][:200]}"}
 
 

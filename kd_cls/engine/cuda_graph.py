@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from kd_cls.task.distillation import DistillationTask
 from kd_core.losses import DistillationLoss
 from kd_core.schedules import warmup
-from kd_core.utils.errors import UserError
+from kd_core.utils.errors import UserError, one_line
 
 logger = logging.getLogger("kd_cls")
 
@@ -67,7 +67,7 @@ class CudaRecorder:
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 run()
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error)
             raise UserError(f"SOLVER.CUDA_GRAPH: this step cannot be captured ({reason}): set it False") from error
         return graph.replay
 

@@ -14,7 +14,7 @@ import kd_cls.models  # noqa: F401  (registers the papers' networks with timm)
 from kd_cls.config import get_cfg
 from kd_cls.data import default_augmentation
 from kd_core.utils.config import set_values
-from kd_core.utils.errors import UserError
+from kd_core.utils.errors import UserError, one_line
 from kd_core.utils.packaged_weights import PACKAGED, find_package
 
 # The papers' settings for ImageNet (configs/ImageNet). DOT and DeepKD keep the step size of plain SGD (matched, ours).
@@ -139,9 +139,9 @@ def check_published(name: str, option: str) -> None:
     try:
         timm.create_model(name, pretrained=True)
     except (RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{option} {name}: timm has no weights for it, or cannot fetch them ({reason}); give {option}-weights FILE"
+            f"{option} {name}: timm has no weights for it, or cannot fetch them ({one_line(error)}); give "
+            f"{option}-weights FILE"
         ) from error
 
 

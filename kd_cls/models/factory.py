@@ -11,7 +11,7 @@ from kd_cls.checkpoint.checkpoint import load_weights
 from kd_cls.config import parse_mapping
 from kd_cls.data import dataset_statistics
 from kd_cls.data.statistics import InputStats, check_stats
-from kd_core.utils.errors import UserError
+from kd_core.utils.errors import UserError, one_line
 
 
 def create_network(name: str, num_classes: int, kwargs: str, pretrained: bool, key: str) -> nn.Module:
@@ -37,9 +37,9 @@ def create_network(name: str, num_classes: int, kwargs: str, pretrained: bool, k
     except (RuntimeError, OSError) as error:
         if not pretrained:
             raise
-        reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"{key}.PRETRAINED: timm has no weights for {name}, or cannot fetch them ({reason}): set {key}.WEIGHTS"
+            f"{key}.PRETRAINED: timm has no weights for {name}, or cannot fetch them ({one_line(error)}): set "
+            f"{key}.WEIGHTS"
         ) from error
 
 

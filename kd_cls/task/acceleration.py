@@ -15,7 +15,7 @@ from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from kd_cls.task.maps import MapReader
 from kd_core.utils.compiling import CompiledOrPlain
-from kd_core.utils.errors import UserError
+from kd_core.utils.errors import UserError, one_line
 from kd_core.utils.folding import CONVOLUTIONS, fold_batch_norms
 
 logger = logging.getLogger("kd_cls")
@@ -112,10 +112,9 @@ class FastTeacher:
         try:
             logits = self(images)
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"KD.TEACHER.DTYPE is {name!r}, in which the teacher does not run ({reason}): use float32, with "
-                "SOLVER.AMP for mixed precision"
+                f"KD.TEACHER.DTYPE is {name!r}, in which the teacher does not run ({one_line(error)}): use float32, "
+                "with SOLVER.AMP for mixed precision"
             ) from error
         if exact.isfinite().all() and not logits.isfinite().all():
             raise UserError(f"KD.TEACHER.DTYPE is {name!r}, in which the teacher's logits overflow: use bfloat16")
@@ -140,8 +139,7 @@ def accelerate_teacher(network: nn.Module, speed: TeacherSpeed, example: Tensor 
     try:
         fast = copy.deepcopy(network)
     except (RuntimeError, TypeError) as error:  # computed tensors, such as those of weight_norm, cannot be copied
-        reason = " ".join(str(error).split())[:200]
-        logger.warning("teacher: %s cannot be copied (%s); it runs as loaded", type(network).__name__, reason)
+        logger.warning("teacher: %s cannot be copied (%s); it runs as loaded", type(network).__name__, one_line(error))
         return network
     if speed.fold_bn:
         folded = fold_batch_norms(fast, (*CONVOLUTIONS, Conv2dSame), get_notrace_modules())

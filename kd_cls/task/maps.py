@@ -10,7 +10,7 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from kd_core.utils.errors import UserError
+from kd_core.utils.errors import UserError, one_line
 
 LEVELS = 4  # at most, from the coarsest: the papers' code compares the stages without the stem
 PREACT = ("none", "teacher", "both")
@@ -154,10 +154,9 @@ def read_stages(network: nn.Module, size: int, before_activation: bool, name: st
         if pooled.ndim != 2 or any(m.ndim != 4 for m in maps) or not torch.allclose(logits, network(image), atol=1e-4):
             raise TypeError("they do not lead to its logits")
     except (AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"KD.FEATURE.NAME: the {name}'s network {type(network).__name__} gives no feature maps through timm's "
-            f"forward_intermediates ({reason}): use another network, or KD.FEATURE.NAME none"
+            f"forward_intermediates ({one_line(error)}): use another network, or KD.FEATURE.NAME none"
         ) from error
     finally:
         network.train(was_training)

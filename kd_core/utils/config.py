@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from fvcore.common.config import CfgNode
 
-from kd_core.utils.errors import UserError
+from kd_core.utils.errors import UserError, one_line
 
 KINDS = {
     float: "a number",
@@ -91,7 +91,7 @@ def read_yaml(path: str, kind: type[CfgNode] = CfgNode, trusted: bool = False) -
         place = f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}" if mark else path
         raise UserError(f"{place}: not valid yaml ({error.problem or error.context})") from error
     except yaml.YAMLError as error:  # bytes that are not text
-        raise UserError(f"{path}: not valid yaml ({' '.join(str(error).split())})") from error
+        raise UserError(f"{path}: not valid yaml ({one_line(error)})") from error
     except FileNotFoundError as error:
         if error.filename == path:
             raise UserError(f"there is no file {path}") from error

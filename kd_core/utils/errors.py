@@ -19,6 +19,11 @@ class DivergedError(UserError, FloatingPointError):
     """A loss or a gradient is not finite; the message names the iteration, the learning rate and what to lower."""
 
 
+def one_line(error: BaseException, length: int = 300) -> str:
+    """The start of an exception's message, in one line; its class where it has none."""
+    return " ".join(str(error).split())[:length] or type(error).__name__
+
+
 def exit_on_user_error(name: str, main: Callable[[], Result], interrupted: str = "interrupted") -> Result:
     """`main()`; what the user can fix ends the process with one line on stderr and status 1.
 

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from kd_core.utils.errors import one_line
+
 logger = logging.getLogger(__name__)
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -74,8 +76,7 @@ def fold_batch_norms(
         tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         pairs = _pairs(model, _graphs(copy.deepcopy(model, tensors), leaves), convolutions)
     except Exception as error:  # tracing runs the network's own code, which may raise anything
-        reason = " ".join(str(error).split())[:200]
-        logger.info("%s cannot be traced (%s): its batch norms stay as they are", type(model).__name__, reason)
+        logger.info("%s cannot be traced (%s): its batch norms stay as they are", type(model).__name__, one_line(error))
         return 0
     for conv_name, norm_name in pairs:
         conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)

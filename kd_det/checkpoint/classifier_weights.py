@@ -4,12 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from kd_core.utils.errors import UserError
 from kd_core.utils.files import unreadable_because
 from kd_core.utils.packaged_weights import PACKAGED, packaged_weights
+from kd_det.compat import numpy_allowed
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1]
 WRAPPERS = ("state_dict", "model", "model_state_dict")  # keys under which training scripts save the weights
@@ -41,12 +43,31 @@ def read_classifier(source: str) -> Classifier:
     path = Path(source).expanduser()
     if not path.is_file():
         raise UserError(f"there is no file {source}; a source is a file, torchvision:NAME[:WEIGHTS] or timm:NAME")
-    return Classifier(_unwrapped(_read_file(path), path))
+    weights = read_state_dict(path)
+    if any(name.startswith("teacher.") for name in weights):
+        raise UserError(f"{path} holds a teacher beside the student: give --teacher-output to take them apart")
+    return Classifier(weights)
 
 
 def of_timm(model: nn.Module) -> Classifier:
     """The weights and the normalisation of a timm model."""
     return Classifier(model.state_dict(), model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The named tensors, or numpy arrays, in a checkpoint, without DataParallel's prefix; nothing else is unpickled.
+
+    Raises:
+        UserError: the file cannot be read, or holds other things.
+    """
+    content = _read_file(path)
+    for wrapper in WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    kinds = Tensor | np.ndarray
+    if not isinstance(content, dict) or not content or not all(isinstance(v, kinds) for v in content.values()):
+        raise UserError(f"{path} holds no state dict: expected named tensors, bare or under {' or '.join(WRAPPERS)}")
+    return {name.removeprefix("module."): torch.as_tensor(value) for name, value in content.items()}
 
 
 def _read_file(path: Path) -> object:
@@ -55,24 +76,12 @@ def _read_file(path: Path) -> object:
             from safetensors.torch import load_file
 
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with numpy_allowed():
+            return torch.load(path, map_location="cpu", weights_only=True)
     except ImportError as error:
         raise UserError(f"{path} needs the safetensors package: pip install safetensors") from error
     except Exception as error:  # a broken file may raise anything
         raise UserError(f"{path} is not a complete file of weights only: {unreadable_because(error)}") from error
-
-
-def _unwrapped(content: object, path: Path) -> dict[str, Tensor]:
-    """The state dict in a checkpoint, without DataParallel's prefix."""
-    for wrapper in WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
-        raise UserError(f"{path} holds no state dict: expected named tensors, bare or under {' or '.join(WRAPPERS)}")
-    weights = {name.removeprefix("module."): value for name, value in content.items()}
-    if any(name.startswith("teacher.") for name in weights):
-        raise UserError(f"{path} holds a teacher beside the student: give --teacher-output to take them apart")
-    return weights
 
 
 def _from_torchvision(name: str) -> Classifier:

@@ -18,7 +18,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import build_resnet_backbone
 from torch import Tensor, nn
 
-from kd_core.utils.errors import UserError
+from kd_core.utils.errors import UserError, one_line
 from kd_core.utils.files import write_whole
 from kd_det.checkpoint.classifier_weights import PACKAGED, Classifier, read_classifier
 
@@ -181,7 +181,7 @@ def _load_strictly(build: Callable[[], nn.Module], state_dict: dict[str, Tensor]
     try:
         build().load_state_dict(state_dict)
     except (RuntimeError, ValueError) as error:  # ValueError: no layer has such a width
-        raise UserError(f"the weights do not fit {what}: {' '.join(str(error).split())}") from error
+        raise UserError(f"the weights do not fit {what}: {one_line(error)}") from error
 
 
 def _preprocessing(classifier: Classifier) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode
@@ -19,9 +18,9 @@ from detectron2.modeling import build_backbone, build_model
 from torch import Tensor
 
 from kd_core.utils.errors import UserError
-from kd_core.utils.files import unreadable_because, write_whole
+from kd_core.utils.files import write_whole
 from kd_core.utils.state_dict import check_fit
-from kd_det.checkpoint.classifier_weights import WRAPPERS
+from kd_det.checkpoint.classifier_weights import read_state_dict
 from kd_det.checkpoint.convert_classifier import (
     BASIC,
     BOTTLENECK,
@@ -31,7 +30,6 @@ from kd_det.checkpoint.convert_classifier import (
     mobilenet_names,
     some_of,
 )
-from kd_det.compat import numpy_allowed
 from kd_det.config import add_timm_config
 from kd_det.config.student import write_student
 
@@ -63,29 +61,19 @@ class Detector:
     whole: bool
 
 
-def read_merged(path: str) -> dict[str, Tensor]:
-    """The named tensors in a checkpoint, which may be numpy arrays; no other object in it is unpickled.
+def read_merged(path: str) -> tuple[Detector, Detector]:
+    """(student, teacher) of a merged file.
 
     Raises:
-        UserError: no such file, or one that cannot be read or holds other things.
+        UserError: no such file, one that cannot be read, or what `split` refuses.
     """
     if not Path(path).is_file():
         raise UserError(f"there is no file {path}")
-    try:
-        with numpy_allowed():
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken file may raise anything
-        raise UserError(f"{path} is not a complete file of weights only: {unreadable_because(error)}") from error
-    for wrapper in WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor | np.ndarray) for v in content.values()):
-        raise UserError(f"{path} holds no state dict: expected named tensors, bare or under {' or '.join(WRAPPERS)}")
-    return {name.removeprefix("module."): torch.as_tensor(value) for name, value in content.items()}
+    return split(read_state_dict(Path(path)))
 
 
 def split(weights: dict[str, Tensor]) -> tuple[Detector, Detector]:
-    """(student, teacher) of a merged file.
+    """(student, teacher) of merged weights.
 
     Raises:
         UserError: there is no teacher, or weights that fit neither: each kind is named.

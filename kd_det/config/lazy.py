@@ -13,7 +13,7 @@ from detectron2.config import CfgNode
 from omegaconf import DictConfig, OmegaConf, SCMode
 
 from kd_core.utils.config import coerce, lookup
-from kd_core.utils.errors import UserError
+from kd_core.utils.errors import UserError, one_line
 from kd_core.utils.files import write_text
 from kd_det.config.defaults import kd_defaults
 from kd_det.modeling.meta_arch.registry import distilled_architecture, plain_class
@@ -193,8 +193,7 @@ def write_lazy_student(lazy: DictConfig, path: Path) -> None:
     try:
         yaml.unsafe_load(text)
     except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        logger.warning("%s is not written: the config has a function without a name (%s)", path, reason)
+        logger.warning("%s is not written: the config has a function without a name (%s)", path, one_line(error))
     else:
         write_text(path, text)
 

@@ -8,7 +8,7 @@ from typing import Any
 from detectron2.data.detection_utils import check_image_size, read_image
 from torch.utils.data import Dataset
 
-from kd_core.utils.errors import UserError
+from kd_core.utils.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -75,5 +75,5 @@ def why_unreadable(record: dict[str, Any]) -> str | None:
     try:
         check_image_size(dict(record), read_image(record["file_name"]))
     except Exception as error:  # PIL raises many kinds, SyntaxError among them
-        return " ".join(str(error).split()) or type(error).__name__
+        return one_line(error)
     return None

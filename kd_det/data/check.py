@@ -11,7 +11,7 @@ from typing import Any
 from detectron2.data.detection_utils import read_image
 
 from kd_core.utils.data_check import DataReport, file_digest, in_parallel, report_shared, summary
-from kd_core.utils.errors import UserError
+from kd_core.utils.errors import UserError, one_line
 
 MISSING = "image file missing"
 TWICE_IMAGE = "image id used twice"
@@ -87,7 +87,7 @@ class CocoFile:
         try:
             height, width = read_image(str(path)).shape[:2]  # turned upright by EXIF, as in training
         except Exception as error:  # PIL raises many kinds, SyntaxError among them
-            return ("image that cannot be decoded", " ".join(str(error).split()) or type(error).__name__), ""
+            return ("image that cannot be decoded", one_line(error)), ""
         if (width, height) != (image["width"], image["height"]):
             return (
                 "image of another size than the json says",

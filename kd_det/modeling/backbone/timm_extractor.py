@@ -9,7 +9,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import nn
 
-from kd_core.utils.errors import UserError
+from kd_core.utils.errors import UserError, one_line
 from kd_det.checkpoint.classifier_weights import read_classifier
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def create(node: CfgNode, options: dict[str, Any], pretrained: bool) -> nn.Modul
         what = "load that file into" if pretrained and node.WEIGHTS else "build"
         raise UserError(
             f"MODEL.TIMM.NAME {node.NAME}{keys}: timm cannot {what} the feature extractor ({type(error).__name__}: "
-            f"{' '.join(str(error).split())}){advice if pretrained and not node.WEIGHTS else ''}"
+            f"{one_line(error)}){advice if pretrained and not node.WEIGHTS else ''}"
         ) from error
 
 

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from kd_core.utils.config import find_config
-from kd_core.utils.errors import UserError
+from kd_core.utils.errors import UserError, one_line
 from kd_det.config.defaults import kd_defaults
 
 KEY = "KD.TEACHER.CONFIG_FILE"
@@ -51,8 +51,7 @@ def load_lazy(
         cfg = LazyConfig.apply_overrides(cfg, list(overrides))
         OmegaConf.to_container(cfg.model, resolve=True)  # interpolations that lead nowhere show here
     except Exception as error:  # hydra's parser, OmegaConf and interpolations each have their own
-        reason = " ".join(str(error).split())
-        raise UserError(f"{overrides_key} {' '.join(overrides)}: {type(error).__name__}: {reason}") from error
+        raise UserError(f"{overrides_key} {' '.join(overrides)}: {type(error).__name__}: {one_line(error)}") from error
     return cfg
 
 
