@@ -206,5 +206,5 @@ class DistillationLoss(nn.Module):
 
 @cache
 def warn_no_nontarget_term(name: str) -> None:
-    """Say once a process that two classes leave no distribution over the non-target classes."""
+    """Say once per process that two classes leave no distribution over the non-target classes."""
     logger.warning(f"{name}: with two classes there is one non-target class, so the non-target term is 0")

@@ -57,7 +57,7 @@ def check_inputs(
             "both must be (N, C), of the same rows and classes"
         )
     if row_weights is not None and row_weights.shape != student_logits.shape[:1]:
-        raise ValueError(f"row_weights must be ({len(student_logits)},), one a row, not {tuple(row_weights.shape)}")
+        raise ValueError(f"row_weights must be ({len(student_logits)},), one per row, not {tuple(row_weights.shape)}")
     if target is not None or needs_target:
         check_target(target, *student_logits.shape, can_look)
 

@@ -38,7 +38,7 @@ def children_of(process: int) -> list[int]:
 def wait_for_the_end(process: int) -> None:
     deadline = time.monotonic() + 20
     while Path(f"/proc/{process}").exists():
-        assert time.monotonic() < deadline, "the training goes on"
+        assert time.monotonic() < deadline, "the training still runs"
         time.sleep(0.02)
 
 

@@ -356,7 +356,7 @@ def test_two_classes_have_no_non_target_term_and_the_log_says_so_once(
         ({"target": torch.zeros(7)}, "target must hold class indices of an integer type, not torch.float32"),
         ({"target": torch.full((7,), 7)}, "target has class 7, but the logits have classes 0 to 6"),
         ({"target": torch.full((7,), -1)}, "target has class -1, but the logits have classes 0 to 6"),
-        ({"row_weights": torch.ones(4)}, r"row_weights must be \(7,\), one a row, not \(4,\)"),
+        ({"row_weights": torch.ones(4)}, r"row_weights must be \(7,\), one per row, not \(4,\)"),
         ({"progress": -0.1}, r"progress is iteration / max_iter, in \[0, 1\], not -0.1"),
     ],
 )
