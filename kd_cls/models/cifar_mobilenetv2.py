@@ -6,6 +6,7 @@ checkpoints load as they are. It departs from the paper: ReLU for ReLU6, channel
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -52,17 +53,15 @@ class CifarMobileNetV2(PooledClassifier):
     Args:
         expansion: T.
         width: w, which scales every count of channels but the last.
-        num_classes, in_chans, drop_rate: see `PooledClassifier`.
+        options: `num_classes`, `in_chans`, `drop_rate` of `PooledClassifier`.
     """
 
     CLASSIFIER = "classifier"
 
-    def __init__(
-        self, expansion: int = 6, width: float = 0.5, num_classes: int = 100, in_chans: int = 3, drop_rate: float = 0.0
-    ) -> None:
-        super().__init__(int(1280 * max(width, 1)), num_classes, in_chans, drop_rate)
+    def __init__(self, expansion: int = 6, width: float = 0.5, **options: Any) -> None:
+        super().__init__(int(1280 * max(width, 1)), **options)
         in_channels = int(32 * width)
-        self.conv1 = nn.Sequential(*conv_bn_relu(conv3x3(in_chans, in_channels, stride=2)))
+        self.conv1 = nn.Sequential(*conv_bn_relu(conv3x3(self.in_chans, in_channels, stride=2)))
         self.blocks = nn.ModuleList()
         for factor, channels, blocks, stride in STAGES:
             channels = int(channels * width)
@@ -70,13 +69,13 @@ class CifarMobileNetV2(PooledClassifier):
             self.blocks.append(nn.Sequential(*(InvertedResidual(*shape, factor or expansion) for shape in shapes)))
             in_channels = channels
         self.conv2 = nn.Sequential(*conv_bn_relu(conv1x1(in_channels, self.num_features)))
-        self.classifier = self._new_classifier(num_classes)
+        self.classifier = self._new_classifier()
         names, widths = zip(*((f"blocks.{n}", int(STAGES[n][1] * width)) for n in LAST_OF_SIZE), strict=True)
         self.feature_info = stage_info(names, widths, (2, 4, 8, 16))
         init_weights(self.modules(), linear_std=0.01)
 
-    def _new_classifier(self, num_classes: int) -> nn.Module:
-        return nn.Sequential(super()._new_classifier(num_classes))  # the published name is classifier.0
+    def _new_classifier(self) -> nn.Module:
+        return nn.Sequential(super()._new_classifier())  # the published name is classifier.0
 
     def get_classifier(self) -> nn.Module:
         """The last linear layer."""

@@ -13,8 +13,8 @@ class PooledClassifier(nn.Module):
     """A network that averages its last feature map over all positions and classifies the mean with one linear layer.
 
     The papers' code averages with a window of the map's size at 32 px. The mean over all positions is the same there,
-    and also works for other input sizes. Subclasses compute the maps of their `stages`, describe them in timm's
-    `feature_info`, and name their last layer in `CLASSIFIER`, since the published state dicts differ in it.
+    and also works for other input sizes. Subclasses describe their stages in timm's `feature_info`, and name their last
+    layer in `CLASSIFIER`, since the published state dicts differ in it.
 
     Args:
         num_features: channels of the last feature map.
@@ -27,13 +27,13 @@ class PooledClassifier(nn.Module):
     # Modules whose outputs are the stages' maps before the activation, where it is not the last module of a stage.
     PREACTIVATIONS: tuple[str, ...] = ()
 
-    def __init__(self, num_features: int, num_classes: int, in_chans: int, drop_rate: float) -> None:
+    def __init__(self, num_features: int, num_classes: int = 100, in_chans: int = 3, drop_rate: float = 0.0) -> None:
         super().__init__()
         self.num_features = self.head_hidden_size = num_features
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
 
-    def _new_classifier(self, num_classes: int) -> nn.Module:
-        return nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+    def _new_classifier(self) -> nn.Module:
+        return nn.Linear(self.num_features, self.num_classes) if self.num_classes > 0 else nn.Identity()
 
     def get_classifier(self) -> nn.Module:
         """The last linear layer."""
@@ -45,11 +45,18 @@ class PooledClassifier(nn.Module):
             name = type(self).__name__
             raise ValueError(f"{name} pools by the mean and has no global_pool {global_pool!r}: use 'avg'")
         self.num_classes = num_classes
-        setattr(self, self.CLASSIFIER, self._new_classifier(num_classes))
+        setattr(self, self.CLASSIFIER, self._new_classifier())
+
+    def stem(self, x: torch.Tensor) -> torch.Tensor:
+        """What the first stage takes, of images."""
+        return F.relu(self.bn1(self.conv1(x)), inplace=True)
 
     def stages(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
         """The map that each stage ends with, fine to coarse; the papers' code compares these."""
-        raise NotImplementedError
+        x = self.stem(x)
+        for info in self.feature_info:
+            x = getattr(self, info["module"])(x)
+            yield x
 
     def after_stages(self, x: torch.Tensor) -> torch.Tensor:
         """The map that is averaged, (N, num_features, h, w), of that of the last stage."""

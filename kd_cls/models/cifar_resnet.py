@@ -4,9 +4,8 @@ Names of layers and sizes are those of the code released with CRD (RepDistiller)
 load as they are. `x4` means four times the channels in the stages and twice in the stem, as in that code.
 """
 
-from collections.abc import Iterator
+from typing import Any
 
-import torch
 from timm.models.resnet import BasicBlock, downsample_conv
 from torch import nn
 
@@ -22,38 +21,23 @@ class CifarResNet(PooledClassifier):
     Args:
         depth: 6n + 2, the number of layers with weights less the projections.
         widths: channels of the stem and of the three stages.
-        num_classes, in_chans, drop_rate: see `PooledClassifier`.
+        options: `num_classes`, `in_chans`, `drop_rate` of `PooledClassifier`.
     """
 
-    def __init__(
-        self,
-        depth: int,
-        widths: tuple[int, int, int, int] = (16, 16, 32, 64),
-        num_classes: int = 100,
-        in_chans: int = 3,
-        drop_rate: float = 0.0,
-    ) -> None:
-        super().__init__(widths[3], num_classes, in_chans, drop_rate)
+    def __init__(self, depth: int, widths: tuple[int, int, int, int] = (16, 16, 32, 64), **options: Any) -> None:
+        super().__init__(widths[3], **options)
         blocks, rest = divmod(depth - 2, 6)
         if rest or blocks < 1:
             raise ValueError(f"depth {depth} is not 6n + 2: such a ResNet has 8, 14, 20, … layers")
         stem, *stages = widths
-        self.conv1 = conv3x3(in_chans, stem)
+        self.conv1 = conv3x3(self.in_chans, stem)
         self.bn1 = nn.BatchNorm2d(stem)
-        self.relu = nn.ReLU(inplace=True)
         self.layer1 = _stage(stem, stages[0], blocks, stride=1)
         self.layer2 = _stage(stages[0], stages[1], blocks, stride=2)
         self.layer3 = _stage(stages[1], stages[2], blocks, stride=2)
-        self.fc = self._new_classifier(num_classes)
+        self.fc = self._new_classifier()
         self.feature_info = stage_info(("layer1", "layer2", "layer3"), stages, (1, 2, 4))
         init_weights(self.modules())
-
-    def stages(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
-        """(N, in_chans, 32, 32) → (N, widths[l], H, W), H = W = 32, 16, 8."""
-        x = self.relu(self.bn1(self.conv1(x)))
-        for stage in (self.layer1, self.layer2, self.layer3):
-            x = stage(x)
-            yield x
 
 
 def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:

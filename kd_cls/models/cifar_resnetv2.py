@@ -5,7 +5,7 @@ Names of layers are those of `ResNet18` and `ResNet50` in the code released with
 with the activation last.
 """
 
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -73,21 +73,14 @@ class CifarResNetV2(PooledClassifier):
     Args:
         block: `Basic` or `Bottleneck`.
         blocks: how many, in each stage.
-        num_classes, in_chans, drop_rate: see `PooledClassifier`.
+        options: `num_classes`, `in_chans`, `drop_rate` of `PooledClassifier`.
     """
 
     CLASSIFIER = "linear"
 
-    def __init__(
-        self,
-        block: type[ShortcutBlock],
-        blocks: tuple[int, int, int, int],
-        num_classes: int = 100,
-        in_chans: int = 3,
-        drop_rate: float = 0.0,
-    ) -> None:
-        super().__init__(512 * block.EXPANSION, num_classes, in_chans, drop_rate)
-        self.conv1 = conv3x3(in_chans, 64)
+    def __init__(self, block: type[ShortcutBlock], blocks: tuple[int, int, int, int], **options: Any) -> None:
+        super().__init__(512 * block.EXPANSION, **options)
+        self.conv1 = conv3x3(self.in_chans, 64)
         self.bn1 = nn.BatchNorm2d(64)
         in_channels = 64
         for stage, count in enumerate(blocks):
@@ -96,17 +89,10 @@ class CifarResNetV2(PooledClassifier):
             in_channels = block.EXPANSION * channels
             layers += [block(in_channels, channels, stride=1) for _ in range(count - 1)]
             self.add_module(f"layer{stage + 1}", nn.Sequential(*layers))
-        self.linear = self._new_classifier(num_classes)
+        self.linear = self._new_classifier()
         names, widths = zip(*((f"layer{n + 1}", 64 * 2**n * block.EXPANSION) for n in range(4)), strict=True)
         self.feature_info = stage_info(names, widths, (1, 2, 4, 8))
         init_weights(self.modules())
-
-    def stages(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
-        """(N, in_chans, 32, 32) → (N, 64 · 2^l · expansion, H, W), H = W = 32, 16, 8, 4."""
-        x = F.relu(self.bn1(self.conv1(x)))
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
-            yield x
 
 
 register_networks(

@@ -5,7 +5,7 @@ checkpoints load as they are: a 1×1 stem of stride 1, no max pooling, and a ReL
 the paper leaves out.
 """
 
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,12 +47,12 @@ class ShuffleUnit(nn.Module):
 
 
 class CifarShuffleNetV1(PooledClassifier):
-    """1×1 stem, three stages of units, the first of each with stride 2, `linear`.
+    """1×1 stem, three stages of units at 16, 8 and 4 px, the first of each with stride 2, `linear`.
 
     Args:
         widths, units: channels and number of units of the stages.
         groups: of the 1×1 convolutions.
-        num_classes, in_chans, drop_rate: see `PooledClassifier`.
+        options: `num_classes`, `in_chans`, `drop_rate` of `PooledClassifier`.
     """
 
     CLASSIFIER = "linear"
@@ -62,27 +62,18 @@ class CifarShuffleNetV1(PooledClassifier):
         widths: tuple[int, int, int] = (240, 480, 960),
         units: tuple[int, int, int] = (4, 8, 4),
         groups: int = 3,
-        num_classes: int = 100,
-        in_chans: int = 3,
-        drop_rate: float = 0.0,
+        **options: Any,
     ) -> None:
-        super().__init__(widths[-1], num_classes, in_chans, drop_rate)
-        self.conv1 = conv1x1(in_chans, STEM)
+        super().__init__(widths[-1], **options)
+        self.conv1 = conv1x1(self.in_chans, STEM)
         self.bn1 = nn.BatchNorm2d(STEM)
         in_channels = STEM
         for stage, (width, count) in enumerate(zip(widths, units, strict=True), start=1):
             shapes = [(in_channels, width, 2)] + [(width, width, 1)] * (count - 1)
             self.add_module(f"layer{stage}", nn.Sequential(*(ShuffleUnit(*shape, groups) for shape in shapes)))
             in_channels = width
-        self.linear = self._new_classifier(num_classes)
+        self.linear = self._new_classifier()
         self.feature_info = stage_info(("layer1", "layer2", "layer3"), widths, (2, 4, 8))
-
-    def stages(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
-        """(N, in_chans, 32, 32) → (N, widths[l], H, W), H = W = 16, 8, 4."""
-        x = F.relu(self.bn1(self.conv1(x)))
-        for stage in (self.layer1, self.layer2, self.layer3):
-            x = stage(x)
-            yield x
 
 
 # 949,258 parameters at 100 classes

@@ -4,7 +4,7 @@ Layers and names are those of `ShuffleV2` in the code released with CRD (RepDist
 checkpoints load as they are: the paper's table 5 with a 1×1 stem of stride 1 and no max pooling.
 """
 
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,12 +55,12 @@ class DownUnit(nn.Module):
 
 
 class CifarShuffleNetV2(PooledClassifier):
-    """1×1 stem, three stages of one `DownUnit` and some `SplitUnit`s, 1×1 to the last width, `linear`.
+    """1×1 stem, stages of one `DownUnit` and some `SplitUnit`s at 16, 8 and 4 px, 1×1 to the last width, `linear`.
 
     Args:
         widths: channels of the stages and of the last convolution.
         units: `SplitUnit`s of the stages.
-        num_classes, in_chans, drop_rate: see `PooledClassifier`.
+        options: `num_classes`, `in_chans`, `drop_rate` of `PooledClassifier`.
     """
 
     CLASSIFIER = "linear"
@@ -69,12 +69,10 @@ class CifarShuffleNetV2(PooledClassifier):
         self,
         widths: tuple[int, int, int, int] = (116, 232, 464, 1024),
         units: tuple[int, int, int] = (3, 7, 3),
-        num_classes: int = 100,
-        in_chans: int = 3,
-        drop_rate: float = 0.0,
+        **options: Any,
     ) -> None:
-        super().__init__(widths[-1], num_classes, in_chans, drop_rate)
-        self.conv1 = conv1x1(in_chans, 24)
+        super().__init__(widths[-1], **options)
+        self.conv1 = conv1x1(self.in_chans, 24)
         self.bn1 = nn.BatchNorm2d(24)
         in_channels = 24
         for stage, (width, count) in enumerate(zip(widths[:3], units, strict=True), start=1):
@@ -83,15 +81,8 @@ class CifarShuffleNetV2(PooledClassifier):
             in_channels = width
         self.conv2 = conv1x1(in_channels, widths[3])
         self.bn2 = nn.BatchNorm2d(widths[3])
-        self.linear = self._new_classifier(num_classes)
+        self.linear = self._new_classifier()
         self.feature_info = stage_info(("layer1", "layer2", "layer3"), widths[:3], (2, 4, 8))
-
-    def stages(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
-        """(N, in_chans, 32, 32) → (N, widths[l], H, W), H = W = 16, 8, 4."""
-        x = F.relu(self.bn1(self.conv1(x)))
-        for stage in (self.layer1, self.layer2, self.layer3):
-            x = stage(x)
-            yield x
 
     def after_stages(self, x: torch.Tensor) -> torch.Tensor:
         """The last 1×1 convolution."""

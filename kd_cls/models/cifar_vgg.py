@@ -5,6 +5,7 @@ they are; VGG-8 with one convolution per block is that code's own.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,20 +26,20 @@ class CifarVGG(PooledClassifier):
 
     Args:
         depth: a key of `CONVOLUTIONS`.
-        num_classes, in_chans, drop_rate: see `PooledClassifier`.
+        options: `num_classes`, `in_chans`, `drop_rate` of `PooledClassifier`.
     """
 
     CLASSIFIER = "classifier"
     PREACTIVATIONS = ("block1", "block2", "block3", "block4")
 
-    def __init__(self, depth: int, num_classes: int = 100, in_chans: int = 3, drop_rate: float = 0.0) -> None:
-        super().__init__(WIDTHS[-1], num_classes, in_chans, drop_rate)
+    def __init__(self, depth: int, **options: Any) -> None:
+        super().__init__(WIDTHS[-1], **options)
         if depth not in CONVOLUTIONS:
             raise ValueError(f"VGG of depth {depth} is unknown: choose one of {sorted(CONVOLUTIONS)}")
         for number, (width, convolutions) in enumerate(zip(WIDTHS, CONVOLUTIONS[depth], strict=True)):
-            in_channels = in_chans if number == 0 else WIDTHS[number - 1]
+            in_channels = self.in_chans if number == 0 else WIDTHS[number - 1]
             self.add_module(f"block{number}", _block(in_channels, width, convolutions))
-        self.classifier = self._new_classifier(num_classes)
+        self.classifier = self._new_classifier()
         self.feature_info = stage_info(self.PREACTIVATIONS, WIDTHS[1:], (2, 4, 8, 8))
         init_weights(self.modules(), linear_std=0.01)
 

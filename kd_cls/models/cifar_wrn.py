@@ -6,7 +6,7 @@ norm a second time, for methods that compare features, and so moves three runnin
 they move once.
 """
 
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,35 +54,30 @@ class CifarWideResNet(PooledClassifier):
     Args:
         depth: 6n + 4.
         widen: k.
-        num_classes, in_chans, drop_rate: see `PooledClassifier`.
+        options: `num_classes`, `in_chans`, `drop_rate` of `PooledClassifier`.
     """
 
     PREACTIVATIONS = ("block2.layer.0.bn1", "block3.layer.0.bn1", "bn1")
 
-    def __init__(
-        self, depth: int, widen: int, num_classes: int = 100, in_chans: int = 3, drop_rate: float = 0.0
-    ) -> None:
-        super().__init__(64 * widen, num_classes, in_chans, drop_rate)
+    def __init__(self, depth: int, widen: int, **options: Any) -> None:
+        super().__init__(64 * widen, **options)
         blocks, rest = divmod(depth - 4, 6)
         if rest or blocks < 1:
             raise ValueError(f"depth {depth} is not 6n + 4: a wide ResNet has 10, 16, 22, 28, 34, 40, … layers")
-        self.conv1 = conv3x3(in_chans, 16)
+        self.conv1 = conv3x3(self.in_chans, 16)
         self.block1 = Stage(blocks, 16, 16 * widen, stride=1)
         self.block2 = Stage(blocks, 16 * widen, 32 * widen, stride=2)
         self.block3 = Stage(blocks, 32 * widen, 64 * widen, stride=2)
         self.bn1 = nn.BatchNorm2d(64 * widen)
-        self.fc = self._new_classifier(num_classes)
+        self.fc = self._new_classifier()
         self.feature_info = stage_info(("block1", "block2", "block3"), [16 * widen * k for k in (1, 2, 4)], (1, 2, 4))
         init_weights(self.modules())
-        if num_classes > 0:
+        if self.num_classes > 0:
             nn.init.zeros_(self.fc.bias)
 
-    def stages(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
-        """(N, in_chans, 32, 32) → (N, 16k · 2^l, H, W), H = W = 32, 16, 8, before any norm or activation."""
-        x = self.conv1(x)
-        for stage in (self.block1, self.block2, self.block3):
-            x = stage(x)
-            yield x
+    def stem(self, x: torch.Tensor) -> torch.Tensor:
+        """The first convolution; norms and activations are in the blocks, before their convolutions."""
+        return self.conv1(x)
 
     def after_stages(self, x: torch.Tensor) -> torch.Tensor:
         """The last norm and activation."""

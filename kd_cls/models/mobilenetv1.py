@@ -38,7 +38,7 @@ class MobileNetV1(PooledClassifier):
             stages.append(nn.Sequential(*conv_bn_relu(depthwise), *conv_bn_relu(pointwise)))
             in_channels = channels
         self.model = nn.Sequential(*stages)
-        self.fc = self._new_classifier(num_classes)
+        self.fc = self._new_classifier()
         names, widths = zip(*((f"model.{n}", SEPARABLE[n - 1][0]) for n in LAST_OF_SIZE), strict=True)
         self.feature_info = stage_info(names, widths, (4, 8, 16, 32))
 

@@ -1,8 +1,10 @@
-"""One rank of a gloo group, started by test_distributed.py: runs every scenario and saves what its parameters became.
+"""The ranks of a gloo group, started by test_distributed.py: each runs every scenario and saves what its parameters
+became.
 
-python ranks.py RANK WORLD_SIZE STORE_FILE OUTPUT_FOLDER
+python ranks.py WORLD_SIZE OUTPUT_FOLDER: the ranks are forked, so that torch is imported once.
 """
 
+import multiprocessing
 import sys
 import weakref
 from collections.abc import Callable
@@ -328,4 +330,11 @@ def main(rank: int, world: int, store: str, output: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])
+    world, output = int(sys.argv[1]), sys.argv[2]
+    fork = multiprocessing.get_context("fork").Process
+    ranks = [fork(target=main, args=(rank, world, f"{output}/store", output)) for rank in range(world)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    sys.exit(any(rank.exitcode for rank in ranks))

@@ -2,9 +2,7 @@
 
 import importlib.util
 import os
-import subprocess
 import sys
-from contextlib import ExitStack
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers import HELPERS
-from helpers.processes import started
+from helpers.processes import run
 from kd_core.distributed import flat_bucket, make_buckets
 from kd_core.optim import StreamSGD, deepkd_sgd
 from kd_core.streams import backward_streams
@@ -35,16 +33,8 @@ ranks = load_worker()
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank of a group saved."""
     world, folder = request.param, tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, str(WORKER)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with ExitStack() as stack:
-        workers = [
-            stack.enter_context(started([*command, rank, world, folder / "store", folder], env=environment, **pipes))
-            for rank in range(world)
-        ]
-        outputs = [worker.communicate(timeout=300)[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0] * world, "\n".join(outputs)
+    done = run([sys.executable, WORKER, world, folder], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
 
 
