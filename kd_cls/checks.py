@@ -10,7 +10,7 @@ from kd_cls.data.bad_images import ON_BAD_IMAGE
 from kd_cls.distributed import Process
 from kd_cls.task.maps import PREACT
 from kd_core.losses.feature_config import check_feature, distils
-from kd_core.optim.config import STREAM_OPTIMIZERS, check_preset
+from kd_core.optim.config import STREAM_OPTIMIZERS, check_streams
 from kd_core.utils.config import lookup
 from kd_core.utils.errors import UserError
 from kd_core.utils.wandb import import_wandb
@@ -120,20 +120,9 @@ def check_loss(cfg: CfgNode, process: Process) -> None:
         raise UserError("KD.LOSS.NAME gdkds is a mix for foreground and background, as detectors have: use gdkd3")
 
 
-def check_streams(cfg: CfgNode, process: Process) -> None:
+def check_optimizer(cfg: CfgNode, process: Process) -> None:
     """Refuse an optimizer over gradient streams, or momenta drawn from them, where there are none."""
-    check_preset(cfg.SOLVER)
-    name, plain = cfg.SOLVER.OPTIMIZER, not distils(cfg.KD)
-    if name in ("dot_sgd", "deepkd_sgd") and plain:
-        raise UserError(
-            f"SOLVER.OPTIMIZER is {name!r}, which gives distillation its own momentum, but KD.LOSS.NAME is 'none': use "
-            "sgd, or a distillation loss"
-        )
-    if cfg.SOLVER.MOMENTA == "auto" and (plain or name not in ("sgd", *STREAM_OPTIMIZERS)):
-        raise UserError(
-            f"SOLVER.MOMENTA auto compares the gradient streams of a distillation loss; with SOLVER.OPTIMIZER {name!r} "
-            f"and KD.LOSS.NAME {cfg.KD.LOSS.NAME!r} there are none: leave it empty"
-        )
+    check_streams(cfg.SOLVER, cfg.KD, ("sgd", *STREAM_OPTIMIZERS))
 
 
 def check_cache(cfg: CfgNode, process: Process) -> None:
@@ -229,7 +218,7 @@ CHECKS: tuple[Callable[[CfgNode, Process], None], ...] = (
     check_batch,
     check_schedule,
     check_loss,
-    check_streams,
+    check_optimizer,
     check_cache,
     check_views,
     check_features,

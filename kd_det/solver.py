@@ -10,9 +10,8 @@ from detectron2.solver import build_optimizer as build_detectron2_optimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kd_core.losses.feature_config import distils
 from kd_core.optim import StreamOptimizer
-from kd_core.optim.config import STREAM_OPTIMIZERS, build_stream_optimizer, check_preset
+from kd_core.optim.config import STREAM_OPTIMIZERS, build_stream_optimizer, check_streams
 from kd_core.train_step import clip_gradients
 from kd_core.utils.config import lookup
 from kd_core.utils.errors import UserError
@@ -43,7 +42,8 @@ def check_solver(cfg: CfgNode, world_size: int = 1) -> None:
         if not good:
             raise UserError(f"SOLVER.{key} is {lookup(solver, key)!r}, expected {what}")
     check_images(solver.IMS_PER_BATCH, world_size, solver.ACCUMULATE_STEPS)
-    check_streams(cfg)
+    check_streams(solver, cfg.KD, STREAM_OPTIMIZERS)
+    check_clipping(solver)
 
 
 def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
@@ -88,20 +88,8 @@ def check_images(images: int, world_size: int, accumulate_steps: int) -> None:
         )
 
 
-def check_streams(cfg: CfgNode) -> None:
-    """Refuse streams without a loss, and clipping that would act only on their sum."""
-    solver, loss, plain = cfg.SOLVER, cfg.KD.LOSS.NAME, not distils(cfg.KD)
-    check_preset(solver)
-    if plain and solver.OPTIMIZER in ("dot_sgd", "deepkd_sgd"):
-        raise UserError(
-            f"SOLVER.OPTIMIZER {solver.OPTIMIZER} gives distillation a momentum of its own, but KD.LOSS.NAME is none: "
-            "set SOLVER.OPTIMIZER sgd, or a distillation loss"
-        )
-    if solver.MOMENTA == "auto" and (plain or solver.OPTIMIZER == "sgd"):
-        raise UserError(
-            f"SOLVER.MOMENTA auto compares the gradient streams of a distillation loss, but SOLVER.OPTIMIZER is "
-            f"{solver.OPTIMIZER} and KD.LOSS.NAME {loss}: leave it empty, or set e.g. SOLVER.OPTIMIZER deepkd_sgd"
-        )
+def check_clipping(solver: CfgNode) -> None:
+    """Refuse clipping that would act only on the sum of the streams."""
     clip = solver.CLIP_GRADIENTS
     if clip.CLIP_TYPE not in CLIP_TYPES:
         raise UserError(

@@ -1,11 +1,12 @@
 """From the SOLVER node of a config, detector's or classifier's, to a stream optimizer and its momenta."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from fvcore.common.config import CfgNode
 from torch import Tensor
 
+from kd_core.losses.feature_config import distils
 from kd_core.optim.base import StreamOptimizer
 from kd_core.optim.gsnr import AutoMomenta
 from kd_core.optim.presets import PRESETS, deepkd_sgd, dot_sgd
@@ -28,6 +29,29 @@ def check_preset(solver: CfgNode) -> None:
         raise UserError(
             f"SOLVER.DEEPKD.PRESET released means the released code's step, but SOLVER.STEP is {solver.STEP!r}: set "
             "SOLVER.STEP paper, or PRESET paper and DELTA_TOG equal to DELTA_TCG"
+        )
+
+
+def check_streams(solver: CfgNode, kd: CfgNode, streamed: Collection[str]) -> None:
+    """Refuse streams, or momenta drawn from them, where there are none, and what `check_preset` refuses.
+
+    Args:
+        solver, kd: the nodes SOLVER and KD of a config.
+        streamed: the values of SOLVER.OPTIMIZER that keep the streams apart.
+    Raises:
+        UserError: names the key, its value and what is expected.
+    """
+    check_preset(solver)
+    if not distils(kd) and solver.OPTIMIZER in ("dot_sgd", "deepkd_sgd"):
+        raise UserError(
+            f"SOLVER.OPTIMIZER {solver.OPTIMIZER} gives distillation a momentum of its own, but KD.LOSS.NAME is none: "
+            "set SOLVER.OPTIMIZER sgd, or a distillation loss"
+        )
+    if solver.MOMENTA == "auto" and (not distils(kd) or solver.OPTIMIZER not in streamed):
+        raise UserError(
+            f"SOLVER.MOMENTA auto compares the gradient streams of a distillation loss, but SOLVER.OPTIMIZER is "
+            f"{solver.OPTIMIZER} and KD.LOSS.NAME {kd.LOSS.NAME}: leave it empty, or set e.g. SOLVER.OPTIMIZER "
+            "deepkd_sgd"
         )
 
 
