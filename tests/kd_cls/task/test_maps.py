@@ -132,9 +132,9 @@ def test_the_term_of_a_step_is_that_of_the_maps_read_one_by_one(tiny: Callable, 
     images, target = next(iter(trainer.loaders.train))
     student, teacher = task.trainable_module.model, task.teacher.model
     maps, targets = [], []
-    x = student.relu(student.bn1(student.conv1(images)))
+    x = student.stem(images)
     with torch.no_grad():
-        y = teacher.relu(teacher.bn1(teacher.conv1(images)))
+        y = teacher.stem(images)
     for layer in ("layer1", "layer2", "layer3"):
         x = student.get_submodule(layer)(x)
         maps.append(x)
