@@ -56,8 +56,9 @@ def build_trainer(cfg: CfgNode, process: Process) -> Trainer:
     features = build_features(cfg, model, stats, teacher)
     amp_dtype, device = autocast_dtype(cfg), process.device
     task = DistillationTask(
-        student, teacher, loss, criterion, cfg.KD.TASK_WEIGHT, amp_dtype, device, cfg.DATA.VIEWS, **features
-    )
+        student, teacher, loss, criterion, cfg.KD.TASK_WEIGHT, amp_dtype, device, cfg.DATA.VIEWS, **features,
+        at_once=cfg.DATA.VIEWS_AT_ONCE,
+    )  # fmt: skip
     for module in filter(None, (student, task.feature)):
         broadcast_weights(module)
     prepare_networks(cfg, task)

@@ -138,6 +138,11 @@ def check_cache(cfg: CfgNode, process: Process) -> None:
 
 def check_views(cfg: CfgNode, process: Process) -> None:
     """Refuse what knows one view of an image only."""
+    if cfg.DATA.VIEWS_AT_ONCE and (cfg.DATA.VIEWS == 1 or cfg.KD.FEATURE.NAME != "none"):
+        raise UserError(
+            "DATA.VIEWS_AT_ONCE puts two views through one pass, and maps are read view by view, but DATA.VIEWS is "
+            f"{cfg.DATA.VIEWS} and KD.FEATURE.NAME {cfg.KD.FEATURE.NAME}: set it False"
+        )
     if cfg.DATA.VIEWS == 1:
         return
     cached = distils(cfg.KD) and cfg.KD.TEACHER.CACHE != "none"

@@ -84,6 +84,9 @@ def add_data_config(cfg: CfgNode) -> None:
     # Views of each training image: 1, or 2 for mlkd and crld. The weak view has the augmentation; the strong one has
     # RandAugment and cutout besides. With 2 the classification loss is the sum over both.
     cfg.DATA.VIEWS = 1
+    # Compute both views in one forward pass, which is faster. The student's BatchNorm then normalises weak and strong
+    # images by the statistics of both together; with a pass each, as in the released code, by those of their own view.
+    cfg.DATA.VIEWS_AT_ONCE = False
     # Side length of the student's input. 0: the model's own.
     cfg.DATA.INPUT_SIZE = 0
     # Number of training images, evenly spaced, to hold out and to validate on in place of the validation images, so

@@ -34,6 +34,7 @@ class DistillationTask(TrainingTask):
         device: of the task.
         views: of each image. Two, weak and strong, come as one image of six channels; each takes a forward pass of its
             own, so that BatchNorm sees one view at a time. CE is then the sum over both.
+        at_once: put both views through one forward pass instead.
         feature: a loss between feature maps, whose parameters are trained too; None for none.
         readers: of the student's and the teacher's maps, with `feature`.
     """
@@ -48,13 +49,14 @@ class DistillationTask(TrainingTask):
         amp_dtype: torch.dtype | None = None,
         device: torch.device | None = None,
         views: int = 1,
+        at_once: bool = False,
         feature: FeatureLoss | None = None,
         readers: tuple[MapReader, MapReader] | None = None,
     ) -> None:
         super().__init__(device=device, verbose=False)
         self.trainable_module, self.teacher, self.criterion = student, teacher, criterion
         self.distillation, self.task_weight, self.amp_dtype = loss, task_weight, amp_dtype
-        self.views, self.feature, self.readers = views, feature, readers
+        self.views, self.at_once, self.feature, self.readers = views, at_once, feature, readers
         self.streams = {"task": "tog"}
         for part in (loss, feature):
             self.streams |= part.streams if part is not None else {}
@@ -97,8 +99,8 @@ class DistillationTask(TrainingTask):
                 outputs, teacher_logits, terms = self.compare_features(views, progress)
             else:
                 if self.teacher is not None and teacher_logits is None:
-                    teacher_logits = self.one_or_both([self.teacher(view) for view in views])
-                outputs = [(self.compiled_student or self.trainable_module)(view) for view in views]
+                    teacher_logits = self.one_or_both(self.each_view(self.teacher, views))
+                outputs = self.each_view(self.compiled_student or self.trainable_module, views)
         logits = self.one_or_both([distilled for distilled, _ in outputs])
         task_losses = [self.criterion(task_logits.float(), target) for _, task_logits in outputs]
         terms = {"task": self.task_weight * sum(task_losses[1:], task_losses[0]), **terms}
@@ -124,6 +126,15 @@ class DistillationTask(TrainingTask):
             for name, value in self.feature(maps, teacher_maps, progress).items():
                 terms[name] = terms.get(name, 0) + value / len(views)
         return outputs, self.one_or_both(teacher_logits), terms
+
+    def each_view(self, network: Callable[[Tensor], Any], views: list[Tensor]) -> list[Any]:
+        """The outputs (a tensor, or a tuple of them) of a network for each view."""
+        if not self.at_once:
+            return [network(view) for view in views]
+        found = network(torch.cat(views))
+        if isinstance(found, Tensor):
+            return list(found.chunk(len(views)))
+        return list(zip(*(part.chunk(len(views)) for part in found), strict=True))
 
     def split_views(self, images: Tensor) -> list[Tensor]:
         """The views (N, 3, H, W) of a batch, in its memory format."""
@@ -157,6 +168,8 @@ class DistillationTask(TrainingTask):
             return None
         with self.autocast():
             views = self.split_views(images)
+            if self.at_once:
+                return self.one_or_both(self.each_view(self.teacher, views))
             return self.one_or_both([self.teacher.cached(view, epoch, indices) for view in views])
 
     def schedule(self, progress: float) -> dict[str, float]:

@@ -127,6 +127,11 @@ def add_two_view_config(node: Any) -> None:
     node.MLKD.TEMPERATURES = [4.0, 3.0, 5.0, 2.0, 6.0]
     # Factor of the loss, times WEIGHT.
     node.MLKD.WEIGHT = 0.5
+    # Further factor of the term of class similarities (ours; 1 in the paper). The term grows like (images / classes)²,
+    # so what suits CIFAR-100's 64 / 100 is too much for few classes.
+    node.MLKD.CLASS_WEIGHT = 1.0
+    # The same for the term of image similarities.
+    node.MLKD.BATCH_WEIGHT = 1.0
 
     node.CRLD = new()
     # Weight of the divergences within a view.
@@ -201,7 +206,7 @@ def share_of_training(node: Any, key: str, warmup_key: str, training_length: flo
     Raises:
         UserError: the node, called `key` in the config, has both.
     """
-    length = node[warmup_key]
+    length = getattr(node, warmup_key)
     if length and node.WARMUP:
         raise UserError(
             f"{key}.{warmup_key} {length} and {key}.WARMUP {node.WARMUP} both give the length of the warm-up: set "
@@ -292,7 +297,9 @@ def mlkd(cfg: Any) -> MLKDLoss:
     """LOSS.NAME mlkd, keys MLKD and TWO_VIEW."""
     options = two_view_options(cfg)
     options.pop("temperature")
-    return MLKDLoss(cfg.MLKD.TEMPERATURES, options.pop("weight") * cfg.MLKD.WEIGHT, **options)
+    node = cfg.MLKD
+    weights = {"class_weight": node.CLASS_WEIGHT, "batch_weight": node.BATCH_WEIGHT}
+    return MLKDLoss(node.TEMPERATURES, options.pop("weight") * node.WEIGHT, **weights, **options)
 
 
 @LOSS_REGISTRY.register()

@@ -87,12 +87,14 @@ class MLKDLoss(TwoViewLoss):
 
         MLKD  = tckd + nckd + class + batch
         tckd + nckd = weight · Σ T² · Σ_rows m_i · KL(p_i^T || p_i^S) / N
-        class = weight · Σ Σ_ij m_j · (P_TᵀP_T − P_SᵀP_S)_ij² / C           P: (N, C) probabilities at T
-        batch = weight · Σ Σ_ij m_j · (P_TP_Tᵀ − P_SP_Sᵀ)_ij² / N
+        class = class_weight · weight · Σ Σ_ij m_j · (P_TᵀP_T − P_SᵀP_S)_ij² / C    P: (N, C) probabilities at T
+        batch = batch_weight · weight · Σ Σ_ij m_j · (P_TP_Tᵀ − P_SP_Sᵀ)_ij² / N
 
     On the weak view m_i is 1 for rows whose teacher confidence (largest probability at T = 1) is at most the batch's
     median, and m_j for classes whose summed teacher probability is at most theirs; on the strong view all count.
     "class" and "batch" are in stream "tog", as in DeepKD's released code. `standardize` acts on the rows' divergences.
+    P_TᵀP_T sums over the batch, so "class" grows like (N / C)²: with 64 images it is a hundred times as large for 10
+    classes as for CIFAR-100's. `class_weight` (ours) is there to make up for it.
 
     `released` is the value of the released code: a mask multiplies what has been averaged already, so it scales by the
     share that is kept; the strong view has no class and batch terms; and from the fourth temperature on its rows are
@@ -101,6 +103,7 @@ class MLKDLoss(TwoViewLoss):
     Args:
         temperatures: T of every level.
         weight: factor of all terms.
+        class_weight, batch_weight: further factors of "class" and "batch"; 1 in the paper.
         options: `alpha`, `beta`, `released` of `TwoViewLoss`, and its `warmup`, `standardize`, `topk`.
 
     Raises:
@@ -110,16 +113,23 @@ class MLKDLoss(TwoViewLoss):
     terms = {"tckd": "tcg", "nckd": "ncg", "class": "tog", "batch": "tog"}
 
     def __init__(
-        self, temperatures: Sequence[float] = (4.0, 3.0, 5.0, 2.0, 6.0), weight: float = 0.5, **options: Any
+        self,
+        temperatures: Sequence[float] = (4.0, 3.0, 5.0, 2.0, 6.0),
+        weight: float = 0.5,
+        class_weight: float = 1.0,
+        batch_weight: float = 1.0,
+        **options: Any,
     ) -> None:
         super().__init__(1.0, weight=weight, **options)  # rows are divided by their own T before they are compared
+        self.class_weight = as_number(class_weight, "class_weight")
+        self.batch_weight = as_number(batch_weight, "batch_weight")
         self.temperatures = tuple(as_number(temperature, "temperatures") for temperature in temperatures)
         if not self.temperatures or min(self.temperatures) <= 0:
             raise ValueError(f"temperatures must be one or more numbers above 0, not {list(temperatures)}")
 
     @property
     def coefficients(self) -> dict[str, float]:
-        return {"tckd": self.alpha, "nckd": self.beta, "class": 1.0, "batch": 1.0}
+        return {"tckd": self.alpha, "nckd": self.beta, "class": self.class_weight, "batch": self.batch_weight}
 
     def weighted_terms(
         self,
@@ -157,8 +167,8 @@ class MLKDLoss(TwoViewLoss):
         return {
             "tckd": tckd,
             "nckd": nckd,
-            "class": self.masked_sum(classes * (scale / num_classes), class_mask),
-            "batch": self.masked_sum(batch * per_row, row_mask),
+            "class": self.masked_sum(classes * (self.class_weight * scale / num_classes), class_mask),
+            "batch": self.masked_sum(batch * (self.batch_weight * per_row), row_mask),
         }
 
     def levels(self, logits: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.utils.env import seed_all_rng
 
+from kd_core.losses.feature_config import distils
 from kd_det.checks import data_checks
 from kd_det.config import all_keys, kd_defaults, merge_file, merge_list
 from kd_det.data import prepare_digits
@@ -201,7 +202,7 @@ def walk(path: Path, folder: Path, entries: list[list[str]]) -> set[str]:
     assert (first.start_iter, second.start_iter) == (0, 1)
     assert len(steps) == len(resumed) == 1 and steps[0].keys() == resumed[0].keys()
     assert all(math.isfinite(value) for value in (*steps[0].values(), *resumed[0].values()))
-    assert any(name.startswith("loss_kd_") for name in steps[0]) == (cfg.KD.LOSS.NAME != "none")
+    assert any(name.startswith("loss_kd_") for name in steps[0]) == distils(cfg.KD)
     before, after = first.checkpointer.model.state_dict(), second.checkpointer.model.state_dict()
     assert before.keys() == after.keys() and any(not torch.equal(before[key], after[key]) for key in before)
     assert {"model_0000000.pth", "model_final.pth", "student.yaml"} <= set(os.listdir(cfg.OUTPUT_DIR))

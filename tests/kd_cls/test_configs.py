@@ -187,6 +187,40 @@ def test_every_pair_has_its_configs_of_two_views_with_the_released_numbers(teach
             assert (cfg.KD.TASK_WEIGHT, loss.CRLD.WITHIN_WEIGHT, loss.CRLD.CROSS_WEIGHT) == (1, 2, 0.5)
 
 
+@pytest.mark.parametrize(("teacher", "student"), PAIRS)
+def test_every_pair_has_its_configs_of_feature_maps(teacher: str, student: str) -> None:
+    for method in ("reviewkd", "reviewdkd"):
+        cfg = load_cfg(f"configs/CIFAR100/{method}_{teacher}_{student}.yaml")
+        assert f"cifar_{student}" == cfg.MODEL.NAME and cfg.KD.TEACHER.CONFIG_FILE.endswith(f"/teacher_{teacher}.yaml")
+        feature, released = cfg.KD.FEATURE, (teacher, student) == ("resnet32x4", "resnet8x4")
+        assert ("review", 5 if released else 1) == (feature.NAME, feature.WEIGHT)
+        assert (feature.WARMUP_EPOCHS, feature.PREACT) == (20, "teacher")
+        if method == "reviewkd":
+            assert cfg.KD.LOSS.NAME == "none"
+        else:
+            assert ("dkd", PAIRS[teacher, student][0]) == (cfg.KD.LOSS.NAME, cfg.KD.LOSS.DKD.BETA)
+
+
+@pytest.mark.parametrize(
+    ("pair", "weight", "rate"), [("resnet34_resnet18", 1, 0.1), ("resnet50_mobilenetv1", 8, 0.2)]
+)
+def test_imagenet_has_the_released_numbers_of_two_views_and_of_feature_maps(
+    pair: str, weight: float, rate: float
+) -> None:
+    for method in ("reviewkd", "reviewdkd"):
+        cfg = load_cfg(f"configs/ImageNet/{method}_{pair}.yaml")
+        assert (weight, 1, "both") == (cfg.KD.FEATURE.WEIGHT, cfg.KD.FEATURE.WARMUP_EPOCHS, cfg.KD.FEATURE.PREACT)
+        assert (method == "reviewdkd") == (cfg.KD.LOSS.NAME == "dkd")
+    for method in ("mlkd", "crld", "deepkd_mlkd", "deepkd_crld"):
+        cfg = load_cfg(f"configs/ImageNet/{method}_{pair}.yaml")
+        loss, over_mlkd = cfg.KD.LOSS, method.endswith("mlkd")
+        assert (2, method.split("_")[-1]) == (cfg.DATA.VIEWS, loss.NAME)
+        assert (rate if over_mlkd else 0.2, 0.5 if over_mlkd else 2) == (cfg.SOLVER.BASE_LR, cfg.KD.TASK_WEIGHT)
+        assert loss.TEMPERATURE == 1 or (over_mlkd and loss.MLKD.TEMPERATURES[0] == 1)
+        deep = method.startswith("deepkd")
+        assert deep == loss.TWO_VIEW.DECOUPLED == loss.TOPK.ENABLED and (not deep or loss.TWO_VIEW.BETA == 0.5)
+
+
 @pytest.mark.parametrize(("student", "beta", "w"), [("resnet34_resnet18", 0.5, 1), ("resnet50_mobilenetv1", 2, 2)])
 def test_imagenet_has_the_papers_numbers(student: str, beta: float, w: float) -> None:
     for method in ("kd", "dkd", "gdkd", "deepkd", "deepkd_kd", "aekt", "dot"):

@@ -16,6 +16,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from torch import nn
 
 import kd_core.losses.config as loss_config
+import kd_core.losses.feature_config as feature_config
 import kd_det.config.defaults as det_config
 from helpers import config_walk
 from kd_core.optim.config import build_stream_optimizer
@@ -54,12 +55,13 @@ def test_a_config_names_a_loss_and_an_optimizer_that_can_be_built(path):
     architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
     loss = architecture.build_loss(cfg)
     method = re.sub("^(retinanet|seg|panoptic)_", "", path.stem).split("_")[0]
-    assert (loss is None) == (method in ("baseline", "teacher"))
+    assert (loss is None) == (method in ("baseline", "teacher", "reviewkd"))
+    assert (cfg.KD.FEATURE.NAME == "review") == ("review" in path.stem)
     if loss is not None:
         classes = lookup(cfg, architecture.class_keys[0]) + architecture.background
         terms = loss(torch.randn(6, classes), torch.randn(6, classes), torch.randint(classes, (6,)), 0.5)
         assert set(terms) == set(loss.streams) and all(value.isfinite() for value in terms.values())
-        assert method in (cfg.KD.LOSS.NAME, "dot", "deepkd")
+        assert method in (cfg.KD.LOSS.NAME, f"review{cfg.KD.LOSS.NAME}", "dot", "deepkd")
     if cfg.SOLVER.OPTIMIZER != "sgd":
         assert "Learning rate: " in path.read_text(), "say whose learning rate it is"
         build_stream_optimizer(cfg.SOLVER, [{"params": [nn.Parameter(torch.zeros(1))]}])
@@ -77,7 +79,12 @@ def walked(tmp_path_factory) -> Callable[[Path], set[str]]:
         yield cache(lambda path: config_walk.walk(path, folder, entries[80 if path in COCO else 10]))
 
 
-@pytest.mark.parametrize("path", EVERY, ids=lambda path: f"{path.parent.name}-{path.stem}")
+# With a feature loss one pair is walked: the others differ in a base, which other methods walk.
+OTHER_PAIRS = [path for path in COCO if "review" in path.stem and "r18" not in path.stem]
+WALKED = [path for path in EVERY if path not in OTHER_PAIRS]
+
+
+@pytest.mark.parametrize("path", WALKED, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_a_config_steps_saves_resumes_and_steps_again(path, walked):
     reads = walked(path)
     unread = [key for key in keys_in(path) if key not in reads]
@@ -86,7 +93,7 @@ def test_a_config_steps_saves_resumes_and_steps_again(path, walked):
 
 @pytest.mark.parametrize("base", BASES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_a_key_in_a_base_config_is_read_by_one_that_includes_it(base, walked):
-    including = [path for path in [*COCO, *DIGITS, *CAMVID] if base in bases_of(path)]
+    including = [path for path in [*COCO, *DIGITS, *CAMVID] if path not in OTHER_PAIRS and base in bases_of(path)]
     # One of each kind is enough, and whichever test comes first has walked them.
     chosen = {kind_of(read(path)): path for path in including}.values()
     reads = set().union(*(walked(path) for path in chosen))
@@ -161,7 +168,8 @@ def test_every_key_of_ours_is_read_by_something():
 
 def test_every_key_of_ours_has_a_comment_above_it():
     bare = []
-    adders = [f for module in (det_config, loss_config) for name, f in vars(module).items() if name.startswith("add_")]
+    modules = (det_config, loss_config, feature_config)
+    adders = [f for module in modules for name, f in vars(module).items() if name.startswith("add_")]
     for adder in adders:
         for above, line in pairwise(inspect.getsource(adder).splitlines()):
             key = re.match(r"    (?:cfg|node)\.([A-Z0-9_.]+) = (.*)", line)
@@ -170,3 +178,13 @@ def test_every_key_of_ours_has_a_comment_above_it():
                 bare.append(key[1])
     # One comment may explain a family of keys.
     assert [key for key in bare if not re.fullmatch(r"GDKD3?\.W[12]|GDKDS\.BACKGROUND", key)] == []
+
+
+@pytest.mark.parametrize(("pair", "weight"), [("r18_r101", 1.2), ("r50_r101", 1.0), ("mv2_r50", 2.0)])
+def test_every_coco_pair_has_the_released_configs_of_feature_maps(pair, weight):
+    for method, loss in (("reviewkd", "none"), ("reviewdkd", "dkd"), ("reviewgdkd", "gdkd"), ("reviewgdkds", "gdkds")):
+        cfg = read(ROOT / f"configs/COCO/{method}_{pair}.yaml")
+        assert ("review", weight, loss) == (cfg.KD.FEATURE.NAME, cfg.KD.FEATURE.WEIGHT, cfg.KD.LOSS.NAME)
+        assert (5000 if method == "reviewgdkds" else 0) == cfg.KD.LOSS.WARMUP_ITERS
+    masked = read(ROOT / f"configs/COCO/reviewkd_mask_{pair}.yaml")
+    assert (True, {1.2: 1.5, 1.0: 0.8, 2.0: 1.0}[weight]) == (masked.MODEL.MASK_ON, masked.KD.FEATURE.WEIGHT)

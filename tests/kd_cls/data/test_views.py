@@ -96,6 +96,21 @@ def test_batch_norm_sees_one_view_at_a_time(tiny: Callable, process: Process) ->
     assert all(torch.equal(found[name], value) for name, value in student.state_dict().items())
 
 
+def test_both_views_at_once_differ_in_batch_norm_alone(tiny: Callable, process: Process) -> None:
+    results = {}
+    for frozen in (True, False):
+        for once in (True, False):
+            options = ("DATA.VIEWS", 2, "KD.LOSS.NAME", "crld", "MODEL.FREEZE_BN", frozen, "DATA.VIEWS_AT_ONCE", once)
+            trainer = build_trainer(tiny(*options), process)
+            images, target = next(iter(trainer.loaders.train))
+            task = trainer.task.train()
+            task.trainable_module.double(), task.teacher.double()
+            task.teacher_logits(images.double(), 0, torch.arange(len(images)))
+            results[frozen, once] = task(images.double(), target)["loss"]
+    torch.testing.assert_close(results[True, True], results[True, False])
+    assert abs(results[False, True] - results[False, False]) > 1e-3
+
+
 def test_the_task_s_loss_is_the_sum_over_both_views(tiny: Callable, process: Process) -> None:
     trainer = build_trainer(tiny("DATA.VIEWS", 2, "KD.LOSS.NAME", "mlkd", "KD.TASK_WEIGHT", 0.5), process)
     task = trainer.task.train()
@@ -116,6 +131,8 @@ def test_the_task_s_loss_is_the_sum_over_both_views(tiny: Callable, process: Pro
         (["DATA.RESIDENT", True], "DATA.VIEWS 2 does not go with DATA.RESIDENT, RandAugment works on single images"),
         (["KD.LOSS.NAME", "mlkd", "KD.TEACHER.CACHE", "full"], "does not go with KD.TEACHER.CACHE full, it keeps"),
         (["DATA.VIEWS", 3], "DATA.VIEWS is 3, expected 1 or 2"),
+        (["DATA.VIEWS", 1, "DATA.VIEWS_AT_ONCE", True], "VIEWS_AT_ONCE puts two views through one pass, .* is 1 and"),
+        (["DATA.VIEWS_AT_ONCE", True, "KD.FEATURE.NAME", "review"], "but DATA.VIEWS is 2 and KD.FEATURE.NAME review"),
     ],
 )
 def test_what_knows_one_view_only_is_refused(options: list, message: str, tiny: Callable, process: Process) -> None:

@@ -109,6 +109,21 @@ def test_mlkd_without_a_mask_is_kd_of_both_views() -> None:
         torch.testing.assert_close(terms[name], views[0][name] + views[1][name])
 
 
+def test_the_class_term_of_few_classes_has_a_weight_of_its_own() -> None:
+    student, teacher, target = batch()
+    plain = MLKDLoss()(student, teacher, target)
+    weighted = MLKDLoss(class_weight=0.01, batch_weight=3.0)(student, teacher, target)
+    factors = {"tckd": 1, "nckd": 1, "class": 0.01, "batch": 3}
+    for name, factor in factors.items():
+        torch.testing.assert_close(weighted[name], factor * plain[name])
+    sizes = []
+    for classes in (10, 100):  # one-hot teachers, uniform students: (N / C)²
+        logits, labels = torch.zeros(60, classes), torch.arange(60) % 10
+        views = (1e4 * torch.nn.functional.one_hot(labels, classes).float(),) * 2
+        sizes.append(MLKDLoss(released=True)((logits, logits), views, labels)["class"])
+    assert sizes[0] > 5 * sizes[1]
+
+
 def test_crld_of_equal_views_and_no_threshold_is_kd_times_its_weights() -> None:
     student, teacher, target = batch()
     loss = CRLDLoss(within_weight=2.0, cross_weight=0.5, within_threshold=0.0, cross_threshold=0.0)
