@@ -10,7 +10,7 @@ from kd_core.losses.feature_config import distils
 from kd_core.utils.config import lookup
 from kd_core.utils.errors import UserError
 from kd_det.checks import failures, training_checks
-from kd_det.modeling.meta_arch.registry import class_keys
+from kd_det.modeling.meta_arch.registry import PIXEL_CLASSES, class_keys
 from kd_det.modeling.teacher.build import each_teacher
 from kd_det.solver import scale_to_world_size
 
@@ -55,6 +55,8 @@ def use_digits(found: Findings) -> None:
     """Replace the training set by the built-in digits."""
     cfg = found.runnable
     cfg.DATASETS.TRAIN, cfg.DATASETS.PROPOSAL_FILES_TRAIN = (STAND_IN,), ()
+    if cfg.INPUT.CROP.ENABLED and cfg.INPUT.CROP.TYPE == "absolute":  # the digits are square
+        cfg.INPUT.MIN_SIZE_TRAIN = (round(max(cfg.INPUT.CROP.SIZE)),)
     cfg.INPUT.RANDOM_FLIP = "none"  # the substitute keypoints have no left and right
     found.stood_in.append("the built-in digits, enlarged to INPUT.MIN_SIZE_TRAIN, in the place of DATASETS.TRAIN")
     register_stand_in(cfg)
@@ -104,12 +106,14 @@ def usable(found: Findings, key: str, path: str, failed: set[str]) -> bool:
 
 
 def register_stand_in(cfg: CfgNode) -> None:
-    """The digits under the name STAND_IN, with the model's classes, and masks and keypoints where it learns them."""
-    classes = lookup(cfg, class_keys(cfg.MODEL.META_ARCHITECTURE)[0])
+    """The digits under the name STAND_IN, with the model's classes, and what else it learns: masks, keypoints, label maps."""
+    keys = class_keys(cfg.MODEL.META_ARCHITECTURE)
+    source = "digits_panoptic_train" if PIXEL_CLASSES in keys else "digits_train"
+    classes = lookup(cfg, keys[0])
     points = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
 
     def load() -> list[dict[str, Any]]:
-        records = DatasetCatalog.get("digits_train")[:50]
+        records = DatasetCatalog.get(source)[:50]
         for annotation in (a for record in records for a in record["annotations"]):
             x, y, width, height = annotation["bbox"]
             annotation["category_id"] %= classes

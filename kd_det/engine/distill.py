@@ -40,7 +40,7 @@ from kd_det.engine.trainer import DistillationTrainer
 from kd_det.evaluation.report import clock, read_run
 from kd_det.export import read_student, save_plain, save_torchscript
 from kd_det.modeling.backbone.spread import map_spread, suggest_fpn_norm
-from kd_det.modeling.meta_arch.registry import class_keys
+from kd_det.modeling.meta_arch.registry import PIXEL_CLASSES, class_keys
 from kd_det.modeling.teacher.build import teacher_builders, teacher_config
 
 logger = logging.getLogger(__name__)
@@ -88,6 +88,11 @@ def build_config(args: argparse.Namespace, output: Path) -> CfgNode:
     if args.student_weights != "timm":
         check_local_file("--student-weights", args.student_weights or "", "'timm' downloads timm's")
     teacher = teacher_config(asked, any_classes=True)
+    if PIXEL_CLASSES in class_keys(teacher.MODEL.META_ARCHITECTURE):
+        raise UserError(
+            f"--teacher: {teacher_file} is a {teacher.MODEL.META_ARCHITECTURE}, and students are derived of detectors "
+            "only: write the student's config (docs/segmentation.md) and train it with tools/train_net.py"
+        )
     set_data(teacher, args, output)
     options = dict(zip(args.options[::2], args.options[1::2], strict=False))
     records = check_data(teacher, skips_bad_images=options.get("DATASETS.BAD_IMAGES") == "skip")
