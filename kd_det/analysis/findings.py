@@ -106,7 +106,7 @@ def usable(found: Findings, key: str, path: str, failed: set[str]) -> bool:
 
 
 def register_stand_in(cfg: CfgNode) -> None:
-    """The digits under the name STAND_IN, with the model's classes, and what else it learns: masks, keypoints, label maps."""
+    """The digits under the name STAND_IN, with the classes, masks, keypoints and label maps that the model learns."""
     keys = class_keys(cfg.MODEL.META_ARCHITECTURE)
     source = "digits_panoptic_train" if PIXEL_CLASSES in keys else "digits_train"
     classes = lookup(cfg, keys[0])
