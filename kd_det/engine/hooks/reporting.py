@@ -11,7 +11,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import hooks
 from detectron2.utils import comm
-from detectron2.utils.events import EventWriter, TensorboardXWriter
+from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
 from PIL import Image
 
 from kd_core.utils.report.live import logged, status_line, write_live_report
@@ -57,8 +57,11 @@ class Report(hooks.PeriodicWriter):
                 self.write(done, running=True)
 
     def after_train(self) -> None:
-        for writer in self._writers:  # the last evaluation's results
-            writer.write()
+        # The page reads the last evaluation's results from metrics.json. Not the console's writer: written twice in an
+        # iteration, detectron2's divides by the time between.
+        for writer in self._writers:
+            if isinstance(writer, JSONWriter):
+                writer.write()
         self.write(self.trainer.iter, running=False)
         super().after_train()  # with the last pictures
 
