@@ -168,8 +168,10 @@ def test_a_block_is_filled_with_its_table_and_where_that_was_measured(load: Load
     assert twice.count("| kd | 1.25 |") == 2 and twice.count("commit") == 1  # of one run, told once
 
 
-def test_a_block_without_figures_says_how_to_get_them(load: Load, tmp_path: Path) -> None:
-    assert "run `make bench`" in load("report").fill(BLOCK, tmp_path, tmp_path)
+def test_an_empty_block_says_how_to_get_figures_and_another_keeps_those_it_has(load: Load, tmp_path: Path) -> None:
+    fill = load("report").fill
+    assert "run `make bench`" in fill(BLOCK.replace("old\n", ""), tmp_path, tmp_path)
+    assert fill(BLOCK, tmp_path, tmp_path) == BLOCK
 
 
 def test_wrong_blocks_are_refused(load: Load, measured: Path) -> None:
