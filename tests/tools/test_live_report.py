@@ -96,9 +96,10 @@ def test_a_page_that_fails_is_logged_and_the_old_one_stays(tmp_path, caplog):
     [
         (400, [(199, 31.0), (399, 30.12)], "Status: at iteration 400 of 700 (57 %), AP 30.12, best 31.00 at 199"),
         (20, [], "Status: at iteration 20 of 700 (3 %), not evaluated yet"),
+        (701, [(701, 45.4)], "Status: finished, iteration 700 of 700 (100 %), AP 45.40, best 45.40 at 700"),
         (700, [(700, float("nan"))], "Status: finished, iteration 700 of 700 (100 %), AP nan, best nan at 700"),
     ],
-    ids=["running", "not evaluated", "nothing detected"],
+    ids=["running", "not evaluated", "finished and resumed", "nothing detected"],
 )
 def test_the_status_line(iteration, values, line):
     assert status_line(iteration, 700, "AP", values) == line

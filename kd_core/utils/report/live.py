@@ -54,6 +54,9 @@ def status_line(iteration: int, max_iter: int, label: str, values: list[tuple[in
     Args:
         values: (iteration, value) of every evaluation.
     """
+    # A finished run that is resumed is evaluated once more, one iteration later.
+    iteration = min(iteration, max_iter)
+    values = [(min(found, max_iter), value) for found, value in values]
     share = f"iteration {iteration} of {max_iter} ({100 * iteration / max(max_iter, 1):.0f} %)"
     start = "finished" if iteration >= max_iter else "at"
     words = [f"Status: {start} {share}" if start == "at" else f"Status: finished, {share}"]
