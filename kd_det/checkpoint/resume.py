@@ -127,7 +127,7 @@ def load_step(step: SimpleTrainer, state: dict[str, Any], path: str) -> None:
         set_by_measuring = key == "momenta" and measured is not None and measured.momenta is not None
         if value != configured.get(key, value) and not set_by_measuring:
             logger.warning(
-                "--resume keeps the checkpoint's %s %s, not with the config's %s", key, value, configured[key]
+                "--resume keeps the checkpoint's %s %s, not the config's %s", key, value, configured[key]
             )
 
 

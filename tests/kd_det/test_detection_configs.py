@@ -31,10 +31,7 @@ DIGITS = sorted(p for p in (ROOT / "configs/Digits").glob("[!B]*.yaml") if not p
 CAMVID = sorted((ROOT / "configs/CamVid").glob("[!B]*.yaml"))
 CITYSCAPES = sorted((ROOT / "configs/Cityscapes").glob("[!B]*.yaml"))
 # Upstream's builds have it, and tools/install_detectron2.py installs it.
-NEEDS_DEEPLAB = pytest.mark.skipif(
-    "POLY_LR_POWER" not in kd_defaults().SOLVER, reason="this detectron2 has no detectron2.projects.deeplab"
-)
-EVERY = [*COCO, *DIGITS, *CAMVID, *(pytest.param(path, marks=NEEDS_DEEPLAB) for path in CITYSCAPES)]
+EVERY = [*COCO, *DIGITS, *CAMVID, *CITYSCAPES]
 DETECTION_BASES = [path for path in (ROOT / "configs/Digits").glob("Base-*.yaml") if "cls" not in path.stem]
 BASES = [*sorted((ROOT / "configs/COCO").glob("Base*.yaml")), *sorted(DETECTION_BASES)]
 BASES += [ROOT / "configs/CamVid/Base-CamVid.yaml"]
