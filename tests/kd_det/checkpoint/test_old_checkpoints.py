@@ -110,7 +110,7 @@ def test_settings_that_the_checkpoint_overrules_are_said(old, caplog):
     with caplog.at_level(logging.WARNING, logger="kd_det"):
         trainer = resume(old("SOLVER.DEEPKD.DELTA_NCG", 0.05, "SOLVER.BASE_LR", 0.01))
     assert "keeps the checkpoint's initial_lr 0.005, not the config's 0.01" in caplog.text
-    assert re.search(r"checkpoint's momenta \{.*'ncg': 0.975\}, not with the config's \{.*'ncg': 0.95", caplog.text)
+    assert re.search(r"checkpoint's momenta \{.*'ncg': 0.975\}, not the config's \{.*'ncg': 0.95", caplog.text)
     assert trainer.optimizer.param_groups[0]["momenta"]["ncg"] == 0.975
 
 
