@@ -195,10 +195,10 @@ class StreamGradients:
         return list({id(t): t for t in every}.values())
 
 
+# At most 254 characters: torch._assert_async refuses more on a GPU.
 CHANGED = (
     "p.grad was changed outside backward_streams, where it only shows the sum of several streams: use backward_streams "
-    "for loss.backward, optimizer.zero_grad, and optimizer.clip_grad_norm_ or torch.nn.utils.clip_grad_norm_ to clip "
-    "(one common factor on all of p.grad is applied to every stream; clipping by value is not)"
+    "for loss.backward, optimizer.zero_grad, and optimizer.clip_grad_norm_ to clip (clipping by value reaches no stream)"
 )
 
 

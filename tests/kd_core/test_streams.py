@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from kd_core.losses import DKDLoss, GDKDLoss
 from kd_core.optim import StreamAdamW, StreamSGD, deepkd_sgd
 from kd_core.streams import backward_streams, stream_sets, to_streams
+from kd_core.streams.gradients import CHANGED
 
 STREAMS = ("tog", "tcg", "ncg")
 
@@ -181,6 +182,10 @@ def test_changing_p_grad_is_an_error_where_several_momenta_would_ignore_it(chang
     optimizer.zero_grad()
     backward_streams(dkd_streams(model), optimizer)
     optimizer.step()
+
+
+def test_the_message_is_short_enough_for_an_assertion_on_a_gpu() -> None:
+    assert len(CHANGED) < 255  # torch._assert_async refuses more: every step under a float16 scaler failed on CUDA
 
 
 def test_a_gradient_that_one_stream_alone_reaches_is_guarded_as_well() -> None:

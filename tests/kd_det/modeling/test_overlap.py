@@ -37,7 +37,9 @@ def test_on_cuda_the_losses_and_gradients_are_those_without_a_second_stream(
         found.append(({name: loss.item() for name, loss in losses.items()}, gradients))
     (ours, ours_grad), (plain, plain_grad) = found
     assert ours == pytest.approx(plain, rel=1e-5)
-    torch.testing.assert_close(ours_grad, plain_grad, rtol=1e-3, atol=1e-5)
+    assert ours_grad.keys() == plain_grad.keys()
+    for name, gradient in plain_grad.items():  # ROIAlign adds its gradients in any order
+        assert (ours_grad[name] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-6, name
 
 
 @pytest.mark.gpu
