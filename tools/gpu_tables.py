@@ -6,7 +6,7 @@
 Trains whatever of configs/Search/cifar100.yaml is missing with tools/search.py: first ResNet-32x4, then every student,
 several at a time on the one GPU, with all images on it. It stops in time, at most an epoch after each training's last
 checkpoint, writes results.json and the table, and resumes when it is called again. --graphs replays each step as a CUDA
-graph, which `make verify-gpu` checks. Never run on a GPU so far.
+graph, which `make verify-gpu` checks.
 """
 
 import argparse
