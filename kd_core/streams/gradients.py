@@ -198,7 +198,7 @@ class StreamGradients:
 # At most 254 characters: torch._assert_async refuses more on a GPU.
 CHANGED = (
     "p.grad was changed outside backward_streams, where it only shows the sum of several streams: use backward_streams "
-    "for loss.backward, optimizer.zero_grad, and optimizer.clip_grad_norm_ to clip (clipping by value reaches no stream)"
+    "for loss.backward, optimizer.zero_grad and optimizer.clip_grad_norm_ to clip (clipping by value reaches no stream)"
 )
 
 
