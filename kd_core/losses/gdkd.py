@@ -53,6 +53,9 @@ class GDKDLoss(TopPartitionLoss):
         within_top  = w1 · T² · mean KL(p̂^T || p̂^S within U1)
         within_rest = w2 · T² · mean KL(p̂^T || p̂^S within U2)
 
+    The released code clamps the masses to [ε, 1 − ε], ε of their dtype: below it a row's mass has no gradient. Here
+    masses are logarithms, and are not clamped.
+
     Args:
         w0, w1, w2: weights of the terms.
         k: size of U1; with `auto_k` its largest size.
