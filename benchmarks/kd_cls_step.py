@@ -7,6 +7,7 @@ the same batch; the figures are medians over the rounds.
     KD        against its floor: the teacher's forward pass, the student's and its backward pass, each alone
     DeepKD    (over KD, the paper's momenta) against KD, and against its floor: that of KD + a second backward pass
     DeepKD, its teacher in bfloat16: KD.TEACHER.DTYPE, for hardware that is fast at it
+    MLKD      and CRLD, of two views of every image, against the papers' own
     all       against the papers' own steps (--peer: a checkout of DeepKD's released code, which is only read)
 
 Exit code 1 where a bound does not hold.
@@ -41,6 +42,8 @@ BFLOAT16 = "DeepKD, its teacher in bfloat16"
 # Upper bounds of KD over its floor, of DeepKD over our KD, and of DeepKD over the papers' DeepKD. KD should cost no
 # more than the papers' KD, but that is an aim and no bound.
 KD_BOUND, DEEPKD_BOUND, PAPERS_DEEPKD_BOUND = 1.05, 1.35, 0.75
+TWO_VIEWS = ("MLKD", "CRLD")
+PAPERS_TWO_VIEWS_BOUND = 0.7
 Side = Callable[[], object]
 
 
@@ -142,6 +145,33 @@ def papers_steps(peer: Path, ours: Step) -> dict[str, Side]:
     return {"the papers' KD": kd_step, "the papers' DeepKD": deepkd_step}
 
 
+def papers_two_views(peer: Path, method: str, ours: Step) -> Side:
+    """One step of the released code's MLKD or CRLD on the two views that ours has."""
+    sys.modules.setdefault("turtle", SimpleNamespace(st=None))  # imported there, and never used
+    networks = load(peer, "mdistiller/models/cifar/resnet.py")
+    distillers = load(peer, f"mdistiller/distillers/{method}.py")
+    cfg = SimpleNamespace(
+        KD=SimpleNamespace(TEMPERATURE=4.0, LOSS=SimpleNamespace(CE_WEIGHT=0.1, KD_WEIGHT=0.9)),
+        CRLD=SimpleNamespace(CE_WEIGHT=1.0, WV_WEIGHT=2.0, CV_WEIGHT=0.5, TEMPERATURE=4.0, TAU_W=0.9, TAU_S=0.2),
+        EXPERIMENT=SimpleNamespace(LOGIT_STAND=False),
+        SOLVER=SimpleNamespace(
+            TRAINER="base", DEEPKD=SimpleNamespace(ALPHA=1.0, BETA=1.0, WARMUP_FACTOR=1.0, DKD=False, TOPK=0)
+        ),
+    )
+    student, teacher = networks.resnet8x4(num_classes=CLASSES), networks.resnet32x4(num_classes=CLASSES)
+    model = getattr(distillers, method)(student, teacher, cfg).to(ours.target.device).train()
+    sgd = torch.optim.SGD(model.get_learnable_parameters(), 0.0, momentum=0.9, weight_decay=5e-4)
+    weak, strong = (view.contiguous() for view in ours.images.chunk(2, dim=1))
+
+    def step() -> None:
+        sgd.zero_grad()
+        _, losses = model(image_weak=weak, image_strong=strong, target=ours.target, epoch=1)
+        sum(loss.mean() for loss in losses.values()).backward()
+        sgd.step()
+
+    return step
+
+
 def load(peer: Path, file: str) -> ModuleType:
     """A module of the released code under its own name, without the packages' __init__, which import much more."""
     name = file.removesuffix(".py").replace("/", ".")
@@ -171,6 +201,9 @@ def table_rows(seconds: dict[str, list[float]]) -> list[list[Any]]:
             (f"{BFLOAT16} / the papers' KD", seconds[BFLOAT16], seconds["the papers' KD"], None),
             ("KD / the papers' KD", seconds["KD"], seconds["the papers' KD"], None),
         ]
+        for method in TWO_VIEWS:
+            papers = seconds[f"the papers' {method}"]
+            pairs.append((f"{method} / the papers' {method}", seconds[method], papers, PAPERS_TWO_VIEWS_BOUND))
     return [
         [name, *(1e3 * statistics.median(side) for side in sides), statistics.median(map(ratio, *sides)), bound]
         for name, *sides, bound in pairs
@@ -194,8 +227,13 @@ def main() -> int:
             "student forward": kd.student_forward,
             "student backward": kd.student_backward,
         }
+        two_views = {method: step_of(method.lower(), output) for method in TWO_VIEWS}
+        sides |= two_views
         if options.peer is not None:
             sides |= papers_steps(options.peer, kd)
+            sides |= {
+                f"the papers' {name}": papers_two_views(options.peer, name, step) for name, step in two_views.items()
+            }
         seconds = by_turns(sides, options.rounds)
     rows = table_rows(seconds)
     parts = {name: seconds[name] for name in ("teacher forward", "student forward", "student backward")}

@@ -7,6 +7,7 @@ one process on the same batches:
     DeepKD (DKD)      against its floor: KD's step + a second backward pass + the difference of the optimizers
     DKD               against the papers' own detection step (--peer: a checkout of mdistiller, which is only read);
                       ours, and ours with KD.CHANNELS_LAST
+    ReviewDKD         against the papers' own, likewise; both fuse the maps to the teacher's 64 channels
 
 Our teachers run with KD.TEACHER.CHANNELS_LAST, which pays on a CPU; it is off by default.
 """
@@ -45,6 +46,7 @@ STUDENT = {
     "MODEL.FPN.OUT_CHANNELS": "64",
     "MODEL.ROI_BOX_HEAD.FC_DIM": "256",
 }
+PAPERS = {"dkd": "DKD", "reviewdkd": "ReviewDKD"}
 FAST_TEACHER = ("KD.TEACHER.CHANNELS_LAST", "True")
 TEACHER_YAML = "_BASE_: {base}\nMODEL:\n  RESNETS:\n    DEPTH: 50\n"
 
@@ -62,12 +64,13 @@ def main() -> int:
 
 def build_sides(peer: Path | None) -> dict[str, Callable[[], object]]:
     """Every side, as a function that runs one step."""
-    plain, kd, dkd, deepkd = (iteration_of(name) for name in ("baseline", "kd", "dkd", "deepkd"))
+    plain, kd, dkd, deepkd, review = map(iteration_of, ("baseline", "kd", "dkd", "deepkd", "reviewdkd"))
     sides = {
         "plain": plain,
         "KD": kd,
         "DKD": dkd,
         "DeepKD (DKD)": deepkd,
+        "ReviewDKD": review,
         "teacher alone": teacher_alone(kd),
         "second backward": second_backward(deepkd),
         "SGD": kd.step.optimizer.step,
@@ -75,8 +78,9 @@ def build_sides(peer: Path | None) -> dict[str, Callable[[], object]]:
     }
     if peer is not None:
         words = ["KD.TEACHER.FOLD_BN", "False"]  # theirs has a teacher as its yaml builds it
-        sides["the papers' DKD"] = papers_step(peer, iteration_of("dkd", words))
-        sides["DKD, channels last"] = iteration_of("dkd", [*FAST_TEACHER, "KD.CHANNELS_LAST", "True"])
+        for name, title in PAPERS.items():
+            sides[f"the papers' {title}"] = papers_step(peer, title, iteration_of(name, words))
+            sides[f"{title}, channels last"] = iteration_of(name, [*FAST_TEACHER, "KD.CHANNELS_LAST", "True"])
     return sides
 
 
@@ -146,14 +150,18 @@ def stream_step(iteration: Iteration) -> Callable[[], float]:
     return run
 
 
-def papers_step(peer: Path, ours: Iteration) -> Callable[[], None]:
+def papers_step(peer: Path, method: str, ours: Iteration) -> Callable[[], None]:
     """The step of mdistiller's detection code on the modules of `ours`, under detectron2's own trainer."""
     sys.path[:0] = [str(peer), str(peer / "detection")]
-    from model.rcnn import RCNNKD
+    from model import rcnn
+    from model.reviewkd import ReviewKD
 
+    levels = [int(STUDENT["MODEL.FPN.OUT_CHANNELS"])] * 5
+    rcnn.build_kd_trans = lambda _: ReviewKD(levels, levels, levels[0])  # theirs always has 256 channels
     student, teacher = ours.model, ours.model.teacher.model
-    options = SimpleNamespace(TYPE="DKD", DKD=SimpleNamespace(ALPHA=1.0, BETA=0.25, T=1.0))
-    theirs = RCNNKD(
+    dkd, review = SimpleNamespace(ALPHA=1.0, BETA=0.25, T=1.0), SimpleNamespace(LOSS_WEIGHT=1.0)
+    options = SimpleNamespace(TYPE=method, DKD=dkd, REVIEWKD=review)
+    theirs = rcnn.RCNNKD(
         backbone=student.backbone,
         proposal_generator=student.proposal_generator,
         roi_heads=student.roi_heads,
@@ -167,7 +175,10 @@ def papers_step(peer: Path, ours: Iteration) -> Callable[[], None]:
         teacher_input_format=teacher.input_format,
     )
     theirs.train(), theirs.teacher.eval()
-    optimizer = type(ours.step.optimizer)(ours.step.optimizer.param_groups, lr=0.0)
+    groups = [*ours.step.optimizer.param_groups]
+    if method == "ReviewDKD":
+        groups = [{"params": [p for p in theirs.parameters() if p.requires_grad]}]
+    optimizer = type(ours.step.optimizer)(groups, lr=0.0)
     return Iteration(theirs, ours.batches, SimpleTrainer(theirs, Endless(ours.batches), optimizer), EventStorage(0))
 
 
@@ -202,9 +213,11 @@ def table_rows(seconds: dict[str, list[float]], peer: bool) -> list[list[Any]]:
         ("DeepKD / KD", seconds["DeepKD (DKD)"], seconds["KD"], None),
     ]
     if peer:
-        papers = seconds["the papers' DKD"]
-        pairs.append(("DKD / the papers' DKD", seconds["DKD"], papers, None))
-        pairs.append(("DKD, channels last / the papers' DKD", seconds["DKD, channels last"], papers, 0.85))
+        for method, bound in (("DKD", 0.85), ("ReviewDKD", 0.9)):
+            papers = seconds[f"the papers' {method}"]
+            pairs.append((f"{method} / the papers' {method}", seconds[method], papers, None))
+            fast = f"{method}, channels last"
+            pairs.append((f"{fast} / the papers' {method}", seconds[fast], papers, bound))
     return [
         [name, 1e3 * statistics.median(ours), 1e3 * statistics.median(other),
          statistics.median(a / b for a, b in zip(ours, other, strict=True)), bound]

@@ -124,21 +124,24 @@ def autocast_dtype(cfg: CfgNode) -> torch.dtype | None:
 
 
 def attach_teacher(cfg: CfgNode, data: DataSets, stats: InputStats, process: Process) -> Teacher:
-    """The teacher on the device, with its cache if KD.TEACHER.CACHE asks for one."""
+    """The teacher on the device, with a cache of each view if KD.TEACHER.CACHE asks for them."""
     teacher = build_teacher(cfg, data.num_classes, stats)
     if cfg.KD.TEACHER.CACHE != "none":
-        teacher.cache = build_cache(cfg, data, teacher)
+        teacher.caches = [build_cache(cfg, data, teacher, view) for view in range(cfg.DATA.VIEWS)]
     return teacher.to(process.device)
 
 
-def build_cache(cfg: CfgNode, data: DataSets, teacher: Teacher) -> LogitCache:
-    """The cache of the teacher's logits of this run's images.
+def build_cache(cfg: CfgNode, data: DataSets, teacher: Teacher, view: int = 0) -> LogitCache:
+    """The cache of the teacher's logits of this run's images, or of their second view.
+
+    The first of two views is the image of training with one: both kinds of training share its cache.
 
     Raises:
         UserError: the folder holds the cache of another teacher, data set or augmentation.
     """
     name = augmentation(cfg)
-    epochs = 1 if name == "none" else cfg.DATA.AUGMENTATION_EPOCHS or math.ceil(cfg.SOLVER.EPOCHS)
+    still = name == "none" and view == 0
+    epochs = 1 if still else cfg.DATA.AUGMENTATION_EPOCHS or math.ceil(cfg.SOLVER.EPOCHS)
     identity = {
         "teacher": weights_digest(teacher.model.state_dict())[:16],
         "teacher input": list(teacher.stats),
@@ -147,10 +150,12 @@ def build_cache(cfg: CfgNode, data: DataSets, teacher: Teacher) -> LogitCache:
         "augmentation": [name, cfg.DATA.TIMM_OPTIONS],
         "resident": cfg.DATA.RESIDENT and name != "none",  # whose crops and flips are other draws
         "epochs": epochs,
-        "seed": None if name == "none" else cfg.SEED,
+        "seed": None if still else cfg.SEED,
         "precision": str(teacher.speed.dtype if teacher.speed.casts else autocast_dtype(cfg)),
     }
     folder = Path(cfg.KD.TEACHER.CACHE_DIR or Path(cfg.OUTPUT_DIR, "teacher_cache"))
+    if view:
+        folder, identity["view"] = folder / "strong", "strong"
     return LogitCache(
         folder, cfg.KD.TEACHER.CACHE, len(data.train), data.num_classes, epochs, identity, cfg.KD.TEACHER.CACHE_TOPK
     )

@@ -145,14 +145,12 @@ def check_views(cfg: CfgNode, process: Process) -> None:
         )
     if cfg.DATA.VIEWS == 1:
         return
-    cached = distils(cfg.KD) and cfg.KD.TEACHER.CACHE != "none"
     refused = {
         "SOLVER.MIXUP": (
             mixes(cfg),
             "a mixed image has no label and no confidence of its own: set ALPHA and CUTMIX_ALPHA to 0",
         ),
         "DATA.RESIDENT": (cfg.DATA.RESIDENT, "RandAugment works on single images: set it False"),
-        f"KD.TEACHER.CACHE {cfg.KD.TEACHER.CACHE}": (cached, "it keeps the logits of one view: set it to none"),
     }
     for key, (found, reason) in refused.items():
         if found:
@@ -192,8 +190,8 @@ def check_graph(cfg: CfgNode, process: Process) -> None:
     if not cfg.SOLVER.CUDA_GRAPH:
         return
     solver, optimizers, world_size = cfg.SOLVER, ("sgd", "dot_sgd", "deepkd_sgd"), process.world_size
-    cached = distils(cfg.KD) and cfg.KD.TEACHER.CACHE != "none"
     fp16 = solver.AMP.ENABLED and solver.AMP.DTYPE == "float16"
+    cached = distils(cfg.KD) and cfg.KD.TEACHER.CACHE != "none"
     refused = {
         f"{world_size} processes, which exchange gradients": (world_size > 1, "start one"),
         f"SOLVER.OPTIMIZER {solver.OPTIMIZER}, which counts its steps on the host": (

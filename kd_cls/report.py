@@ -97,9 +97,7 @@ def read_classifier_run(folder: Path) -> Run:
     return run
 
 
-def classifier_page(
-    runs: Sequence[Run], title: str, baseline: str | None = None, predictions: bool = True
-) -> Page:
+def classifier_page(runs: Sequence[Run], title: str, baseline: str | None = None, predictions: bool = True) -> Page:
     """The page about `runs`, whose roles are assigned.
 
     Args:
@@ -173,9 +171,7 @@ def class_table(predictions: dict[str, Predictions], teacher: str | None, best: 
     top5 = {title: of.by_class(5) for title, of in predictions.items()}
     rows = []
     for index, name in enumerate(predictions[best].names):
-        cells: list[Cell] = [
-            [percent(top1[title][index]), " / ", percent(top5[title][index])] for title in predictions
-        ]
+        cells: list[Cell] = [[percent(top1[title][index]), " / ", percent(top5[title][index])] for title in predictions]
         gap = top1[teacher][index] - top1[best][index] if teacher else -top1[best][index]
         if teacher:
             cells.append([percent(gap, sign=True)])

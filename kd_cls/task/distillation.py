@@ -168,9 +168,11 @@ class DistillationTask(TrainingTask):
             return None
         with self.autocast():
             views = self.split_views(images)
-            if self.at_once:
+            if self.at_once and not self.teacher.caches:
                 return self.one_or_both(self.each_view(self.teacher, views))
-            return self.one_or_both([self.teacher.cached(view, epoch, indices) for view in views])
+            return self.one_or_both(
+                [self.teacher.cached(images, epoch, indices, view) for view, images in enumerate(views)]
+            )
 
     def schedule(self, progress: float) -> dict[str, float]:
         """Scheduled values at `progress`, for the log: K of the top-k mask."""

@@ -1,6 +1,7 @@
 """The frozen teacher: its own architecture, weights and input statistics, on the same images as the student."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ class Teacher(DistillationTeacher):
         model: the network.
         stats: its input statistics.
         student_stats: those that the images have been normalised with.
-        cache: of its logits, or None.
+        caches: of its logits of each view; empty without a cache.
         speed: how it computes them. `model` stays as it was loaded; the logits come from a faster copy, made at the
             first forward and again after `.to()` or `load_state_dict()`.
     """
@@ -43,11 +44,11 @@ class Teacher(DistillationTeacher):
         model: nn.Module,
         stats: InputStats,
         student_stats: InputStats,
-        cache: LogitCache | None = None,
+        caches: Sequence[LogitCache] = (),
         speed: TeacherSpeed = TeacherSpeed(),  # noqa: B008  (immutable)
     ) -> None:
         super().__init__(model.eval().requires_grad_(False))
-        self.stats, self.student_stats, self.cache = stats, student_stats, cache
+        self.stats, self.student_stats, self.caches = stats, student_stats, caches
         self.same_statistics = stats[:2] == student_stats[:2]
         self.speed, self.compile_options = speed, None
         self.fast: FastTeacher | None = None
@@ -115,15 +116,15 @@ class Teacher(DistillationTeacher):
         self.fast = None
         super()._load_from_state_dict(*args, **kwargs)
 
-    def cached(self, images: Tensor, epoch: int, indices: Tensor) -> Tensor:
-        """Logits like `forward`, from the cache if it has all of them; `indices` (N,) are those in the data set."""
-        if self.cache is None:
+    def cached(self, images: Tensor, epoch: int, indices: Tensor, view: int = 0) -> Tensor:
+        """Logits like `forward`, from the view's cache if it has all; `indices` (N,) are those in the data set."""
+        if not self.caches:
             return self(images)
-        logits = self.cache.read(epoch, indices)
+        logits = self.caches[view].read(epoch, indices)
         if logits is not None:
             return logits.to(images.device, non_blocking=True)
         logits = self(images)
-        self.cache.write(epoch, indices, logits)
+        self.caches[view].write(epoch, indices, logits)
         return logits
 
 
@@ -147,7 +148,7 @@ def teacher_description(cfg: CfgNode) -> tuple[str, str, str, CfgNode | None]:
 
 
 def build_teacher(
-    cfg: CfgNode, num_classes: int, student_stats: InputStats, cache: LogitCache | None = None
+    cfg: CfgNode, num_classes: int, student_stats: InputStats, caches: Sequence[LogitCache] = ()
 ) -> Teacher:
     """The teacher of KD.TEACHER.
 
@@ -176,7 +177,7 @@ def build_teacher(
             "(KD.TEACHER.ALLOW_RANDOM True for tests)"
         )
     stats = teacher_stats(node, model, own, metadata, student_stats)
-    return Teacher(model, stats, student_stats, cache, TeacherSpeed.from_config(cfg))
+    return Teacher(model, stats, student_stats, caches, TeacherSpeed.from_config(cfg))
 
 
 def check_pretrained_classes(name: str, num_classes: int) -> None:

@@ -201,9 +201,7 @@ def test_every_pair_has_its_configs_of_feature_maps(teacher: str, student: str) 
             assert ("dkd", PAIRS[teacher, student][0]) == (cfg.KD.LOSS.NAME, cfg.KD.LOSS.DKD.BETA)
 
 
-@pytest.mark.parametrize(
-    ("pair", "weight", "rate"), [("resnet34_resnet18", 1, 0.1), ("resnet50_mobilenetv1", 8, 0.2)]
-)
+@pytest.mark.parametrize(("pair", "weight", "rate"), [("resnet34_resnet18", 1, 0.1), ("resnet50_mobilenetv1", 8, 0.2)])
 def test_imagenet_has_the_released_numbers_of_two_views_and_of_feature_maps(
     pair: str, weight: float, rate: float
 ) -> None:

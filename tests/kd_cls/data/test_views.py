@@ -129,7 +129,6 @@ def test_the_task_s_loss_is_the_sum_over_both_views(tiny: Callable, process: Pro
     [
         (["SOLVER.MIXUP.ALPHA", 0.4], "DATA.VIEWS 2 does not go with SOLVER.MIXUP, a mixed image has no label"),
         (["DATA.RESIDENT", True], "DATA.VIEWS 2 does not go with DATA.RESIDENT, RandAugment works on single images"),
-        (["KD.LOSS.NAME", "mlkd", "KD.TEACHER.CACHE", "full"], "does not go with KD.TEACHER.CACHE full, it keeps"),
         (["DATA.VIEWS", 3], "DATA.VIEWS is 3, expected 1 or 2"),
         (["DATA.VIEWS", 1, "DATA.VIEWS_AT_ONCE", True], "VIEWS_AT_ONCE puts two views through one pass, .* is 1 and"),
         (["DATA.VIEWS_AT_ONCE", True, "KD.FEATURE.NAME", "review"], "but DATA.VIEWS is 2 and KD.FEATURE.NAME review"),

@@ -78,11 +78,14 @@ def test_sizes_that_cannot_be_are_refused(tmp_path: Path) -> None:
         cache(tmp_path, num_images=10**12)
 
 
-def test_training_from_the_cache_is_training_with_the_teacher_to_the_bit(run: Callable, tmp_path: Path) -> None:
-    with_teacher = run("KD.LOSS.NAME", "dkd", "OUTPUT_DIR", tmp_path / "teacher")
-    folder = ["KD.TEACHER.CACHE_DIR", tmp_path / "cache"]
-    filling = run(*CACHED, "full", *folder, "OUTPUT_DIR", tmp_path / "filling")
-    reading = run(*CACHED, "full", *folder, "OUTPUT_DIR", tmp_path / "reading")
+@pytest.mark.parametrize("options", [["KD.LOSS.NAME", "dkd"], ["KD.LOSS.NAME", "crld", "DATA.VIEWS", 2]])
+def test_training_from_the_cache_is_training_with_the_teacher_to_the_bit(
+    options: list, run: Callable, tmp_path: Path
+) -> None:
+    with_teacher = run(*options, "OUTPUT_DIR", tmp_path / "teacher")
+    options = [*options, "KD.TEACHER.CACHE", "full", "KD.TEACHER.CACHE_DIR", tmp_path / "cache"]
+    filling = run(*options, "OUTPUT_DIR", tmp_path / "filling")
+    reading = run(*options, "OUTPUT_DIR", tmp_path / "reading")
     for name, tensor in with_teacher["model"].items():
         assert torch.equal(tensor, filling["model"][name]) and torch.equal(tensor, reading["model"][name]), name
 
@@ -103,6 +106,20 @@ def test_the_second_run_and_repeated_epochs_do_not_ask_the_teacher(
     repeated = ["KD.TEACHER.CACHE_DIR", tmp_path / "one", "DATA.AUGMENTATION_EPOCHS", 1, "DATA.SHUFFLE", False]
     assert passes(*repeated) == 4
     assert json.loads((tmp_path / "still" / "meta.json").read_text())["seed"] is None  # nothing is random there
+
+
+def test_two_views_at_once_are_read_too_and_training_with_one_reads_the_weak_one(
+    tiny: Callable, process: Process, tmp_path: Path
+) -> None:
+    def passes(*options: Any) -> int:
+        trainer = build_trainer(tiny("KD.TEACHER.CACHE", "full", "KD.TEACHER.CACHE_DIR", tmp_path, *options), process)
+        calls = []
+        trainer.task.teacher.register_forward_hook(lambda *_: calls.append(1))
+        trainer.run()
+        return len(calls)
+
+    two = ["KD.LOSS.NAME", "crld", "DATA.VIEWS", 2]
+    assert passes(*two) == 16 and passes(*two, "DATA.VIEWS_AT_ONCE", True) == 0 == passes("KD.LOSS.NAME", "dkd")
 
 
 @pytest.mark.parametrize(
