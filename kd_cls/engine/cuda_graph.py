@@ -8,8 +8,8 @@ with the same numbers. So everything that differs from step to step has to be in
 - K of the top-k mask, the momenta and all other numbers of the optimizer form the *signature* of a graph. Where it
   changes, a few steps run eagerly and the next is captured anew: K takes at most C − 1 values in a training.
 
-The moving average is updated outside. An incomplete batch runs eagerly. tests/kd_cls/engine/test_cuda_graph.py replays a
-recording on the CPU, and graphs on a GPU where there is one.
+The moving average is updated outside. An incomplete batch runs eagerly. tests/kd_cls/engine/test_cuda_graph.py replays
+a recording on the CPU, and graphs on a GPU where there is one.
 """
 
 import logging
