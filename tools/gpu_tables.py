@@ -2,6 +2,7 @@
 """The papers' CIFAR-100 table on one GPU, in pieces of minutes:  tools/gpu_tables.py --minutes 9
 
     tools/gpu_tables.py --minutes 9 DATA.ROOT datasets/cifar100       # repeat it until every row is there
+    tools/gpu_tables.py DATA.ROOT … --table configs/Search/cifar100_short.yaml --jobs 10 --graphs    # 24 epochs each
 
 Trains whatever of configs/Search/cifar100.yaml is missing with tools/search.py: first ResNet-32x4, then every student,
 several at a time on the one GPU, with all images on it. It stops in time, at most an epoch after each training's last
