@@ -1,16 +1,14 @@
 """How the two training commands end: one line for the user's errors, a traceback for a bug."""
 
-import os
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
 
-from helpers.processes import run
+from helpers import forked
 
 ROOT = Path(__file__).resolve().parents[1]
-VARIABLES = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
 DETECTION = [
     str(ROOT / "tools" / "train_net.py"), "--num-gpus", "0", "--config-file", "configs/Digits/dkd.yaml",
     "KD.TEACHER.WEIGHTS", "", "KD.TEACHER.ALLOW_RANDOM", "True", "INPUT.MIN_SIZE_TRAIN", "(64,)", "DATASETS.TEST", "()",
@@ -34,7 +32,7 @@ CLASSIFICATION = [
 )
 def test_a_bug_inside_a_loss_shows_its_traceback(command, bug, message, tmp_path):
     words = [ROOT / "tests" / "helpers" / "broken_loss.py", bug, *command, "KD.LOSS.NAME", "broken"]
-    done = run([sys.executable, *words, "OUTPUT_DIR", tmp_path], env=os.environ | VARIABLES, cwd=ROOT)
+    done = forked.run([*words, "OUTPUT_DIR", tmp_path])
     assert done.returncode == 1
     assert "Traceback (most recent call last)" in done.stderr and "in row_terms" in done.stderr
     assert message in done.stderr.splitlines()[-1]

@@ -1,10 +1,5 @@
-"""LazyConfig trainings in processes of their own, for tests/tools/test_lazyconfig_train_net.py.
+"""LazyConfig trainings in processes of their own, for tests/tools/test_lazyconfig_train_net.py."""
 
-A fork server imports detectron2 once and then forks each process. The test's own process cannot be forked: it may have
-run a backward pass, after which a forked child cannot.
-"""
-
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -18,9 +13,9 @@ from kd_det.config import kd_defaults
 from kd_det.data import register_datasets
 from kd_det.engine.lazy_trainer import LazyTrainer, main
 
+from .forked import started
+
 TINY = str(Path(__file__).parent / "tiny_lazy.py")
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["helpers.lazy_training"])
 
 
 def arguments(output: Path, *words: str, config: str = TINY) -> Any:
@@ -68,7 +63,6 @@ def quietly(function: Callable[..., None], *args: Any) -> None:
 
 def in_a_process(function: Callable[..., None], *args: Any) -> int | None:
     """The exit code of `function(*args)` in a process of its own."""
-    process = SERVER.Process(target=quietly, args=(function, *args))
-    process.start()
-    process.join()
-    return process.exitcode
+    with started(quietly, function, *args) as process:
+        process.join()
+        return process.exitcode

@@ -1,4 +1,4 @@
-"""One process of a gloo group, started by torchrun from test_distributed.py.
+"""One process of a gloo group, started from test_distributed.py.
 
 torchrun … train_ranks.py CONFIG_FILE OUTPUT [KEY VALUE …]: trains, and saves what this rank ended with.
 """

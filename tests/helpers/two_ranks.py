@@ -1,4 +1,4 @@
-"""Run by torchrun in test_two_ranks.py: `two_ranks.py FOLDER …` leaves rank<r>.pth in each folder, of its config.yaml.
+"""Run on two ranks by test_two_ranks.py: `two_ranks.py FOLDER …` leaves rank<r>.pth in each folder, of its config.yaml.
 
 `model`: after three iterations of DeepKD, in the second of which rank 1 has no object; `synchronised`: the same, two
 iterations with naiveSyncBN; `gradients`: of one float64 step on half of eight images; `norms`: statistics that differed

@@ -1,7 +1,5 @@
-"""Two gloo ranks under torchrun, and one process on the whole batch. What a rank does is in train_ranks.py."""
+"""Two gloo ranks, and one process on the whole batch. What a rank does is in train_ranks.py."""
 
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers import HELPERS
-from helpers.processes import run
+from helpers import HELPERS, forked
 from kd_cls.build import build_trainer
 from kd_cls.checks import check_config
 from kd_cls.distributed import Process
@@ -27,13 +24,11 @@ OPTIONS = [
 
 @pytest.fixture(scope="module")
 def ranks(tiny_yaml: Path, teacher_yaml: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two ranks ended with; `train_ranks.py` under torchrun."""
+    """What each of two ranks ended with; `train_ranks.py` in a gloo group."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(WORKER)]
-    words = [str(tiny_yaml), str(folder), *OPTIONS, "KD.TEACHER.CONFIG_FILE", str(teacher_yaml)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = run([*command, *words], env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    words = [tiny_yaml, folder, *OPTIONS, "KD.TEACHER.CONFIG_FILE", teacher_yaml]
+    for done in forked.run_ranks(2, [WORKER, *words]):
+        assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 

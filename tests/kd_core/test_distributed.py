@@ -1,8 +1,6 @@
 """Streams over two and three real gloo ranks, float64, no BatchNorm. What the ranks do is in ranks.py."""
 
 import importlib.util
-import os
-import sys
 from types import ModuleType
 from typing import Any
 
@@ -10,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers import HELPERS
-from helpers.processes import run
+from helpers import HELPERS, forked
 from kd_core.distributed import flat_bucket, make_buckets
 from kd_core.optim import StreamSGD, deepkd_sgd
 from kd_core.streams import backward_streams
@@ -33,7 +30,7 @@ ranks = load_worker()
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank of a group saved."""
     world, folder = request.param, tmp_path_factory.mktemp("ranks")
-    done = run([sys.executable, WORKER, world, folder], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = forked.run([WORKER, world, folder])
     assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
 

@@ -2,16 +2,14 @@
 
 import io
 import json
-import os
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from helpers import forked
 from helpers.few_digits import few_digits
-from helpers.processes import run
 from helpers.report_runs import Page
 from kd_core.utils.report.live import status_line, write_live_report
 
@@ -23,8 +21,8 @@ def train_tiny(folder: Path, *options: str, flags: tuple[str, ...] = ()) -> str:
     entry = few_digits(folder, 3)
     words = ["DATASETS.REGISTER", str([entry]), "DATASETS.TEST", f"('{entry[0]}',)", "TEST.EVAL_PERIOD", "20"]
     words += ["SOLVER.MAX_ITER", "22", "SOLVER.STEPS", "(21,)", "OUTPUT_DIR", str(folder / "run")]
-    command = [sys.executable, "tools/train_net.py", "--config-file", "tests/tools/tiny.yaml", "--num-gpus", "0"]
-    done = run([*command, *flags, *words, *options], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = ["tools/train_net.py", "--config-file", "tests/tools/tiny.yaml", "--num-gpus", "0"]
+    done = forked.run([*command, *flags, *words, *options])
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
 

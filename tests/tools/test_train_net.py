@@ -1,9 +1,8 @@
-"""tools/train_net.py as its users run it: real processes, real data, killed and resumed."""
+"""tools/train_net.py as its users run it: processes, real data, killed and resumed."""
 
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,24 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers import forked
 from helpers.processes import run as run_process
-from helpers.processes import started
 from kd_det.engine.launch import argument_parser, run_command
 
 ROOT = Path(__file__).resolve().parents[2]
-TRAIN_NET = [sys.executable, str(ROOT / "tools" / "train_net.py")]
+TRAIN_NET = [str(ROOT / "tools" / "train_net.py")]
 SMALL = [
     "INPUT.MIN_SIZE_TRAIN", "(96,)", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "8",
     "SOLVER.CHECKPOINT_PERIOD", "4", "SOLVER.STEPS", "(6,)",
     "DATALOADER.NUM_WORKERS", "1", "SEED", "1", "DATASETS.TEST", "()",
 ]  # fmt: skip
 RANDOM_TEACHER = ["KD.TEACHER.WEIGHTS", "", "KD.TEACHER.ALLOW_RANDOM", "True"]
-
-
-@pytest.fixture(scope="module")
-def environment():
-    """One thread per process: two processes share two cores, and sums are in one order."""
-    return os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def command(output, *options, config="configs/Digits/dkd.yaml"):
@@ -47,17 +40,18 @@ def command(output, *options, config="configs/Digits/dkd.yaml"):
     ]
 
 
-def run(args, environment):
-    done = run_process(args, cwd=ROOT, env=environment)
+def run(args, environment=os.environ):
+    done = forked.run(args, environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, environment):
-    """OUTPUT_DIR of eight iterations of DKD on the built-in digits."""
+def undisturbed(tmp_path_factory):
+    """OUTPUT_DIR of eight iterations of DKD on the built-in digits, in a process that imports everything itself."""
     output = tmp_path_factory.mktemp("undisturbed")
-    run(command(output), environment)
+    done = run_process([sys.executable, *command(output)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return output
 
 
@@ -76,15 +70,14 @@ def equal(a, b):
     return a == b
 
 
-def test_killed_and_resumed_it_ends_where_an_undisturbed_run_does_to_the_bit(undisturbed, tmp_path, environment):
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with started(command(tmp_path), cwd=ROOT, env=environment, **quiet) as process:
+def test_killed_and_resumed_it_ends_where_an_undisturbed_run_does_to_the_bit(undisturbed, tmp_path):
+    with forked.started_command(command(tmp_path), tmp_path / "said") as process:
         while not (tmp_path / "last_checkpoint").exists():
-            assert process.poll() is None
+            assert process.exitcode is None
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
+        os.kill(process.pid, signal.SIGKILL)
     assert not (tmp_path / "model_final.pth").exists()
-    run(command(tmp_path, "--resume"), environment)
+    run(command(tmp_path, "--resume"))
     expected, got = load(undisturbed / "model_final.pth"), load(tmp_path / "model_final.pth")
     assert equal(expected["model"], got["model"])
     assert equal(expected["trainer"], got["trainer"])  # optimizer, schedules, iteration
@@ -134,12 +127,14 @@ found.pred_classes.tolist()]))
 """
 
 
-def test_plain_detectron2_loads_the_student_and_detects_the_same(undisturbed, environment):
+def test_plain_detectron2_loads_the_student_and_detects_the_same(undisturbed):
     from detectron2.modeling import build_model
 
     from kd_det.engine.launch import read_config
 
-    done = run([sys.executable, "-c", PLAIN, str(undisturbed)], environment | {"PYTHONPATH": ""})
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    done = run_process([sys.executable, "-c", PLAIN, undisturbed], env=variables)
+    assert done.returncode == 0, done.stderr[-3000:]
     name, boxes, scores, classes = json.loads(done.stdout.splitlines()[-1])
     cfg = read_config(str(undisturbed / "config.yaml"), [])
     ours = build_model(cfg).eval()
@@ -159,7 +154,7 @@ def test_the_checkpoint_holds_the_student_and_no_teacher(undisturbed):
     assert not any("teacher" in key for key in state["model"])
 
 
-def test_a_loss_that_is_not_finite_names_iteration_and_terms_and_keeps_the_last_checkpoint(tmp_path, environment):
+def test_a_loss_that_is_not_finite_names_iteration_and_terms_and_keeps_the_last_checkpoint(tmp_path):
     # One step of a learning rate that no weight survives: iterations 0 to 3 are fine, the checkpoint of 3 is whole.
     options = [
         "SOLVER.BASE_LR",
@@ -173,7 +168,7 @@ def test_a_loss_that_is_not_finite_names_iteration_and_terms_and_keeps_the_last_
         "SOLVER.CLIP_GRADIENTS.ENABLED",
         "False",
     ]
-    done = run_process(command(tmp_path, *options), cwd=ROOT, env=environment)
+    done = forked.run(command(tmp_path, *options))
     assert done.returncode != 0
     assert "train_net: Training stopped at iteration " in done.stderr and "Traceback" not in done.stderr
     assert "Terms of the iteration before" in done.stderr and "--resume" in done.stderr
@@ -205,14 +200,14 @@ def test_bad_input_is_one_clear_error_before_training(load_tool, monkeypatch, tm
     assert not list(tmp_path.glob("model_*.pth"))
 
 
-def test_bad_input_ends_the_process_in_one_line_and_exit_code_1(tmp_path, environment):
-    done = run_process(command(tmp_path, "KD.LOSS.DKD.BTEA", "8"), cwd=ROOT, env=environment)
+def test_bad_input_ends_the_process_in_one_line_and_exit_code_1(tmp_path):
+    done = forked.run(command(tmp_path, "KD.LOSS.DKD.BTEA", "8"))
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("train_net: the command line: unknown key KD.LOSS.DKD.BTEA")
 
 
-def test_the_help_names_the_ways_to_start_and_the_keys_are_listed_with_their_values(load_tool, environment, capsys):
-    text = run([*TRAIN_NET, "--help"], environment).stdout
+def test_the_help_names_the_ways_to_start_and_the_keys_are_listed_with_their_values(load_tool, capsys):
+    text = run([*TRAIN_NET, "--help"]).stdout
     for part in ("torchrun --nproc-per-node", "--num-gpus 0", "--list-keys", "--resume", "working folder"):
         assert part in text
     words = ["--config-file", str(ROOT / "configs/Digits/dkd.yaml"), "--list-keys", "KD.LOSS.DKD"]
@@ -228,13 +223,13 @@ def test_several_machines_without_gpus_are_refused_with_the_right_command(load_t
         run_command("train_net", load_tool("train_net").main, arguments)
 
 
-def test_real_coco_images_train_and_evaluate(shared_dir, tmp_path, environment):
+def test_real_coco_images_train_and_evaluate(shared_dir, tmp_path):
     coco, images = shared_dir / "data" / "coco-mini", tmp_path / "datasets" / "coco"
     (images / "annotations").mkdir(parents=True)
     for split in ("train2017", "val2017"):
         (images / split).symlink_to(coco / split)
         few_images(coco / "annotations" / f"instances_{split}.json", images / "annotations", 8)
-    environment = environment | {"DETECTRON2_DATASETS": str(images.parent)}
+    environment = os.environ | {"DETECTRON2_DATASETS": str(images.parent)}
     base = [*TRAIN_NET, "--config-file", "configs/COCO/dkd_r18_r101.yaml", "--num-gpus", "0"]
     options = [
         "INPUT.MIN_SIZE_TRAIN", "(96,)", "INPUT.MIN_SIZE_TEST", "96", "INPUT.MAX_SIZE_TRAIN", "128",

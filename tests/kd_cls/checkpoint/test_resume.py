@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.processes import run as run_process
-from helpers.processes import started
+from helpers import forked
 from kd_cls.build import build_trainer
 from kd_cls.checkpoint.resume import check_resumable
 from kd_cls.config import load_cfg
@@ -100,20 +97,18 @@ def test_a_run_killed_in_the_middle_of_an_epoch_ends_as_an_undisturbed_one(
 def test_kill_9_with_a_worker_and_resume_ends_as_an_undisturbed_run(tiny_yaml: Path, tmp_path: Path) -> None:
     words = ["--config-file", str(tiny_yaml), "SOLVER.CHECKPOINT_PERIOD", "1", "SOLVER.EPOCHS", "6", "LOG_PERIOD", "1"]
     words += ["DATA.NUM_WORKERS", "1", "SOLVER.EVAL_PERIOD", "6"]
-    command = [sys.executable, "-m", "kd_cls.train", *words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    assert run_process([*command, "OUTPUT_DIR", tmp_path / "whole"], env=environment).returncode == 0
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    command = ["-m", "kd_cls.train", *words]
+    assert forked.run([*command, "OUTPUT_DIR", tmp_path / "whole"]).returncode == 0
     metrics = tmp_path / "cut" / "metrics.json"
-    with started([*command, "OUTPUT_DIR", tmp_path / "cut"], env=environment, **quiet) as running:
+    with forked.started_command([*command, "OUTPUT_DIR", tmp_path / "cut"], tmp_path / "said") as running:
         limit = time.monotonic() + 120
         while time.monotonic() < limit and not (metrics.is_file() and metrics.read_text().count("\n") >= 5):
             time.sleep(0.002)
         os.killpg(running.pid, signal.SIGKILL)  # the worker too
-        assert running.wait() == -signal.SIGKILL
+        running.join()
+        assert running.exitcode == -signal.SIGKILL
     assert 0 < last(tmp_path / "cut")["training"]["iteration"] < 24
-    resumed = [*command, "--resume", "OUTPUT_DIR", str(tmp_path / "cut")]
-    assert run_process(resumed, env=environment).returncode == 0
+    assert forked.run([*command, "--resume", "OUTPUT_DIR", tmp_path / "cut"]).returncode == 0
     assert same(last(tmp_path / "whole"), last(tmp_path / "cut")) == []
 
 

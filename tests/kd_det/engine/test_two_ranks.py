@@ -1,4 +1,4 @@
-"""Two gloo processes under torchrun: equal parameters, and the gradient of one process."""
+"""Two gloo processes: equal parameters, and the gradient of one process. One test starts them by torchrun itself."""
 
 import os
 import re
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from helpers import HELPERS
+from helpers import HELPERS, forked
 from helpers.few_digits import few_digits
 from helpers.processes import run
 from helpers.tiny_detector import make_batch
@@ -35,9 +35,8 @@ DEEPKD = (
 
 def on_two_ranks(*command):
     """Run a script in two gloo processes of one thread each; a hang is an error too."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = run([*TORCHRUN, *command], timeout=400, cwd=ROOT, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    for done in forked.run_ranks(2, command, timeout=400):
+        assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_two_ranks_share_parameters_and_statistics_and_step_by_one_process_gradient(tiny_cfg, tmp_path, unpinned):
@@ -85,7 +84,10 @@ def test_train_net_under_torchrun_keeps_two_ranks_equal_to_the_bit_though_batche
     cfg.DATASETS.REGISTER, cfg.DATASETS.TRAIN = [entry], (entry[0],)
     config = tmp_path / "config.yaml"
     config.write_text(cfg.dump())
-    on_two_ranks("tools/train_net.py", "--config-file", config, "--num-gpus", 0)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = ["tools/train_net.py", "--config-file", config, "--num-gpus", 0]
+    done = run([*TORCHRUN, *command], timeout=400, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
     logs = [(tmp_path / "output" / name).read_text() for name in ("log.txt", "log.txt.rank1")]
     digests = [re.findall(r"Parameters after (\d+) iterations on rank \d: ([0-9a-f]{64})", log) for log in logs]
     assert [int(iterations) for iterations, _ in digests[0]] == [10, 20, 30] and digests[0] == digests[1]

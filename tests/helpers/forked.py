@@ -1,0 +1,113 @@
+"""Python commands in processes that are forked from one that has imported torch, detectron2, timm and our packages.
+
+A process that imports them itself spends more time on that than a tiny training takes. The fork server is
+multiprocessing's: a test's own process cannot be forked, for it may have run a backward pass, after which a forked
+child cannot.
+"""
+
+import contextlib
+import gc
+import multiprocessing
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from . import ROOT
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["kd_det.engine.train", "kd_cls.train", "torch.utils.tensorboard"])
+
+
+@contextmanager
+def started(target: Callable[..., None], *args: Any) -> Iterator[BaseProcess]:
+    """A process that calls `target(*args)`, in a session of its own; all of which is killed at the end of the block."""
+    process = SERVER.Process(target=in_a_session, args=(target, *args))
+    process.start()
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+
+
+def in_a_session(target: Callable[..., None], *args: Any) -> None:
+    os.setsid()
+    gc.freeze()  # what the server has imported need not be looked through again
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    target(*args)
+
+
+def started_command(
+    words: Sequence[object], output: Path, env: Mapping[str, str] = os.environ, cwd: Path = ROOT
+) -> contextlib.AbstractContextManager[BaseProcess]:
+    """`python WORDS…`; what it prints is in `output`.out and `output`.err."""
+    return started(be_python, [str(word) for word in words], str(output), dict(env), str(cwd))
+
+
+def be_python(words: list[str], output: str, env: dict[str, str], cwd: str) -> None:
+    """What `python WORDS…` does, where WORDS begin with a script, or with -m and a module."""
+    for number, suffix in ((1, ".out"), (2, ".err")):
+        os.dup2(os.open(output + suffix, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        sys.path.insert(0, str(Path(words[0]).resolve().parent))
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def run(
+    words: Sequence[object], env: Mapping[str, str] = os.environ, cwd: Path = ROOT, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """`python WORDS…` to its end."""
+    (done,) = run_beside_each_other(words, [env], cwd, timeout)
+    return done
+
+
+def run_ranks(count: int, words: Sequence[object], timeout: float = 300) -> list[subprocess.CompletedProcess[str]]:
+    """`torchrun --standalone --nproc-per-node COUNT WORDS…`, without the launcher, to its end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    group = address | {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "TORCHELASTIC_RUN_ID": "none"}
+    group |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environments = [os.environ | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    return run_beside_each_other(words, environments, ROOT, timeout)
+
+
+def run_beside_each_other(
+    words: Sequence[object], environments: Sequence[Mapping[str, str]], cwd: Path, timeout: float
+) -> list[subprocess.CompletedProcess[str]]:
+    """`python WORDS…` in every environment at the same time; the first that fails ends all."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        outputs = [Path(folder, str(number)) for number in range(len(environments))]
+        processes = [
+            stack.enter_context(started_command(words, output, env, cwd))
+            for output, env in zip(outputs, environments, strict=True)
+        ]
+        running = list(processes)
+        while running and not any(process.exitcode for process in processes):
+            if not wait([process.sentinel for process in running], timeout):
+                raise TimeoutError(f"{words} ran longer than {timeout} s")
+            running = [process for process in running if process.exitcode is None]
+        stack.close()
+        texts = [[output.with_suffix(kind).read_text() for kind in (".out", ".err")] for output in outputs]
+        return [
+            subprocess.CompletedProcess(words, process.exitcode, *text)
+            for process, text in zip(processes, texts, strict=True)
+        ]
