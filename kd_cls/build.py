@@ -68,7 +68,8 @@ def build_trainer(cfg: CfgNode, process: Process) -> Trainer:
     scheduler = build_scheduler(cfg, optimizer, loaders.train.sampler.num_batches)
     named = chain(*(module.named_parameters() for module in filter(None, (student, task.feature))))
     auto_momenta = build_auto_momenta(cfg.SOLVER, optimizer, named)
-    metadata = partial(describe, cfg, data.num_classes, stats)
+    written = {"config": cfg.dump(), "config_hash": config_hash(cfg)}
+    metadata = partial(describe, cfg, written, data.num_classes, stats)
     return Trainer(cfg, task, loaders, optimizer, scheduler, process, metadata, auto_momenta)
 
 
@@ -198,17 +199,26 @@ def report_teacher(teacher: Teacher, loaders: Loaders, process: Process) -> None
 
 
 def describe(
-    cfg: CfgNode, num_classes: int, stats: InputStats, iteration: int, max_iter: int, metrics: dict[str, float]
+    cfg: CfgNode,
+    written: dict[str, str],
+    num_classes: int,
+    stats: InputStats,
+    iteration: int,
+    max_iter: int,
+    metrics: dict[str, float],
 ) -> dict[str, Any]:
-    """The metadata of a checkpoint: what the weights are, how they were trained, and their metrics."""
+    """The metadata of a checkpoint: what the weights are, how they were trained, and their metrics.
+
+    Args:
+        written: `config` and `config_hash`, which are the same in every checkpoint of a training.
+    """
     return {
         "method": method_name(cfg),
         "architecture": cfg.MODEL.NAME,
         "num_classes": num_classes,
         "data": cfg.DATA.NAME,
         "input": {"mean": list(stats.mean), "std": list(stats.std), "size": stats.size},
-        "config": cfg.dump(),
-        "config_hash": config_hash(cfg),
+        **written,
         "iteration": iteration,
         "max_iter": max_iter,
         "finished": iteration == max_iter,

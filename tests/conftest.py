@@ -7,10 +7,18 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers of pytest-xdist share the cores; read when torch is loaded
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # the processes that tests start compile our modules once
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+# The files that take longest, begun first: at the end no worker waits for another that has just begun one of them. The
+# built-in digits are written by the first that needs them, the third; the fourth does not wait for them.
+LONGEST = (
+    "tools/test_search.py", "examples/test_examples.py", "test_wheel.py", "kd_cls/checkpoint/test_resume.py",
+    "tools/test_run_table.py", "tools/test_train_net.py", "kd_det/test_detection_configs.py", "tools/test_distill.py",
+    "kd_det/engine/test_two_ranks.py", "tools/test_verify_gpu.py", "kd_det/checkpoint/test_kill_and_resume.py",
+)  # fmt: skip
 collect_ignore = [] if "KD_UPSTREAM" in os.environ else ["upstream"]  # make test-upstream sets it
 
 # nohup and background jobs start pytest with signals ignored, and exec hands an ignored signal down to every process
@@ -21,7 +29,9 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests marked `gpu` where there is no GPU."""
+    """The longest files first; the tests marked `gpu` are skipped where there is no GPU."""
+    place = {ROOT / "tests" / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -1,6 +1,7 @@
 """scikit-learn's handwritten digits as 32 px RGB images: a data set without a download."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -20,13 +21,9 @@ class Digits(Dataset):
     classes = [str(digit) for digit in range(10)]
 
     def __init__(self, train: bool, transform: Callable | None = None) -> None:
-        from sklearn.datasets import load_digits  # imported here because only this data set needs scikit-learn
-
-        digits = load_digits()
+        images, targets = load()
         part = slice(None, TRAIN_IMAGES) if train else slice(TRAIN_IMAGES, None)
-        pixels = np.round(digits.images[part] * (255 / 16)).astype(np.uint8)  # the originals are 0 … 16
-        self.images = [Image.fromarray(image).resize((SIZE, SIZE)).convert("RGB") for image in pixels]  # bicubic
-        self.targets = [int(target) for target in digits.target[part]]
+        self.images, self.targets = images[part], targets[part]
         self.transform = transform
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
@@ -35,3 +32,14 @@ class Digits(Dataset):
 
     def __len__(self) -> int:
         return len(self.targets)
+
+
+@cache
+def load() -> tuple[list[Image.Image], list[int]]:
+    """All images and labels; read once for training, validation and whatever is trained next in this process."""
+    from sklearn.datasets import load_digits  # imported here because only this data set needs scikit-learn
+
+    digits = load_digits()
+    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)  # the originals are 0 … 16
+    images = [Image.fromarray(image).resize((SIZE, SIZE)).convert("RGB") for image in pixels]  # bicubic
+    return images, [int(target) for target in digits.target]

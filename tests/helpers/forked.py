@@ -60,8 +60,9 @@ def be_python(words: list[str], output: str, env: dict[str, str], cwd: str) -> N
     for number, suffix in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(output + suffix, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.clear()
-    os.environ.update(env)
+    os.environ.update(env)  # what is read at import, such as DETECTRON2_DATASETS, has been read
     os.chdir(cwd)
+    sys.orig_argv = [sys.executable, *words]
     if words[0] == "-m":
         sys.argv = words[1:]
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)

@@ -56,21 +56,21 @@ def merged(student: dict[str, Tensor], teacher: dict[str, Tensor]) -> dict[str, 
     return {**student, **{f"teacher.{name}": value for name, value in teacher.items()}, **fusion}
 
 
-@pytest.mark.parametrize(("depth", "config"), [(18, BOXES), (50, MASKS)], ids=["boxes", "masks"])
-def test_a_checkpoint_of_both_comes_apart_into_two_that_plain_detectron2_loads(
-    tmp_path, convert_weights, capsys, depth, config
-):
-    student, teacher = detector(depth, config, classes=7), detector(50, config, classes=7)
-    torch.save({"model": merged(student, teacher), "iteration": 7}, tmp_path / "both.pth")
-    arguments = [str(tmp_path / "both.pth"), "--output", str(tmp_path / "student.pth")]
-    convert_weights.main([*arguments, "--teacher-output", str(tmp_path / "teacher.pth")])
-    assert capsys.readouterr().out.count("a whole detector") == 2
-    for name, expected in (("student", student), ("teacher", teacher)):
-        found = torch.load(tmp_path / f"{name}.pth", weights_only=True)["model"]
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[key], expected[key]) for key in expected)
-    paths = [str(tmp_path / f"{name}.yaml") for name in ("student", "teacher")]
-    done = subprocess.run([sys.executable, "-c", LOADS, *paths], capture_output=True, text=True, check=False)
+def test_a_checkpoint_of_both_comes_apart_into_two_that_plain_detectron2_loads(tmp_path, convert_weights, capsys):
+    yamls = []
+    for depth, config, folder in ((18, BOXES, tmp_path / "boxes"), (50, MASKS, tmp_path / "masks")):
+        folder.mkdir()
+        student, teacher = detector(depth, config, classes=7), detector(50, config, classes=7)
+        torch.save({"model": merged(student, teacher), "iteration": 7}, folder / "both.pth")
+        arguments = [str(folder / "both.pth"), "--output", str(folder / "student.pth")]
+        convert_weights.main([*arguments, "--teacher-output", str(folder / "teacher.pth")])
+        assert capsys.readouterr().out.count("a whole detector") == 2
+        for name, expected in (("student", student), ("teacher", teacher)):
+            found = torch.load(folder / f"{name}.pth", weights_only=True)["model"]
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[key], expected[key]) for key in expected)
+            yamls.append(str(folder / f"{name}.yaml"))
+    done = subprocess.run([sys.executable, "-c", LOADS, *yamls], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -40,9 +40,19 @@ def has_trained_a_student(folder: Path) -> bool:
     return (folder / "out" / "results.json").is_file() and len(read_results(folder)) > 1
 
 
-def test_an_interrupted_search_resumes_counts_a_failed_try_and_tests_the_best_on_fresh_seeds(tmp_path: Path) -> None:
-    words = [str(write_table(tmp_path)), "--output", str(tmp_path / "out"), *SHORT]
-    command = [sys.executable, "-W", "ignore", "tools/search.py", *words]
+def test_a_search_stopped_in_time_and_interrupted_resumes_counts_a_failed_try_and_tests_the_best_on_fresh_seeds(
+    tmp_path: Path,
+) -> None:
+    """tools/gpu_tables.py begins it, tools/search.py goes on with the same options."""
+    words = ["--output", str(tmp_path / "out"), *SHORT]
+    python = [sys.executable, "-W", "ignore"]
+    table = write_table(tmp_path)
+    gpu_tables = [*python, "tools/gpu_tables.py", "--table", str(table), "--minutes", "0.05", *words]
+    stopped = run(gpu_tables, timeout=120, cwd=ROOT)
+    assert stopped.returncode == 1 and "the time is over; run the same command again to resume" in stopped.stderr
+    assert (tmp_path / "out" / "report.md").is_file() and not (tmp_path / "out" / "search").exists()
+
+    command = [*python, "tools/search.py", str(table), "DATA.RESIDENT", "True", *words]
     with open(tmp_path / "said", "w") as said, started(command, cwd=ROOT, stdout=said, stderr=said) as interrupted:
         while interrupted.poll() is None and not has_trained_a_student(tmp_path):
             time.sleep(0.05)
@@ -66,6 +76,18 @@ def test_an_interrupted_search_resumes_counts_a_failed_try_and_tests_the_best_on
     cells = [cell.strip() for cell in (tmp_path / "out" / "report.md").read_text().splitlines()[-1].split("|")[1:-1]]
     value = f"{tested['value']:.2f}"
     assert cells == ["DKD", value, "1", f"{good['value']:.2f}", "2", "1", "SOLVER.BASE_LR 0.05"]
+
+
+def test_a_table_of_one_try_has_no_search_and_its_published_values_have_a_column(load_tool, tmp_path: Path) -> None:
+    tool = load_tool("search")
+    methods = {"DKD": {"config": "configs/Digits/cls_dkd.yaml", "published": 12.5, "grid": {}}}
+    path = write_table(tmp_path, tries=1, methods=methods)
+    search = tool.Search(tool.read_table(path), tool.parse([str(path)]), tmp_path)
+    assert search.searches() == [] and [training.key for training in search.tests()] == ["test/DKD/try0_seed0"]
+    search.results.add({"training": "teacher", "value": 70.0})
+    search.results.add({"training": "test/DKD/try0_seed0", "value": 61.5})
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in search.report().splitlines()]
+    assert rows[0] == ["", "test val/top1", "seeds", "published"] and rows[-1] == ["DKD", "61.50", "1", "12.5"]
 
 
 def test_the_try_with_the_highest_search_result_is_chosen_whatever_the_test_says(load_tool, tmp_path: Path) -> None:
@@ -137,21 +159,3 @@ def lookup(cfg, key: str):
     for name in key.split("."):
         cfg = cfg[name]
     return cfg
-
-
-def test_the_table_for_a_gpu_stops_in_time_with_what_it_has_and_resumes(tmp_path: Path) -> None:
-    methods = {"DKD": {"config": "configs/Digits/cls_dkd.yaml", "published": 12.5, "grid": {}}}
-    path = write_table(tmp_path, tries=1, methods=methods)
-    words = ["--table", str(path), "--output", str(tmp_path / "out"), *SHORT]
-    command = [sys.executable, "-W", "ignore", "tools/gpu_tables.py", *words]
-    stopped = run([*command, "--minutes", "0.05"], timeout=120, cwd=ROOT)
-    assert stopped.returncode == 1 and "the time is over; run the same command again" in stopped.stderr
-    assert (tmp_path / "out" / "report.md").is_file() and not (tmp_path / "out" / "test").exists()
-
-    done = run(command, timeout=300, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    teacher, tested = read_results(tmp_path)
-    assert (teacher["training"], tested["training"]) == ("teacher", "test/DKD/try0_seed0")  # no search of one try
-    assert {"DATA.RESIDENT", "True"} <= set(tested["overrides"])
-    rows = [line.split("|")[1:-1] for line in (tmp_path / "out" / "report.md").read_text().splitlines()[2:]]
-    assert [cell.strip() for cell in rows[1]] == ["DKD", f"{tested['value']:.2f}", "1", "12.5"]

@@ -40,18 +40,23 @@ def command(output, *options, config="configs/Digits/dkd.yaml"):
     ]
 
 
-def run(args, environment=os.environ):
-    done = forked.run(args, environment)
+def run(args):
+    done = forked.run(args)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done
 
 
+def run_real(args, **variables):
+    """In a process that imports everything itself."""
+    done = run_process([sys.executable, *args], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"} | variables)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """OUTPUT_DIR of eight iterations of DKD on the built-in digits, in a process that imports everything itself."""
+    """OUTPUT_DIR of eight iterations of DKD on the built-in digits."""
     output = tmp_path_factory.mktemp("undisturbed")
-    done = run_process([sys.executable, *command(output)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    run_real(command(output))
     return output
 
 
@@ -229,7 +234,6 @@ def test_real_coco_images_train_and_evaluate(shared_dir, tmp_path):
     for split in ("train2017", "val2017"):
         (images / split).symlink_to(coco / split)
         few_images(coco / "annotations" / f"instances_{split}.json", images / "annotations", 8)
-    environment = os.environ | {"DETECTRON2_DATASETS": str(images.parent)}
     base = [*TRAIN_NET, "--config-file", "configs/COCO/dkd_r18_r101.yaml", "--num-gpus", "0"]
     options = [
         "INPUT.MIN_SIZE_TRAIN", "(96,)", "INPUT.MIN_SIZE_TEST", "96", "INPUT.MAX_SIZE_TRAIN", "128",
@@ -241,12 +245,14 @@ def test_real_coco_images_train_and_evaluate(shared_dir, tmp_path):
         "SOLVER.MAX_ITER", "3", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.STEPS", "()", "SEED", "0", "MODEL.WEIGHTS", "",
         "MODEL.BACKBONE.FREEZE_AT", "0", "DATASETS.TEST", "()", "DATALOADER.FILTER_EMPTY_ANNOTATIONS", "False",
     ]  # fmt: skip
-    run([*base, *options, *training], environment)
+    run_real([*base, *options, *training], DETECTRON2_DATASETS=str(images.parent))
     entries = metrics(tmp_path / "output")
     assert entries[-1]["iteration"] == 2 and entries[-1]["loss_kd_nckd"] > 0
     weights = str(tmp_path / "output" / "model_final.pth")
     no_teacher = ["KD.TEACHER.CONFIG_FILE", "no/such.yaml", "MODEL.WEIGHTS", weights]
-    done = run([*base, "--eval-only", *options, *no_teacher], environment)
+    json_file = str(images / "annotations" / "instances_val2017.json")
+    val = ["DATASETS.REGISTER", str([["mini_val", json_file, str(images / "val2017")]]), "DATASETS.TEST", "('mini_val',)"]
+    done = run([*base, "--eval-only", *options, *no_teacher, *val])
     assert "Evaluation results for bbox" in done.stdout + done.stderr
 
 

@@ -15,6 +15,7 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
+from helpers import ROOT
 from kd_det.data import builtin, digits, prepare_digits, register_digits
 
 TINY = (replace(digits.TRAIN, name="tiny_train", num_images=6), replace(digits.VAL, name="tiny_val", num_images=4))
@@ -56,11 +57,17 @@ class RecordedSamples:
         return self.samples[index]
 
 
-# SHA-256 over the pixels and boxes of every image with seed 0, from before there was a test split.
-EARLIER_IMAGES = {
-    "digits_train": "9662653e181db30df8c7f1c7f70f3466d9780dad327c6246cd04f6880ab7d033",
-    "digits_val": "957897ab4fa7744ae9ecc5c9e8bd229309898597cad2317752e37c1aabe99297",
+# SHA-256 over the boxes of every image with seed 0, and over pixels and boxes of every tenth, from before there was a
+# test split; and over the digits of that split: those which no image of the other two shows.
+EARLIER_BOXES = {
+    "digits_train": "28d06518d047410424407e6564daa561a97b5609c0f9f059e78f982185ed8af5",
+    "digits_val": "297c2c33df8830625ddd8e8967805ddfb223590644b94a8ee22baf0170d19979",
 }
+EARLIER_IMAGES = {
+    "digits_train": "067d1a3e109648b3430c473318b8891bcb060762c311dd39581ffbe67451f3cd",
+    "digits_val": "35fe78a6e302d9ffed126aa3fe32f9a871cb530dab7e3e12a98c0c7ede27b341",
+}
+SHOWN_BY_NONE = "58cd83fde4aee2d6f7ae036ef2bf6e8365fb006db2291c1619bc19eb8ec43732"
 # SHA-256 over the files of their first 20 images, and the json of those.
 EARLIER_FILES = {
     "digits_train": "24c236c0cb7a4e9b60880bec32a411d0b87f4c5ffcc0b97b7c64b65efcfd17b4",
@@ -74,12 +81,22 @@ def test_train_and_val_are_as_before_the_test_split_and_show_no_digit_of_it(monk
         samples, labels = load(split)
         recorded, digest = RecordedSamples(samples), hashlib.sha256()
         monkeypatch.setattr(digits, "load_samples", lambda _, found=(recorded, labels): found)
-        for index in range(split.num_images):
+        for index in range(0, split.num_images, 10):
             image, boxes = digits.render(split, index, seed=0)
             digest.update(image.tobytes() + repr(boxes).encode())
         assert digest.hexdigest() == EARLIER_IMAGES[split.name]
         shown |= {split.digits[index] for index in recorded.drawn}
-    assert len(digits.TEST.digits) == 1797 - len(shown) and not shown & set(digits.TEST.digits)
+    assert not shown & set(digits.TEST.digits)
+    assert hashlib.sha256(repr(digits.TEST.digits).encode()).hexdigest() == SHOWN_BY_NONE
+
+
+def test_every_box_is_as_before_the_test_split_and_so_is_every_digit_that_was_drawn():
+    folder = prepare_digits(ROOT / "datasets")  # which all tests share
+    assert json.loads((folder / builtin.MARKER).read_text())["seed"] == 0, "written with another --seed: remove it"
+    for name, expected in EARLIER_BOXES.items():
+        content = json.loads((folder / "annotations" / f"{name}.json").read_text())
+        boxes = [[found["image_id"], found["category_id"], *found["bbox"]] for found in content["annotations"]]
+        assert hashlib.sha256(json.dumps(boxes).encode()).hexdigest() == expected
 
 
 def test_the_files_of_train_and_val_are_as_before_the_test_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
