@@ -17,8 +17,8 @@ from kd_det.engine.launch import argument_parser, run_command
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN_NET = [str(ROOT / "tools" / "train_net.py")]
 SMALL = [
-    "INPUT.MIN_SIZE_TRAIN", "(96,)", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "8",
-    "SOLVER.CHECKPOINT_PERIOD", "4", "SOLVER.STEPS", "(6,)",
+    "INPUT.MIN_SIZE_TRAIN", "(64,)", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "6",
+    "SOLVER.CHECKPOINT_PERIOD", "3", "SOLVER.STEPS", "(5,)",
     "DATALOADER.NUM_WORKERS", "1", "SEED", "1", "DATASETS.TEST", "()",
 ]  # fmt: skip
 RANDOM_TEACHER = ["KD.TEACHER.WEIGHTS", "", "KD.TEACHER.ALLOW_RANDOM", "True"]
@@ -54,7 +54,7 @@ def run_real(args, **variables):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """OUTPUT_DIR of eight iterations of DKD on the built-in digits."""
+    """OUTPUT_DIR of six iterations of DKD on the built-in digits."""
     output = tmp_path_factory.mktemp("undisturbed")
     run_real(command(output))
     return output
@@ -88,7 +88,7 @@ def test_killed_and_resumed_it_ends_where_an_undisturbed_run_does_to_the_bit(und
     assert equal(expected["trainer"], got["trainer"])  # optimizer, schedules, iteration
     first, second = metrics(undisturbed)[-1], metrics(tmp_path)[-1]
     assert first.keys() == second.keys()  # the losses there are medians over the iterations of one process
-    assert (first["iteration"], first["lr"]) == (second["iteration"], second["lr"]) == (7, pytest.approx(second["lr"]))
+    assert (first["iteration"], first["lr"]) == (second["iteration"], second["lr"]) == (5, pytest.approx(second["lr"]))
 
 
 def metrics(output):
@@ -102,7 +102,7 @@ def test_the_output_folder_holds_config_log_metrics_events_and_checkpoints(undis
         "student.yaml",
         "log.txt",
         "metrics.json",
-        "model_0000003.pth",
+        "model_0000002.pth",
         "model_final.pth",
         "last_checkpoint",
     } <= names
@@ -160,7 +160,7 @@ def test_the_checkpoint_holds_the_student_and_no_teacher(undisturbed):
 
 
 def test_a_loss_that_is_not_finite_names_iteration_and_terms_and_keeps_the_last_checkpoint(tmp_path):
-    # One step of a learning rate that no weight survives: iterations 0 to 3 are fine, the checkpoint of 3 is whole.
+    # One step of a learning rate that no weight survives: iterations 0 to 4 are fine, the checkpoint of 2 is whole.
     options = [
         "SOLVER.BASE_LR",
         "1e30",
@@ -169,7 +169,7 @@ def test_a_loss_that_is_not_finite_names_iteration_and_terms_and_keeps_the_last_
         "SOLVER.WARMUP_METHOD",
         "constant",
         "SOLVER.WARMUP_ITERS",
-        "5",
+        "4",
         "SOLVER.CLIP_GRADIENTS.ENABLED",
         "False",
     ]
@@ -177,8 +177,8 @@ def test_a_loss_that_is_not_finite_names_iteration_and_terms_and_keeps_the_last_
     assert done.returncode != 0
     assert "train_net: Training stopped at iteration " in done.stderr and "Traceback" not in done.stderr
     assert "Terms of the iteration before" in done.stderr and "--resume" in done.stderr
-    assert (tmp_path / "last_checkpoint").read_text() == "model_0000003.pth"
-    assert all(torch.isfinite(v.float()).all() for v in load(tmp_path / "model_0000003.pth")["model"].values())
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000002.pth"
+    assert all(torch.isfinite(v.float()).all() for v in load(tmp_path / "model_0000002.pth")["model"].values())
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,8 @@ def test_real_coco_images_train_and_evaluate(shared_dir, tmp_path):
     weights = str(tmp_path / "output" / "model_final.pth")
     no_teacher = ["KD.TEACHER.CONFIG_FILE", "no/such.yaml", "MODEL.WEIGHTS", weights]
     json_file = str(images / "annotations" / "instances_val2017.json")
-    val = ["DATASETS.REGISTER", str([["mini_val", json_file, str(images / "val2017")]]), "DATASETS.TEST", "('mini_val',)"]
+    entry = ["mini_val", json_file, str(images / "val2017")]
+    val = ["DATASETS.REGISTER", str([entry]), "DATASETS.TEST", f"('{entry[0]}',)"]
     done = run([*base, "--eval-only", *options, *no_teacher, *val])
     assert "Evaluation results for bbox" in done.stdout + done.stderr
 

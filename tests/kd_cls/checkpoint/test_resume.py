@@ -24,7 +24,7 @@ METHODS = {
         *["KD.LOSS.NAME", "kd", "SOLVER.OPTIMIZER", "deepkd_sgd", "SOLVER.DEEPKD.DELTA_NCG", 0.05],
         *["SOLVER.AMP.ENABLED", True, "SOLVER.EMA.ENABLED", True, "SOLVER.EMA.WARMUP", True],
         *["SOLVER.ACCUMULATE_STEPS", 2, "SOLVER.CLIP_GRADIENTS.ENABLED", True],
-        *["DATA.TRAIN_IMAGES", 32, "SOLVER.IMS_PER_BATCH", 8],  # float16 is slow on a CPU
+        *["DATA.TRAIN_IMAGES", 16, "SOLVER.IMS_PER_BATCH", 4, "DATA.VAL_IMAGES", 8],  # float16 is slow on a CPU
     ],
     "aekt, mixed dropout": ["KD.LOSS.NAME", "aekt", "MODEL.KWARGS", "{drop_rate: 0.3}", "SOLVER.EMA.ENABLED", True],
     "gdkd, mixup": ["KD.LOSS.NAME", "gdkd", "SOLVER.MIXUP.ALPHA", 0.4, "SOLVER.LABEL_SMOOTHING", 0.1],
