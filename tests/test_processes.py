@@ -6,11 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from helpers import ROOT
+from helpers import ROOT, forked
 from helpers.processes import run, started
 
 SLEEPER = "import subprocess; print(subprocess.Popen(['sleep', '60'], start_new_session=True).pid, flush=True); "
@@ -33,6 +34,25 @@ def test_a_failed_test_leaves_no_process_not_even_one_in_a_session_of_its_own(en
         assert lives(child)
         raise ZeroDivisionError
     assert process.returncode is not None and not lives(child)
+
+
+def test_a_failed_test_leaves_no_fork_and_nothing_that_one_has_started(tmp_path: Path) -> None:
+    script = tmp_path / "sleeper.py"
+    script.write_text(SLEEPER + "import time; time.sleep(60)")
+    with pytest.raises(ZeroDivisionError), forked.started_command([script], tmp_path / "said") as process:
+        while not (tmp_path / "said.out").is_file() or not (said := (tmp_path / "said.out").read_text()).endswith("\n"):
+            time.sleep(0.01)
+        assert lives(int(said)) and lives(process.pid)
+        raise ZeroDivisionError
+    assert process.exitcode == -signal.SIGKILL and not lives(int(said))
+
+
+def test_a_fork_is_the_command_with_its_words_variables_folder_and_exit_code(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import os, sys; print(sys.argv[1:], os.environ['WORD'], os.getcwd(), __name__); sys.exit('bad')")
+    done = forked.run([script, 1, "two"], env=os.environ | {"WORD": "three"}, cwd=tmp_path)
+    assert done.stdout.split("\n")[0] == f"['1', 'two'] three {tmp_path} __main__"
+    assert (done.returncode, done.stderr) == (1, "bad\n")
 
 
 def test_a_process_is_ended_by_an_interrupt() -> None:

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import wait
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from . import ROOT
+from .processes import MARK, end
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["kd_det.engine.train", "kd_cls.train", "torch.utils.tensorboard"])
@@ -30,19 +32,23 @@ SERVER.set_forkserver_preload(["kd_det.engine.train", "kd_cls.train", "torch.uti
 
 @contextmanager
 def started(target: Callable[..., None], *args: Any) -> Iterator[BaseProcess]:
-    """A process that calls `target(*args)`, in a session of its own; all of which is killed at the end of the block."""
-    process = SERVER.Process(target=in_a_session, args=(target, *args))
+    """A process that calls `target(*args)`, in a session of its own; at the end of the block it and everything that it
+    has started are killed, as by `processes.started`.
+    """
+    mark = uuid.uuid4().hex
+    process = SERVER.Process(target=in_a_session, args=(mark, target, *args))
     process.start()
     try:
         yield process
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()  # it may not have a session yet
+        end(process.pid, mark)
         process.join()
 
 
-def in_a_session(target: Callable[..., None], *args: Any) -> None:
+def in_a_session(mark: str, target: Callable[..., None], *args: Any) -> None:
     os.setsid()
+    os.environ[MARK] = mark
     gc.freeze()  # what the server has imported need not be looked through again
     signal.signal(signal.SIGINT, signal.default_int_handler)
     target(*args)
@@ -59,7 +65,6 @@ def be_python(words: list[str], output: str, env: dict[str, str], cwd: str) -> N
     """What `python WORDS…` does, where WORDS begin with a script, or with -m and a module."""
     for number, suffix in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(output + suffix, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    os.environ.clear()
     os.environ.update(env)  # what is read at import, such as DETECTRON2_DATASETS, has been read
     os.chdir(cwd)
     sys.orig_argv = [sys.executable, *words]

@@ -24,19 +24,24 @@ def started(
     The session's group is not enough: tools/demo.py starts its trainings in sessions of their own. So descendants are
     found by a variable of their environment, where the system has /proc.
     """
-    mark = f"{MARK}={uuid.uuid4().hex}"
-    variables = {**(os.environ if env is None else env), MARK: mark.partition("=")[2]}
+    mark = {MARK: uuid.uuid4().hex}
+    variables = (os.environ if env is None else env) | mark
     with subprocess.Popen([*map(str, command)], env=variables, start_new_session=True, **options) as process:
         try:
             yield process
         finally:
+            end(process.pid, mark[MARK])
+
+
+def end(session: int, mark: str) -> None:
+    """Kill the processes of a session, and those that have the mark in their environment."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(session, signal.SIGKILL)
+    while left := marked(f"{MARK}={mark}"):  # again, for those that were being started
+        for number in left:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            while left := marked(mark):  # again, for those that were being started
-                for number in left:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(number, signal.SIGKILL)
-                time.sleep(0.005)
+                os.kill(number, signal.SIGKILL)
+        time.sleep(0.005)
 
 
 def marked(mark: str) -> list[int]:
