@@ -1,12 +1,11 @@
 """The frameworks' own wrappers, clipping and checkpoints leave DeepKD's steps what they are in a plain loop."""
 
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
-from pytorch_lightning.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
@@ -91,12 +90,15 @@ def test_the_hf_trainer_takes_the_steps_of_a_plain_loop_and_resumes_to_the_bit(t
     assert all(map(torch.equal, whole.model.state_dict().values(), resumed.model.state_dict().values()))
 
 
-@pytest.mark.parametrize("wrap", [AcceleratedOptimizer, LightningOptimizer])
-def test_the_optimizer_wrappers_of_accelerate_and_lightning_are_unwrapped(wrap) -> None:
+# By name: Lightning takes seconds to import, and only the process that runs this test needs it.
+@pytest.mark.parametrize(
+    "name", ["accelerate.optimizer:AcceleratedOptimizer", "pytorch_lightning.core.optimizer:LightningOptimizer"]
+)
+def test_the_optimizer_wrappers_of_accelerate_and_lightning_are_unwrapped(name: str) -> None:
     AcceleratorState(cpu=True)
     data, student, other = rows(), Student(), Student()
     wrapped, optimizer = (deepkd_sgd(m.parameters(), lr=0.1) for m in (student, other))
-    wrapped = wrap(wrapped)
+    wrapped = resolve_name(name)(wrapped)
     for step in range(2):
         backward_streams(student.streams(**batch(data, step)), wrapped)
         backward_streams(other.streams(**batch(data, step)), optimizer)

@@ -2,16 +2,13 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from helpers import ROOT
+from helpers import forked
 from helpers.few_digits import few_digits
-from helpers.processes import started
 
 SHORT = [
     "SOLVER.MAX_ITER", "4", "SOLVER.STEPS", "(3,)", "SOLVER.WARMUP_ITERS", "1", "SOLVER.IMS_PER_BATCH", "1",
@@ -20,31 +17,33 @@ SHORT = [
 ]  # fmt: skip
 
 
-@contextmanager
-def started_table(output: Path, *words: str) -> Iterator[subprocess.Popen]:
-    """The command; its output is in `output`/said."""
+def started_table(output: Path, *words: str) -> AbstractContextManager[BaseProcess]:
+    """The command, which trains in processes of its own; its output is in `output`/said.out and .err."""
     entry = few_digits(output, 8)
     few = ["DATASETS.REGISTER", str([entry]), "DATASETS.TEST", str((entry[0],))]
-    command = [sys.executable, "-W", "ignore", "tools/run_table.py", "--output", str(output), *words, *SHORT, *few]
-    with open(output / "said", "w") as said, started(command, cwd=ROOT, stdout=said, stderr=said) as process:
-        yield process
+    command = ["tools/run_table.py", "--output", str(output), *words, *SHORT, *few]
+    return forked.started_command(command, output / "said")
+
+
+def said(output: Path) -> str:
+    return "".join((output / f"said.{kind}").read_text() for kind in ("out", "err"))
 
 
 def test_an_interrupted_table_resumes_and_repeats_nothing(tmp_path: Path) -> None:
     words = ("--methods", "baseline", "deepkd_no_mask", "--seeds", "0", "--rounds", "1")
     finished = tmp_path / "teacher" / "finished"
     with started_table(tmp_path, *words) as interrupted:
-        while not (tmp_path / "baseline_seed0" / "config.yaml").is_file() and interrupted.poll() is None:
+        while not (tmp_path / "baseline_seed0" / "config.yaml").is_file() and interrupted.exitcode is None:
             time.sleep(0.05)
         os.killpg(interrupted.pid, signal.SIGINT)
-        interrupted.wait(timeout=60)
-    text = (tmp_path / "said").read_text()
-    assert interrupted.returncode == 1 and "[table] interrupted; run the same command again" in text, text
+        interrupted.join(60)
+    text = said(tmp_path)
+    assert interrupted.exitcode == 1 and "[table] interrupted; run the same command again" in text, text
     assert finished.is_file() and not (tmp_path / "deepkd_no_mask_seed0").exists()
     trained = finished.stat().st_mtime_ns
     with started_table(tmp_path, *words) as resumed:
-        resumed.wait(timeout=240)
-    text = (tmp_path / "said").read_text()
+        resumed.join(240)
+    text = said(tmp_path)
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["teacher", "plain", "DeepKD (DKD), no mask"], text
     assert lines[3].split("|")[-2].strip() == "1.00" and float(lines[4].split("|")[-2]) > 1
