@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from helpers.processes import run
+from helpers import forked
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -40,8 +40,8 @@ def test_plain_torch_learns(printed) -> None:
 
 
 def test_accelerate_trains_in_two_processes_and_resumes_to_the_same_weights() -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = run([*launcher, EXAMPLES / "accelerate_two_processes.py"], cwd=ROOT)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    done = forked.run([*launcher, EXAMPLES / "accelerate_two_processes.py"])
     assert done.returncode == 0, done.stderr
     assert "2 processes" in done.stdout and "the same weights: True" in done.stdout, done.stdout
     assert min(numbers(done.stdout)) > 0.85

@@ -15,9 +15,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -62,11 +64,18 @@ def started_command(
 
 
 def be_python(words: list[str], output: str, env: dict[str, str], cwd: str) -> None:
-    """What `python WORDS…` does, where WORDS begin with a script, or with -m and a module."""
+    """What `python WORDS…` does. The Python commands that it starts are forks too."""
     for number, suffix in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(output + suffix, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    os.environ.update(env)  # what is read at import, such as DETECTRON2_DATASETS, has been read
+    sys.stdout.reconfigure(line_buffering=True)  # tests read it meanwhile
     os.chdir(cwd)
+    subprocess.Popen = Forking
+    run_python(words, env)
+
+
+def run_python(words: list[str], env: Mapping[str, str]) -> None:
+    """Run a script, or -m and a module, as the main program."""
+    os.environ.update(env)  # what is read at import, such as DETECTRON2_DATASETS, has been read
     sys.orig_argv = [sys.executable, *words]
     if words[0] == "-m":
         sys.argv = words[1:]
@@ -75,6 +84,47 @@ def be_python(words: list[str], output: str, env: dict[str, str], cwd: str) -> N
         sys.argv = words
         sys.path.insert(0, str(Path(words[0]).resolve().parent))
         runpy.run_path(words[0], run_name="__main__")
+
+
+class Forking(subprocess.Popen):
+    """A process as ever, but what runs Python is a fork that goes on as that command in place of starting anew."""
+
+    def __init__(self, args: Sequence[object], *rest: Any, **options: Any) -> None:
+        words = [] if isinstance(args, str) else [str(word) for word in args]
+        if words[:1] == [sys.executable]:
+            words = [word for word in words[1:] if word != "-u"]
+            if words[0] == "-m" or words[0].endswith(".py"):
+                options["preexec_fn"] = partial(go_on_as, words, options.get("env") or {})
+        super().__init__(args, *rest, **options)
+
+
+def go_on_as(words: list[str], env: Mapping[str, str]) -> None:
+    """Called between fork and exec, which does not come: input, output, folder and session are those of the command."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for number in map(int, os.listdir("/proc/self/fd")):
+        if number > 2 and number != null:
+            with contextlib.suppress(OSError):  # the listing's own
+                os.dup2(null, number)  # closed for others: `Popen` waits for that
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))
+    gc.enable()
+    code = 1
+    try:
+        run_python(words, env)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if code and not isinstance(end.code, int):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def run(

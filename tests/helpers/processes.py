@@ -34,7 +34,10 @@ def started(
 
 
 def end(session: int, mark: str) -> None:
-    """Kill the processes of a session, and those that have the mark in their environment."""
+    """Kill the processes of a session, the descendants of its first, and those with the mark in their environment."""
+    for number in descendants(session):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(session, signal.SIGKILL)
     while left := marked(f"{MARK}={mark}"):  # again, for those that were being started
@@ -42,6 +45,15 @@ def end(session: int, mark: str) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(number, signal.SIGKILL)
         time.sleep(0.005)
+
+
+def descendants(process: int) -> list[int]:
+    """What a living process and its children have started, as far as those live."""
+    children: list[int] = []
+    for path in Path(f"/proc/{process}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # a thread that has ended meanwhile
+            children += map(int, path.read_text().split())
+    return children + [number for child in children for number in descendants(child)]
 
 
 def marked(mark: str) -> list[int]:

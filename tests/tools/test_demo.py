@@ -7,10 +7,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 
+from helpers import forked
 from helpers.processes import started
 
 DEMO = Path(__file__).resolve().parents[2] / "tools" / "demo.py"
@@ -18,8 +20,19 @@ IGNORING = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager
+def forked_demo(output: Path) -> Iterator[tuple[BaseProcess, int]]:
+    """The demo, whose errors are in said.err beside `output`, and the number of its first training's process."""
+    with forked.started_command([DEMO, "--output", output], output.with_name("said")) as demo:
+        while not (children := children_of(demo.pid)):
+            assert demo.exitcode is None
+            time.sleep(0.005)
+        assert "teacher: training into" in output.with_name("said.out").read_text()
+        yield demo, children[0]
+
+
+@contextmanager
 def started_demo(output: Path, *wrapper: str) -> Iterator[tuple[subprocess.Popen, int]]:
-    """The demo, and the number of its first training's process."""
+    """The same in processes that import everything themselves."""
     command = [*wrapper, sys.executable, str(DEMO), "--output", str(output)]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     with started(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as demo:
@@ -44,12 +57,14 @@ def wait_for_the_end(process: int) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["Ctrl-C", "kill", "hang-up"])
 def test_an_interrupted_demo_ends_its_training_and_says_what_to_run_to_resume(tmp_path, number):
-    with started_demo(tmp_path / "demo") as (demo, training):
+    with forked_demo(tmp_path / "demo") as (demo, training):
         os.killpg(demo.pid, number)  # as a terminal does
-        _, errors = demo.communicate(timeout=60)
+        demo.join(60)
         wait_for_the_end(training)
-    assert demo.returncode == 1 and "Traceback" not in errors
-    assert errors.splitlines()[-1] == f"[demo] interrupted; to resume: {' '.join(demo.args)}"
+    errors = (tmp_path / "said.err").read_text()
+    assert demo.exitcode == 1 and "Traceback" not in errors
+    command = f"{sys.executable} {DEMO} --output {tmp_path / 'demo'}"
+    assert errors.splitlines()[-1] == f"[demo] interrupted; to resume: {command}"
 
 
 def test_a_demo_in_the_background_ignores_an_interrupt_and_its_training_does_not(tmp_path):

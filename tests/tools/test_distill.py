@@ -1,6 +1,7 @@
 """tools/distill.py from a teacher's two files to an exported student, resumed, and refused where it must be."""
 
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
+from helpers import forked
 from helpers.few_digits import few_digits
 
 ITERATIONS = 3  # detectron2 times iterations from the third on
@@ -40,23 +42,29 @@ def data(tmp_path: Path) -> list[str]:
 
 
 @pytest.fixture
-def command(load_tool: Callable, teacher: list[str], data: list[str], tmp_path: Path) -> Callable[..., None]:
-    """`command("--student", …)`: the tool on these files, on the CPU."""
+def line(teacher: list[str], data: list[str], tmp_path: Path) -> Callable[..., list[str]]:
+    """`line("--student", …)`: the words of the command on these files, on the CPU."""
+    common = ["--output", str(tmp_path / f"out_{tmp_path.name}"), "--iterations", str(ITERATIONS), "--num-gpus", "0"]
+    return lambda *words: [*teacher, *data, *common, *map(str, words)]
+
+
+@pytest.fixture
+def command(load_tool: Callable, line: Callable[..., list[str]]) -> Callable[..., None]:
+    """`command("--student", …)`: the tool, in this process."""
     tool = load_tool("distill")
-
-    def run(*words: object, data: list[str] = data) -> None:
-        output = str(tmp_path / f"out_{tmp_path.name}")
-        common = ["--output", output, "--iterations", str(ITERATIONS), "--num-gpus", "0"]
-        tool.main([*teacher, *data, *common, *map(str, words)])
-
-    return run
+    return lambda *words: tool.main(line(*words))
 
 
-def test_two_files_become_an_exported_student_and_a_second_call_trains_nothing(command, tmp_path, capfd):
+def run(words: list[str]) -> subprocess.CompletedProcess[str]:
+    done = forked.run(["tools/distill.py", *words])
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done
+
+
+def test_two_files_become_an_exported_student_and_a_second_call_trains_nothing(line, tmp_path):
     words = ("--student", "resnet18", "--width", 0.125, "--baseline", "--batch", 2)
-    command(*words)
+    printed = run(line(*words)).stdout
     out = tmp_path / f"out_{tmp_path.name}"  # its name is in those of the data sets, which detectron2 keeps
-    printed = capfd.readouterr().out
     assert "resnet18 starts from scratch" in printed and f"two trainings of {ITERATIONS} iterations" in printed
     results = json.loads((out / "results.json").read_text())
     assert set(results["results"]) == {"teacher", "student", "baseline"}
@@ -78,11 +86,11 @@ def test_two_files_become_an_exported_student_and_a_second_call_trains_nothing(c
     assert torch.allclose(scores, found.scores, atol=1e-3)
 
     before = (out / "student" / "metrics.json").read_bytes()
-    command(*words)
+    assert "is finished" in run(line(*words)).stdout
     assert (out / "student" / "metrics.json").read_bytes() == before
-    assert "is finished" in capfd.readouterr().out
-    with pytest.raises(SystemExit, match=r"holds another distillation: --student was resnet18, is resnet34"):
-        command("--student", "resnet34", "--width", 0.125, "--batch", 2)
+    other = forked.run(["tools/distill.py", *line("--student", "resnet34", "--width", 0.125, "--batch", 2)])
+    assert other.returncode == 1
+    assert "holds another distillation: --student was resnet18, is resnet34" in other.stderr
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,13 @@
 import json
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
 
-from helpers import ROOT
-from helpers.processes import run, started
+from helpers import ROOT, forked
 
 TABLE = {
     "package": "classification",
@@ -45,25 +43,23 @@ def test_a_search_stopped_in_time_and_interrupted_resumes_counts_a_failed_try_an
 ) -> None:
     """tools/gpu_tables.py begins it, tools/search.py goes on with the same options."""
     words = ["--output", str(tmp_path / "out"), *SHORT]
-    python = [sys.executable, "-W", "ignore"]
     table = write_table(tmp_path)
-    gpu_tables = [*python, "tools/gpu_tables.py", "--table", str(table), "--minutes", "0.05", *words]
-    stopped = run(gpu_tables, timeout=120, cwd=ROOT)
+    stopped = forked.run(["tools/gpu_tables.py", "--table", table, "--minutes", 0.002, *words])
     assert stopped.returncode == 1 and "the time is over; run the same command again to resume" in stopped.stderr
     assert (tmp_path / "out" / "report.md").is_file() and not (tmp_path / "out" / "search").exists()
 
-    command = [*python, "tools/search.py", str(table), "DATA.RESIDENT", "True", *words]
-    with open(tmp_path / "said", "w") as said, started(command, cwd=ROOT, stdout=said, stderr=said) as interrupted:
-        while interrupted.poll() is None and not has_trained_a_student(tmp_path):
+    command = ["tools/search.py", table, "DATA.RESIDENT", "True", *words]
+    with forked.started_command(command, tmp_path / "said") as interrupted:
+        while interrupted.exitcode is None and not has_trained_a_student(tmp_path):
             time.sleep(0.05)
         os.killpg(interrupted.pid, signal.SIGINT)
-        interrupted.wait(timeout=60)
-    assert "[search] interrupted; run the same command" in (tmp_path / "said").read_text()
+        interrupted.join(60)
+    assert "[search] interrupted; run the same command" in (tmp_path / "said.err").read_text()
     assert [entry["training"] for entry in read_results(tmp_path)[:2]] == ["teacher", "search/DKD/try0_seed100"]
     weights = tmp_path / "out" / "search" / "DKD" / "try0_seed100" / "last.pth"
     written = weights.stat().st_mtime_ns
 
-    done = run(command, timeout=900, cwd=ROOT)
+    done = forked.run(command, timeout=900)
     assert done.returncode == 0, done.stderr
     _, good, failed, tested = read_results(tmp_path)
     assert weights.stat().st_mtime_ns == written

@@ -46,17 +46,11 @@ def run(args):
     return done
 
 
-def run_real(args, **variables):
-    """In a process that imports everything itself."""
-    done = run_process([sys.executable, *args], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"} | variables)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """OUTPUT_DIR of six iterations of DKD on the built-in digits."""
     output = tmp_path_factory.mktemp("undisturbed")
-    run_real(command(output))
+    run(command(output))
     return output
 
 
@@ -245,7 +239,10 @@ def test_real_coco_images_train_and_evaluate(shared_dir, tmp_path):
         "SOLVER.MAX_ITER", "3", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.STEPS", "()", "SEED", "0", "MODEL.WEIGHTS", "",
         "MODEL.BACKBONE.FREEZE_AT", "0", "DATASETS.TEST", "()", "DATALOADER.FILTER_EMPTY_ANNOTATIONS", "False",
     ]  # fmt: skip
-    run_real([*base, *options, *training], DETECTRON2_DATASETS=str(images.parent))
+    # A process that imports everything itself, and looks for the data meanwhile.
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "DETECTRON2_DATASETS": str(images.parent)}
+    done = run_process([sys.executable, *base, *options, *training], cwd=ROOT, env=variables)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     entries = metrics(tmp_path / "output")
     assert entries[-1]["iteration"] == 2 and entries[-1]["loss_kd_nckd"] > 0
     weights = str(tmp_path / "output" / "model_final.pth")

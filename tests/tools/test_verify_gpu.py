@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers import forked
 from kd_cls.config import load_cfg
 from kd_core.utils.compiling import CompiledOrPlain
 from kd_core.utils.config import lookup
@@ -33,14 +34,15 @@ def test_without_a_gpu_it_says_so_in_one_line_and_ends_with_status_2():
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and "no GPU" in done.stderr
 
 
-def test_a_fast_path_that_equals_its_slow_one_is_safe(tool, capsys):
-    assert tool.main([*CPU, "--only", "classifier: KD.TEACHER.FOLD_BN"]) == 0
-    assert "classifier: KD.TEACHER.FOLD_BN True: safe" in capsys.readouterr().out
+def test_a_fast_path_that_equals_its_slow_one_is_safe():
+    done = forked.run(["tools/verify_gpu.py", *CPU, "--only", "classifier: KD.TEACHER.FOLD_BN"])
+    assert done.returncode == 0 and "classifier: KD.TEACHER.FOLD_BN True: safe" in done.stdout, done.stderr
 
 
-def test_a_fast_path_that_raises_is_a_row_and_no_end(tool, capsys):
-    assert tool.main([*CPU, "--only", "SOLVER.CUDA_GRAPH"]) == 1
-    out = capsys.readouterr().out
+def test_a_fast_path_that_raises_is_a_row_and_no_end():
+    done = forked.run(["tools/verify_gpu.py", *CPU, "--only", "SOLVER.CUDA_GRAPH"])
+    out = done.stdout
+    assert done.returncode == 1, done.stderr
     assert "classifier: SOLVER.CUDA_GRAPH True: fails: UserError: SOLVER.CUDA_GRAPH True does not go with" in out
     assert "Safe and worth setting here for a classifier: none" in out
 

@@ -1,8 +1,6 @@
 """What is written: whole or not at all, cut at a resume, evenly spaced, counted on the device."""
 
 import math
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +9,7 @@ import pytest
 import torch
 from fvcore.common.config import CfgNode
 
-from helpers.processes import started
+from helpers import forked
 from kd_cls.checkpoint.checkpoint import read_checkpoint, read_metadata
 from kd_cls.data import EveryNth, create_datasets
 from kd_cls.data.build import build_data
@@ -30,8 +28,11 @@ for number in range(10**9):
 
 def test_a_kill_in_the_middle_of_writing_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "last.pth"
-    with started([sys.executable, "-c", WRITE_FOREVER, path], stdout=subprocess.PIPE, text=True) as writer:
-        assert writer.stdout.readline() == "0\n"
+    (tmp_path / "writer.py").write_text(WRITE_FOREVER)
+    with forked.started_command([tmp_path / "writer.py", path], tmp_path / "said") as writer:
+        while not path.exists():
+            assert writer.exitcode is None
+            time.sleep(0.01)
         for _ in range(5):
             time.sleep(0.02)
             checkpoint = read_checkpoint(path, "--resume")  # while it is being replaced

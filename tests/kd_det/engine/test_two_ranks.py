@@ -2,7 +2,6 @@
 
 import os
 import re
-import sys
 
 import pytest
 import torch
@@ -10,11 +9,8 @@ from torch.testing import assert_close
 
 from helpers import HELPERS, forked
 from helpers.few_digits import few_digits
-from helpers.processes import run
 from helpers.tiny_detector import make_batch
 from helpers.two_ranks import gradients
-
-from ..conftest import ROOT
 
 
 @pytest.fixture
@@ -26,7 +22,7 @@ def unpinned(monkeypatch):
     monkeypatch.setattr(proposal_utils, "batched_nms", proposal_utils.batched_nms)
 
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 DEEPKD = (
     "KD.LOSS.NAME", "dkd", "KD.LOSS.TEMPERATURE", 1.0, "SOLVER.OPTIMIZER", "deepkd_sgd", "SOLVER.BASE_LR", 0.005,
     "DATASETS.TEST", "()", "INPUT.MIN_SIZE_TRAIN", "(64,)", "DATALOADER.NUM_WORKERS", 0, "SEED", 1,
@@ -84,9 +80,8 @@ def test_train_net_under_torchrun_keeps_two_ranks_equal_to_the_bit_though_batche
     cfg.DATASETS.REGISTER, cfg.DATASETS.TRAIN = [entry], (entry[0],)
     config = tmp_path / "config.yaml"
     config.write_text(cfg.dump())
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = ["tools/train_net.py", "--config-file", config, "--num-gpus", 0]
-    done = run([*TORCHRUN, *command], timeout=400, cwd=ROOT, env=environment)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = forked.run([*TORCHRUN, "tools/train_net.py", "--config-file", config, "--num-gpus", 0], environment)
     assert done.returncode == 0, done.stderr[-3000:]
     logs = [(tmp_path / "output" / name).read_text() for name in ("log.txt", "log.txt.rank1")]
     digests = [re.findall(r"Parameters after (\d+) iterations on rank \d: ([0-9a-f]{64})", log) for log in logs]
