@@ -7,26 +7,29 @@ import pytest
 
 import kd_core
 
-LOADED = "import sys; print(*sorted({name.split('.')[0] for name in sys.modules}), *sys.modules)"
+SHOW = "import sys; print(*sorted({name.split('.')[0] for name in sys.modules}), *sys.modules)"
 
 
-def loaded_by(statement: str) -> set[str]:
-    command = [sys.executable, "-c", f"{statement}\n{LOADED}"]
-    return set(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+def loaded_by(*statements: str) -> list[set[str]]:
+    """What a process has loaded after each of the statements, which it executes in turn."""
+    command = [sys.executable, "-c", "\n".join(f"{statement}\n{SHOW}" for statement in statements)]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    return [set(line.split()) for line in lines]
 
 
 def test_the_package_alone_imports_nothing_heavy() -> None:
-    assert not loaded_by("import kd_core") & {"torch", "numpy", "fvcore", "yacs"}
+    (names,) = loaded_by("import kd_core")
+    assert not names & {"torch", "numpy", "fvcore", "yacs"}
 
 
-def test_losses_import_torch_and_themselves_only() -> None:
-    more = loaded_by("import kd_core.losses") - loaded_by("import torch")
-    assert {name for name in more if not name.startswith("kd_core")} <= {"html", "html.entities"}
-
-
-def test_a_config_is_read_with_fvcore_which_is_imported_then() -> None:
-    names = loaded_by("from kd_core.losses import LOSS_REGISTRY, add_loss_config, build_loss")
-    assert {"kd_core.losses.config", "fvcore"} <= names
+def test_losses_import_torch_and_themselves_only_and_reading_a_config_fvcore() -> None:
+    torch, losses, config = loaded_by(
+        "import torch",
+        "import kd_core.losses",
+        "from kd_core.losses import LOSS_REGISTRY, add_loss_config, build_loss",
+    )
+    assert {name for name in losses - torch if not name.startswith("kd_core")} <= {"html", "html.entities"}
+    assert {"kd_core.losses.config", "fvcore"} <= config
 
 
 def test_every_name_at_the_top_is_there_and_listed() -> None:
