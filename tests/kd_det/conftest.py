@@ -10,11 +10,9 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from helpers.tiny_detector import RETINANET, TINY, make_batch
-from kd_core.utils.config import changes_as_yaml
 from kd_det.config import kd_defaults, merge_list
 
 ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture
 def tiny_cfg(tmp_path: Path) -> Callable[..., CfgNode]:
@@ -27,7 +25,7 @@ def tiny_cfg(tmp_path: Path) -> Callable[..., CfgNode]:
         cfg.merge_from_list([word for pair in TINY.items() for word in pair])
         teacher = tmp_path / "teacher.yaml"
         if not teacher.exists():
-            teacher.write_text(changes_as_yaml(cfg, kd_defaults(), ""))
+            teacher.write_text(cfg.dump())
         cfg.KD.TEACHER.CONFIG_FILE = str(teacher)
         cfg.OUTPUT_DIR = str(tmp_path / "output")
         merge_list(cfg, [str(word) for word in overrides])
@@ -51,7 +49,7 @@ def tiny_model(tiny_cfg: Callable[..., CfgNode]) -> Callable[..., torch.nn.Modul
 def retinanet(tiny_cfg: Callable[..., CfgNode]) -> Callable[..., torch.nn.Module]:
     """`retinanet("KEY", value, …)`: a tiny RetinaNet; its teacher, where there is a loss, is one of the same kind."""
     cfg = tiny_cfg(*RETINANET)
-    Path(cfg.KD.TEACHER.CONFIG_FILE).write_text(changes_as_yaml(cfg, kd_defaults(), ""))
+    Path(cfg.KD.TEACHER.CONFIG_FILE).write_text(cfg.dump())
 
     def build(*overrides: object) -> torch.nn.Module:
         torch.manual_seed(0)
