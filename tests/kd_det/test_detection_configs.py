@@ -84,11 +84,15 @@ WALKED = [path for path in EVERY if path not in OTHER_PAIRS]
 
 @cache
 def resumed() -> list[Path]:
-    """One config of each kind of checkpoint: its folder, and what decides which states it holds."""
-    return list({kind_of(path): path for path in reversed(WALKED)}.values())
+    """One config of each kind of checkpoint, and one that includes each base."""
+    backwards = WALKED[::-1]  # of several the first is kept
+    of_kinds = {kind_of(path): path for path in backwards}
+    of_bases = {base: path for path in backwards for base in bases_of(path)}
+    return list(dict.fromkeys([*of_kinds.values(), *of_bases.values()]))
 
 
 def kind_of(path: Path) -> tuple[object, ...]:
+    """Its folder, and what decides which states a checkpoint holds."""
     try:
         cfg = read(path)
     except UserError:  # which the tests of this config tell
