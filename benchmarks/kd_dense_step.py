@@ -12,6 +12,7 @@ Exit code 1 if the step is above 1.05 of its floor or the losses above 3 % of th
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,9 +20,9 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from figures import ROOT, Bound, Table, judged, options, write_figures
-from memory import random_batch
+from memory import random_batch, student_rows
 from timing import by_turns
-from torch import nn
+from torch import Tensor, nn
 
 from kd_det.config import merge_list
 from kd_det.engine.launch import read_config
@@ -41,35 +42,61 @@ def main() -> int:
     args = parser.parse_args()
     cfg = read_config(str(ROOT / "configs/COCO/dkd_retinanet_r18_r101.yaml"), WORDS)
     merge_list(cfg, args.opts)
-    batch = random_batch(1, args.size, cfg.MODEL.RETINANET.NUM_CLASSES)
+    batch = random_batch(cfg, 1, args.size, args.size)
+    sides, distilled = step_sides(cfg, batch)
+    rows = [replace(level, student_logits=leaf(level.student_logits)) for level in student_rows(distilled, batch)]
+    logits = sides["teacher alone"]()
+    pairs = list(zip(rows, logits, strict=True))
+    sides["losses"] = lambda: [sum(distilled.row_loss(*pair).values()).backward() for pair in pairs]
+    with EventStorage(0):
+        seconds = by_turns(sides, args.rounds)
+    size = f"{sum(len(level.student_logits) for level in rows)} × {cfg.MODEL.RETINANET.NUM_CLASSES}"
+    ratios = step_ratios(seconds)
+    ratios.insert(1, (f"losses on {size} logits / distilled", seconds["losses"], seconds["distilled"], LOSS_BOUND))
+    table, bounds = judge(ratios)
+    print(table)
+    return write_figures(args.json, {"ratios": table}, bounds)
+
+
+def leaf(logits: Tensor) -> Tensor:
+    """Logits whose gradient ends there."""
+    return logits.detach().requires_grad_()
+
+
+def step_sides(cfg: CfgNode, batch: list[dict[str, Any]]) -> tuple[dict[str, Callable[[], Any]], nn.Module]:
+    """The plain student's step, the distilled one and the teacher's part, each as a function; the distilled model."""
     plain, distilled = build(cfg, "none"), build(cfg, cfg.KD.LOSS.NAME)
-    losses, rows = losses_alone(distilled, batch)
+    rows = student_rows(distilled, batch)
     sides = {
         "plain": step_of(plain, batch),
         "distilled": step_of(distilled, batch),
-        "teacher alone": teacher_alone(distilled, batch),
-        "losses": losses,
+        "teacher alone": lambda: distilled.teacher_logits(distilled.teacher.view(batch, distilled.input_format), rows),
     }
-    with EventStorage(0):
-        seconds = by_turns(sides, args.rounds)
+    return sides, distilled
+
+
+Ratio = tuple[str, list[float], list[float], float | None]
+
+
+def step_ratios(seconds: dict[str, list[float]]) -> list[Ratio]:
+    """The distilled step against its floor and against the plain step: name, both sides' seconds, bound."""
     floor = [sum(parts) for parts in zip(seconds["plain"], seconds["teacher alone"], strict=True)]
-    pairs = {
-        "distilled / (plain + teacher alone)": ("distilled", floor, STEP_BOUND),
-        f"losses on {rows} × {cfg.MODEL.RETINANET.NUM_CLASSES} logits / distilled": (
-            "losses", seconds["distilled"], LOSS_BOUND,
-        ),
-        "distilled / plain": ("distilled", seconds["plain"], None),
-    }  # fmt: skip
+    return [
+        ("distilled / (plain + teacher alone)", seconds["distilled"], floor, STEP_BOUND),
+        ("distilled / plain", seconds["distilled"], seconds["plain"], None),
+    ]
+
+
+def judge(ratios: list[Ratio]) -> tuple[Table, list[Bound]]:
+    """The median ratio of every pair as a table, and the bounds."""
     bounds, cells = [], []
-    for name, (side, other, bound) in pairs.items():
-        ratio = statistics.median(a / b for a, b in zip(seconds[side], other, strict=True))
-        medians = (1e3 * statistics.median(times) for times in (seconds[side], other))
+    for name, side, other, bound in ratios:
+        ratio = statistics.median(a / b for a, b in zip(side, other, strict=True))
+        medians = (1e3 * statistics.median(times) for times in (side, other))
         cells.append([name, *medians, judged(ratio, bound, digits=4)])
         if bound is not None:
             bounds.append(Bound(name, ratio, bound))
-    table = Table(["", "ms", "floor or other side, ms", "ratio (bound)"], cells)
-    print(table)
-    return write_figures(args.json, {"ratios": table}, bounds)
+    return Table(["", "ms", "floor or other side, ms", "ratio (bound)"], cells), bounds
 
 
 def build(cfg: CfgNode, loss: str) -> nn.Module:
@@ -92,42 +119,6 @@ def step_of(model: nn.Module, batch: list[dict[str, Any]]) -> Callable[[], None]
         optimizer.step()
 
     return step
-
-
-def teacher_alone(model: nn.Module, batch: list[dict[str, Any]]) -> Callable[[], object]:
-    """The teacher's backbone and class branch."""
-    rows = captured(model, batch)
-    return lambda: model.teacher_logits(model.teacher.view(batch, model.input_format), rows)
-
-
-def losses_alone(model: nn.Module, batch: list[dict[str, Any]]) -> tuple[Callable[[], None], int]:
-    """Forward and backward of the loss on every level, and how many anchors that are."""
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    handle = model.loss.register_forward_pre_hook(
-        lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
-    )
-    with EventStorage(0):
-        model(batch)
-    handle.remove()
-    levels = [(student.detach().requires_grad_(), others, kwargs) for (student, *others), kwargs in calls]
-
-    def losses() -> None:
-        for student, others, kwargs in levels:
-            student.grad = None
-            sum(model.loss(student, *others, **kwargs).values()).backward()
-
-    return losses, sum(len(student) for student, *_ in levels)
-
-
-def captured(model: nn.Module, batch: list[dict[str, Any]]) -> list[Any]:
-    """The student's rows of a batch."""
-    seen: list[Any] = []
-    compute = model.distillation_losses
-    model.distillation_losses = lambda views, rows: seen.extend(rows) or compute(views, rows)
-    with EventStorage(0):
-        model(batch)
-    del model.distillation_losses
-    return seen
 
 
 if __name__ == "__main__":

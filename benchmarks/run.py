@@ -47,6 +47,7 @@ BENCHMARKS = (
     Benchmark("kd_cls_step", ("--rounds", "1"), from_environment=(("--peer", ("PEER_DEEPKD",)),)),
     Benchmark("kd_det_step", ("--rounds", "1"), from_environment=(("--peer", ("PEER_MDISTILLER",)),)),
     Benchmark("kd_dense_step", ("--rounds", "1", "--size", "128")),
+    Benchmark("kd_seg_step", ("--rounds", "1", "--size", "64")),
     Benchmark("share", quick=("--rounds", "1")),
     Benchmark("growth", quick=("--quick",)),
     Benchmark(

@@ -1,6 +1,6 @@
 """Pixels as rows: the logits of a segmentation head at its own stride, of the student and of a teacher."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -164,14 +164,22 @@ def pixel_rows(
             for side in (student, teacher_logits)
         )
     elif labels is not None and labels.shape[1:] != student.shape[2:]:
-        # float64 holds every label, and interpolation knows no integers.
-        labels = F.interpolate(labels[:, None].double(), student.shape[2:], mode="nearest-exact")[:, 0].long()
+        labels = cell_centres(labels, student.shape[2:])
     if options.ignore == "none":
         labels = torch.zeros_like(student[:, 0], dtype=torch.long) if options.sample else None
     if options.sample:
         labels = keep_some(labels, options.sample, ignore_value)
     rows = flatten_rows(student, teacher_logits, labels, ignore_value)
     return rows if options.ignore == "label" else (*rows[:2], None)
+
+
+def cell_centres(labels: Tensor, size: Sequence[int]) -> Tensor:
+    """Labels (B, H, W) at the centres of `size` cells; interpolation would need a copy as floats."""
+    rows, columns = (
+        (torch.arange(0.5, cells, device=labels.device) * (pixels / cells)).long()
+        for cells, pixels in zip(size, labels.shape[1:], strict=True)
+    )
+    return labels[:, rows[:, None], columns]
 
 
 def keep_some(labels: Tensor, count: int, ignore_value: int) -> Tensor:
