@@ -90,8 +90,8 @@ def build_config(args: argparse.Namespace, output: Path) -> CfgNode:
     teacher = teacher_config(asked, any_classes=True)
     if PIXEL_CLASSES in class_keys(teacher.MODEL.META_ARCHITECTURE):
         raise UserError(
-            f"--teacher: {teacher_file} is a {teacher.MODEL.META_ARCHITECTURE}, and students are derived of detectors "
-            "only: write the student's config (docs/segmentation.md) and train it with tools/train_net.py"
+            f"--teacher: {teacher_file} is a {teacher.MODEL.META_ARCHITECTURE}, and students are derived from "
+            "detectors only: write the student's config (docs/segmentation.md) and train it with tools/train_net.py"
         )
     set_data(teacher, args, output)
     options = dict(zip(args.options[::2], args.options[1::2], strict=False))

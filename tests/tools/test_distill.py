@@ -120,6 +120,11 @@ def test_a_wrong_word_may_be_corrected_in_the_same_folder(command):
         ("teacher.txt", "no config\n", r"teacher\.txt"),
         ("teacher.yaml", "MODEL: [\n", r"teacher\.yaml"),
         ("teacher.yaml", "MODEL:\n  BACKBONES: 3\n", r"unknown key MODEL\.BACKBONES"),
+        (
+            "teacher.yaml",
+            "MODEL:\n  META_ARCHITECTURE: PanopticFPN\n",
+            r"teacher\.yaml is a PanopticFPN, and students are derived from detectors only: write the student's config",
+        ),
         ("teacher.py", "x = 1\n", r"teacher\.py has no `model`"),
         ("gone.yaml", None, r"gone\.yaml is neither a file nor a name in detectron2's model zoo"),
     ],
