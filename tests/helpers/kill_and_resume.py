@@ -5,7 +5,8 @@ python tests/helpers/kill_and_resume.py --times 10
 kills as many trainings in the middle of an iteration, at a random time, and as many in the middle of a write, at a
 random byte or at a file's edge (the file complete, but not yet in its place). A training is tools/train_net.py's `main`
 on the built-in digits, with a tiny detector: DeepKD, automatic momenta, a moving average, and a checkpoint every second
-of six iterations. Processes are forked, so that detectron2 is imported once.
+of six iterations. `--others` kills a training of every other meta-architecture, too, in the third of four iterations,
+in bfloat16 and with micro-batches. Processes are forked, so that detectron2 is imported once.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,19 +28,21 @@ from typing import Any, BinaryIO
 import torch
 
 from kd_core.utils import files
-from kd_det.config import kd_defaults, merge_list
 from kd_det.engine.launch import argument_parser
 from kd_det.engine.trainer import DistillationTrainer
 
 FORK = multiprocessing.get_context("fork")
 ROOT = Path(__file__).resolve().parents[2]
 TRAINING = (
-    "KD.LOSS.NAME", "dkd", "KD.LOSS.TEMPERATURE", 1.0, "KD.LOSS.WARMUP_ITERS", 4, "SOLVER.OPTIMIZER", "deepkd_sgd",
-    "SOLVER.MOMENTA", "auto", "SOLVER.GSNR.PERIOD", 2, "SOLVER.GSNR.WINDOW", 4, "SOLVER.EMA.ENABLED", True,
-    "SOLVER.BASE_LR", 0.005, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 6, "SOLVER.STEPS", "(5,)",
-    "SOLVER.CHECKPOINT_PERIOD", 2, "DATASETS.TRAIN", "('digits_train',)", "DATASETS.TEST", "()",
+    "KD.LOSS.NAME", "dkd", "KD.LOSS.TEMPERATURE", 1.0, "SOLVER.OPTIMIZER", "deepkd_sgd", "SOLVER.EMA.ENABLED", True,
+    "SOLVER.BASE_LR", 0.005, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.CHECKPOINT_PERIOD", 2, "DATASETS.TEST", "()",
     "INPUT.MIN_SIZE_TRAIN", "(64,)", "DATALOADER.NUM_WORKERS", 0, "SEED", 1,
 )  # fmt: skip
+LONG = (
+    "KD.LOSS.WARMUP_ITERS", 4, "SOLVER.MOMENTA", "auto", "SOLVER.GSNR.PERIOD", 2, "SOLVER.GSNR.WINDOW", 4,
+    "SOLVER.MAX_ITER", 6, "SOLVER.STEPS", "(5,)",
+)  # fmt: skip
+SHORT = ("SOLVER.MAX_ITER", 4, "SOLVER.STEPS", "(3,)")
 Killer = Callable[[], None]  # called in the process that is to die, before it trains
 
 
@@ -99,6 +102,17 @@ def die_at_byte(position: int) -> None:
     count_writes(written)
 
 
+def die_in_third_iteration() -> None:
+    """Die when the weights of the third iteration have been updated, and nothing has been written of it."""
+
+    def fatal(trainer: DistillationTrainer) -> None:
+        if trainer.iter == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        after_step(trainer)
+
+    after_step, DistillationTrainer.after_step = DistillationTrainer.after_step, fatal
+
+
 def train(config: Path, output: Path, begun: Any, killer: Killer) -> None:
     """tools/train_net.py --resume, in a process of its own whose output goes to a file; `begun` hears of the start."""
     output.mkdir(exist_ok=True)
@@ -152,6 +166,13 @@ def kill_in_an_iteration(config: Path, output: Path, seconds: float, draw: rando
     return process.exitcode == -signal.SIGKILL and not (output / "model_final.pth").exists()
 
 
+def kill_in_third_iteration(config: Path, output: Path) -> bool:
+    """Kill in the middle of the third iteration."""
+    process, _ = start(config, output, die_in_third_iteration)
+    process.join()
+    return process.exitcode == -signal.SIGKILL
+
+
 def kill_in_a_write(config: Path, output: Path, sizes: list[list[int]], draw: random.Random) -> bool:
     """Kill at a random byte of all that is written, every other time at the first or last byte of a file."""
     position = draw.randrange(sum(map(sum, sizes)))
@@ -192,47 +213,53 @@ def same(a: Any, b: Any) -> bool:
     return a == b
 
 
-def write_config(folder: Path) -> Path:
-    """The config of a tiny student, and that of its teacher, which is of the same kind and random."""
-    from tiny_detector import TINY  # this folder is on a script's path
+def main(times: int, others: bool, draw: random.Random, folder: Path) -> None:
+    from tiny_detector import ARCHITECTURES  # this folder is on a script's path
 
-    cfg = kd_defaults()
-    cfg.merge_from_list([word for pair in TINY.items() for word in pair])
-    (folder / "teacher.yaml").write_text(cfg.dump())
-    cfg.KD.TEACHER.CONFIG_FILE = str(folder / "teacher.yaml")
-    merge_list(cfg, [str(word) for word in TRAINING])
-    path = folder / "config.yaml"
-    path.write_text(cfg.dump())
-    return path
+    kill_and_resume(folder, "rcnn", LONG, ("an iteration", "a write"), times, draw)
+    for architecture in [name for name in ARCHITECTURES if name != "rcnn" and others]:
+        kill_and_resume(folder, architecture, SHORT, ("the third iteration",), 1, draw)
 
 
-def main(times: int, seed: int, folder: Path) -> None:
-    config, expected, draw = write_config(folder), folder / "undisturbed", random.Random(seed)
+def kill_and_resume(
+    folder: Path, architecture: str, words: Sequence[Any], kinds: Sequence[str], times: int, draw: random.Random
+) -> None:
+    """Kill `times` trainings in the middle of each of `kinds`, and compare where they end with an undisturbed one."""
+    from tiny_detector import write_training
+
+    folder = folder / architecture
+    folder.mkdir()
+    config, expected = write_training(folder, architecture, *TRAINING, *words), folder / "undisturbed"
     seconds = finish(config, expected, lambda: log_sizes(folder / "sizes"))
     sizes = [[int(n) for n in part.split()] for part in (folder / "sizes").read_text().split("\n\n")]
     kills = {
         "an iteration": lambda output: kill_in_an_iteration(config, output, seconds, draw),
+        "the third iteration": lambda output: kill_in_third_iteration(config, output),
         "a write": lambda output: kill_in_a_write(config, output, sizes, draw),
     }
-    for kind, kill in kills.items():
+    for kind in kinds:
         continued = []
         while len(continued) < times:
             output = Path(tempfile.mkdtemp(dir=folder))
-            if kill(output):
+            if kills[kind](output):
                 continued.append(check_whole(output))
                 finish(config, output)
                 check_same_end(expected, output)
         found = ", ".join(map(str, continued))
-        print(f"{times} of {times} killed in the middle of {kind} ended to the bit; resumed after iterations {found}")
+        print(
+            f"{architecture}: {times} of {times} killed in the middle of {kind} ended to the bit; resumed after "
+            f"iterations {found}"
+        )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=10, help="kills of each kind")
+    parser.add_argument("--others", action="store_true", help="kill one of each other meta-architecture")
     parser.add_argument("--seed", type=int, default=0, help="of the random points")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         os.chdir(ROOT)
-        main(options.times, options.seed, Path(scratch))
+        main(options.times, options.others, random.Random(options.seed), Path(scratch))
     sys.exit()

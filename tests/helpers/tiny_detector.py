@@ -1,7 +1,11 @@
 """A real Faster R-CNN with FPN of a few thousand weights, and batches of 64 px for it."""
 
+from pathlib import Path
+
 import torch
 from detectron2.structures import BitMasks, Boxes, Instances
+
+from kd_det.config import kd_defaults, merge_list
 
 TINY = {
     "REPORT.ENABLED": False,  # of the tests' many trainings; those of the report turn it on
@@ -59,6 +63,36 @@ RETINANET = (
     "MODEL.ANCHOR_GENERATOR.SIZES", [[16], [32], [64]], "MODEL.RETINANET.NUM_CLASSES", 10,
     "MODEL.RETINANET.NUM_CONVS", 1, "MODEL.RETINANET.PRIOR_PROB", 0.3,
 )  # fmt: skip
+
+# A short DeepKD training of each meta-architecture on the digits: its network and its own words.
+MIXED = ("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bfloat16", "SOLVER.ACCUMULATE_STEPS", 2)
+ARCHITECTURES = {
+    "rcnn": (TINY, ("DATASETS.TRAIN", "('digits_train',)")),
+    "retinanet": (TINY, (*RETINANET, *MIXED, "DATASETS.TRAIN", "('digits_train',)")),
+    "segmentation": (TINY_SEGMENTOR, (*MIXED, "DATASETS.TRAIN", "('digits_sem_seg_val',)", "KD.PIXELS.SAMPLE", 50)),
+    "panoptic": (
+        TINY_PANOPTIC,
+        (
+            *MIXED, "DATASETS.TRAIN", "('digits_panoptic_val',)", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 2,
+            "INPUT.MASK_FORMAT", "bitmask",
+        ),
+    ),
+}  # fmt: skip
+
+
+def write_training(folder: Path, architecture: str, *overrides: object) -> Path:
+    """Write the config of a tiny student of `ARCHITECTURES`, and that of its random teacher of the same kind."""
+    tiny, own = ARCHITECTURES[architecture]
+    cfg = kd_defaults()
+    cfg.merge_from_list([word for pair in tiny.items() for word in pair])
+    merge_list(cfg, [str(word) for word in (*own, *overrides)])
+    teacher, loss = folder / "teacher.yaml", cfg.KD.LOSS.NAME
+    cfg.KD.LOSS.NAME = "none"
+    teacher.write_text(cfg.dump())
+    cfg.KD.LOSS.NAME, cfg.KD.TEACHER.CONFIG_FILE = loss, str(teacher)
+    path = folder / "config.yaml"
+    path.write_text(cfg.dump())
+    return path
 
 
 def make_batch(images: int = 2, boxes: int = 3, size: int = 64, seed: int = 0) -> list[dict]:

@@ -23,8 +23,6 @@ from kd_det.evaluation.html_report import detector_page, read_detector_run
 from kd_det.evaluation.visualize import draw_dataset, read_detectors, records_of
 from kd_det.export import read_student, save_plain, save_torchscript
 
-from .engine.test_two_ranks import on_two_ranks
-
 CLASSES = ["sky", "road", "car"]
 TRAINING = (
     "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 4, "SOLVER.STEPS", "(3,)", "SOLVER.CHECKPOINT_PERIOD", 2,
@@ -122,21 +120,6 @@ def test_trained_with_streams_in_bfloat16_and_resumed_to_the_bit_then_reported_d
     assert [detector.title for detector in detectors] == ["teacher", "student"] and len(paths) == 2
     with Image.open(paths[0]) as picture:
         assert picture.width > 4 * 80 and picture.height > 64
-
-
-def test_two_ranks_keep_equal_weights_and_resume_to_the_bit(street, tmp_path):
-    cfg = config(tmp_path, street, *DEEPKD, "SOLVER.ACCUMULATE_STEPS", 1)
-    cfg.DATASETS.TEST = ()
-    path = tmp_path / "config.yaml"
-    path.write_text(cfg.dump())
-    command = ("tools/train_net.py", "--config-file", path, "--num-gpus", 0)
-    on_two_ranks(*command)
-    (tmp_path / "output" / "last_checkpoint").write_text("model_0000001.pth")
-    on_two_ranks(*command, "--resume")
-    logs = [(tmp_path / "output" / name).read_text() for name in ("log.txt", "log.txt.rank1")]
-    digests = [re.findall(r"Parameters after (\d+) iterations on rank \d: ([0-9a-f]{64})", log) for log in logs]
-    assert [int(iterations) for iterations, _ in digests[0]] == [2, 4, 4] and digests[0] == digests[1]
-    assert digests[0][1] == digests[0][2] != digests[0][0]
 
 
 def spoil(entry: list[str], how: str) -> None:

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from helpers import HELPERS, forked
 from helpers.few_digits import few_digits
-from helpers.tiny_detector import make_batch
+from helpers.tiny_detector import make_batch, write_training
 from helpers.two_ranks import gradients
 
 
@@ -87,3 +87,17 @@ def test_train_net_under_torchrun_keeps_two_ranks_equal_to_the_bit_though_batche
     digests = [re.findall(r"Parameters after (\d+) iterations on rank \d: ([0-9a-f]{64})", log) for log in logs]
     assert [int(iterations) for iterations, _ in digests[0]] == [4, 8, 12] and digests[0] == digests[1]
     assert len({digest for _, digest in digests[0]}) == 3
+
+
+def test_two_ranks_of_every_architecture_keep_equal_weights_and_resume_to_the_bit(tmp_path):
+    configs = []
+    for architecture in ("retinanet", "segmentation", "panoptic"):
+        output = tmp_path / architecture / "output"
+        output.mkdir(parents=True)
+        schedule = ("SOLVER.MAX_ITER", 4, "SOLVER.STEPS", "(3,)", "SOLVER.CHECKPOINT_PERIOD", 2)
+        words = (*DEEPKD, *schedule, "SOLVER.IMS_PER_BATCH", 4, "OUTPUT_DIR", output)
+        configs.append(write_training(output.parent, architecture, *words))
+    on_two_ranks(HELPERS / "resume_ranks.py", *configs)
+    for config in configs:
+        digests = {(config.parent / "output" / f"digests.rank{rank}").read_text() for rank in (0, 1)}
+        assert len(digests) == 1 and len(set(digests.pop().split())) == 1, config
