@@ -25,9 +25,11 @@ def test_the_floor_is_the_sum_of_its_parts_and_ratios_are_medians_over_rounds(be
     assert rows["DeepKD / KD"] == [6000.0, 6000.0, 1.0, 1.35]
     assert rows["DeepKD / floor"][:2] == [6000.0, 6000.0] and len(rows) == 3
     papers = {benchmark.BFLOAT16: [3.0] * 3, "the papers' KD": [6.0] * 3, "the papers' DeepKD": [12.0] * 3}
+    papers |= {"MLKD": [3.0] * 3, "the papers' MLKD": [6.0] * 3, "CRLD": [3.0] * 3, "the papers' CRLD": [4.0] * 3}
     peers = {name: found for name, *_, found, _ in benchmark.table_rows(seconds | papers)}
     assert peers["DeepKD / the papers' DeepKD"] == peers[f"{benchmark.BFLOAT16} / the papers' KD"] == 0.5
-    assert len(peers) == 7
+    assert peers["MLKD / the papers' MLKD"] == 0.5 and peers["CRLD / the papers' CRLD"] == 0.75
+    assert len(peers) == 9
 
 
 def test_a_step_trains_on_the_whole_batch_at_learning_rate_0(
