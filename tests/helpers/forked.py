@@ -28,6 +28,7 @@ from typing import Any
 from . import ROOT
 from .processes import MARK, end
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["kd_det.engine.train", "kd_cls.train", "torch.utils.tensorboard"])
 
@@ -95,7 +96,12 @@ class Forking(subprocess.Popen):
             words = [word for word in words[1:] if word != "-u"]
             if words[0] == "-m" or words[0].endswith(".py"):
                 options["preexec_fn"] = partial(go_on_as, words, options.get("env") or {})
-        super().__init__(args, *rest, **options)
+        # A signal between the fork and go_on_as would meet the handlers of this process.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS if "preexec_fn" in options else ())
+        try:
+            super().__init__(args, *rest, **options)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def go_on_as(words: list[str], env: Mapping[str, str]) -> None:
@@ -109,6 +115,7 @@ def go_on_as(words: list[str], env: Mapping[str, str]) -> None:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))
     gc.enable()
     code = 1

@@ -68,6 +68,8 @@ def test_every_tool_can_be_run_as_it_is():
 def test_without_pip_it_says_how_to_get_it(tmp_path):
     """In a virtual environment that was made without ensurepip, as on a Debian without python3-venv."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
-    run = subprocess.run([tmp_path / "venv" / "bin" / "python", SCRIPT], capture_output=True, text=True, check=False)
+    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [tmp_path / "venv" / "bin" / "python", SCRIPT]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=bare)
     assert run.returncode == 1 and "Traceback" not in run.stderr
     assert "has no pip, which installs detectron2" in run.stderr and "python3-venv" in run.stderr

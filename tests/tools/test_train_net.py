@@ -131,7 +131,8 @@ def test_plain_detectron2_loads_the_student_and_detects_the_same(undisturbed):
 
     from kd_det.engine.launch import read_config
 
-    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    path = os.environ.get("PYTHONPATH", "") if "KD_UPSTREAM" in os.environ else ""  # of upstream's detectron2
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = run_process([sys.executable, "-c", PLAIN, undisturbed], env=variables)
     assert done.returncode == 0, done.stderr[-3000:]
     name, boxes, scores, classes = json.loads(done.stdout.splitlines()[-1])

@@ -1,6 +1,7 @@
 """A year-old checkpoint's worth of trouble: each is one clear error or one clear warning."""
 
 import logging
+import os
 import re
 import shutil
 from pathlib import Path
@@ -268,6 +269,7 @@ def test_a_config_that_a_kill_has_cut_off_is_named_and_does_not_stop_a_resume(ti
         assert "config.yaml cannot be read" in caplog.text
 
 
+@pytest.mark.skipif("KD_UPSTREAM" in os.environ, reason="detectron2's main has another default decay of biases")
 def test_a_config_written_by_the_first_version_still_resumes(tmp_path):
     written = Path(__file__).parents[2] / "golden" / "config_96e214b_detection.yaml"  # of configs/Digits/deepkd.yaml
     shutil.copy(written, tmp_path / "config.yaml")
