@@ -46,6 +46,7 @@ from kd_core.utils.run_info import machine, source, versions
 # package → command, metric in metrics.json, the teacher's file
 PACKAGES = {
     "detection": (["tools/train_net.py"], "bbox/AP", "model_final.pth"),
+    "segmentation": (["tools/train_net.py"], "sem_seg/mIoU", "model_final.pth"),
     "classification": (["-m", "kd_cls.train"], "val/top1", "last.pth"),
 }
 KEYS = ("package", "tries", "design_seed", "options", "teacher", "search", "test", "methods")
