@@ -64,16 +64,18 @@ RETINANET = (
     "MODEL.RETINANET.NUM_CONVS", 1, "MODEL.RETINANET.PRIOR_PROB", 0.3,
 )  # fmt: skip
 
-# A short DeepKD training of each meta-architecture on the digits: its network and its own words.
+# A short DeepKD training of each meta-architecture on the digits: its network and its own words. Two compare feature
+# maps, too.
 MIXED = ("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bfloat16", "SOLVER.ACCUMULATE_STEPS", 2)
+REVIEW = ("KD.FEATURE.NAME", "review", "KD.FEATURE.IN_FEATURES", "['p2', 'p3']")  # with parameters of its own
 ARCHITECTURES = {
-    "rcnn": (TINY, ("DATASETS.TRAIN", "('digits_train',)")),
+    "rcnn": (TINY, (*REVIEW, "DATASETS.TRAIN", "('digits_train',)")),
     "retinanet": (TINY, (*RETINANET, *MIXED, "DATASETS.TRAIN", "('digits_train',)")),
     "segmentation": (TINY_SEGMENTOR, (*MIXED, "DATASETS.TRAIN", "('digits_sem_seg_val',)", "KD.PIXELS.SAMPLE", 50)),
     "panoptic": (
         TINY_PANOPTIC,
         (
-            *MIXED, "DATASETS.TRAIN", "('digits_panoptic_val',)", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 2,
+            *MIXED, *REVIEW, "DATASETS.TRAIN", "('digits_panoptic_val',)", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 2,
             "INPUT.MASK_FORMAT", "bitmask",
         ),
     ),

@@ -101,3 +101,5 @@ def test_two_ranks_of_every_architecture_keep_equal_weights_and_resume_to_the_bi
     for config in configs:
         digests = {(config.parent / "output" / f"digests.rank{rank}").read_text() for rank in (0, 1)}
         assert len(digests) == 1 and len(set(digests.pop().split())) == 1, config
+    last = torch.load(tmp_path / "panoptic" / "output" / "model_final.pth", weights_only=True)
+    assert any("fusion" in name for name in last["trainer"]["feature_loss"]), "the digests are of the fusion, too"
