@@ -40,7 +40,7 @@ def main() -> int:
     merge_file(cfg, args.config_file)
     merge_list(cfg, ["MODEL.DEVICE", "cpu", "KD.TEACHER.ALLOW_RANDOM", "True", "KD.TEACHER.WEIGHTS", "", *args.opts])
     batch = random_batch(cfg, args.images, args.size, args.size)
-    plain, distilled = (build(cfg, loss) for loss in ("none", cfg.KD.LOSS.NAME))
+    plain, distilled = build(cfg, "none"), build(cfg, cfg.KD.LOSS.NAME, cfg.KD.FEATURE.NAME)
     rows = {
         "plain student": measure_step(plain, batch),
         "teacher's part": measure_teacher(distilled, batch),
@@ -53,13 +53,13 @@ def main() -> int:
     print(f"{table}\n\nDistillation keeps {kept / MIB:.2f} MiB; the teacher's weights are {weights / MIB:.1f} MiB.")
     logits = sum(level.student_logits.nbytes for level in student_rows(distilled, batch))
     bound = Bound("what distillation keeps / the logits", kept / logits, TOLERATED)
-    return write_figures(args.json, {"memory": table}, [bound] if cfg.KD.PROPOSALS == "student" else [])
+    return write_figures(args.json, {"memory": table}, [bound] if cfg.KD.PROPOSALS == "student" and cfg.KD.FEATURE.NAME == "none" else [])
 
 
-def build(cfg: CfgNode, loss: str) -> nn.Module:
-    """The student with `loss`, in training, with its teacher loaded; always the same random weights."""
+def build(cfg: CfgNode, loss: str, feature: str = "none") -> nn.Module:
+    """The student with these losses, in training, with its teacher loaded; always the same random weights."""
     cfg = cfg.clone()
-    cfg.KD.LOSS.NAME = loss
+    cfg.KD.LOSS.NAME, cfg.KD.FEATURE.NAME = loss, feature
     torch.manual_seed(0)
     model = build_model(cfg).train()
     model.load_teacher()
