@@ -53,7 +53,8 @@ def main() -> int:
     print(f"{table}\n\nDistillation keeps {kept / MIB:.2f} MiB; the teacher's weights are {weights / MIB:.1f} MiB.")
     logits = sum(level.student_logits.nbytes for level in student_rows(distilled, batch))
     bound = Bound("what distillation keeps / the logits", kept / logits, TOLERATED)
-    return write_figures(args.json, {"memory": table}, [bound] if cfg.KD.PROPOSALS == "student" and cfg.KD.FEATURE.NAME == "none" else [])
+    logits_alone = cfg.KD.PROPOSALS == "student" and cfg.KD.FEATURE.NAME == "none"  # no maps of a fusion, either
+    return write_figures(args.json, {"memory": table}, [bound] if logits_alone else [])
 
 
 def build(cfg: CfgNode, loss: str, feature: str = "none") -> nn.Module:
