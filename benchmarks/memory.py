@@ -40,12 +40,14 @@ def main() -> int:
     merge_file(cfg, args.config_file)
     merge_list(cfg, ["MODEL.DEVICE", "cpu", "KD.TEACHER.ALLOW_RANDOM", "True", "KD.TEACHER.WEIGHTS", "", *args.opts])
     batch = random_batch(cfg, args.images, args.size, args.size)
-    plain, distilled = build(cfg, "none"), build(cfg, cfg.KD.LOSS.NAME, cfg.KD.FEATURE.NAME)
+    plain, distilled = build(cfg, "none"), build(cfg, cfg.KD.LOSS.NAME)
     rows = {
         "plain student": measure_step(plain, batch),
         "teacher's part": measure_teacher(distilled, batch),
         "distilled student": measure_step(distilled, batch),
     }
+    if cfg.KD.FEATURE.NAME != "none":
+        rows["with feature maps, too"] = measure_step(build(cfg, cfg.KD.LOSS.NAME, cfg.KD.FEATURE.NAME), batch)
     cells = [[name, *(f"{value / MIB:.1f}" for value in row)] for name, row in rows.items()]
     table = Table(["MiB", "alive when the backward pass begins", "peak"], cells)
     kept = rows["distilled student"][0] - rows["plain student"][0]
@@ -53,8 +55,7 @@ def main() -> int:
     print(f"{table}\n\nDistillation keeps {kept / MIB:.2f} MiB; the teacher's weights are {weights / MIB:.1f} MiB.")
     logits = sum(level.student_logits.nbytes for level in student_rows(distilled, batch))
     bound = Bound("what distillation keeps / the logits", kept / logits, TOLERATED)
-    logits_alone = cfg.KD.PROPOSALS == "student" and cfg.KD.FEATURE.NAME == "none"  # no maps of a fusion, either
-    return write_figures(args.json, {"memory": table}, [bound] if logits_alone else [])
+    return write_figures(args.json, {"memory": table}, [bound] if cfg.KD.PROPOSALS == "student" else [])
 
 
 def build(cfg: CfgNode, loss: str, feature: str = "none") -> nn.Module:

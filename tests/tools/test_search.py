@@ -64,7 +64,7 @@ def test_a_search_stopped_in_time_and_interrupted_resumes_counts_a_failed_try_an
     assert done.returncode == 0, done.stderr
     _, good, failed, tested = read_results(tmp_path)
     assert weights.stat().st_mtime_ns == written
-    assert (failed["training"], failed["value"]) == ("search/DKD/try1_seed100", None) and failed["exit"] > 0
+    assert (failed["training"], failed["value"], failed["exit"]) == ("search/DKD/try1_seed100", None, 1)
     assert (tested["training"], tested["config"]) == ("test/DKD/try0_seed0", "configs/Digits/cls_dkd.yaml")
     assert "DATA.HELD_OUT" in good["overrides"] and "DATA.HELD_OUT" not in tested["overrides"]
     last = (tmp_path / "out" / tested["training"] / "metrics.json").read_text().splitlines()[-1]
