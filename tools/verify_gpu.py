@@ -95,7 +95,6 @@ class DetectorRun:
     """Training steps of a detector under `words` of config, on four batches in memory."""
 
     config = ROOT / "configs/Digits/dkd.yaml"
-    lr_key = "SOLVER.BASE_LR"
     # The student is a whole ResNet-18. FPN and box head are the papers' on a GPU, the digits' on a CPU.
     student = "MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.STEM_OUT_CHANNELS 64 MODEL.RESNETS.WIDTH_PER_GROUP 64 " \
               "MODEL.RESNETS.RES2_OUT_CHANNELS 64 DATALOADER.NUM_WORKERS 0"  # fmt: skip

@@ -27,7 +27,6 @@ METHODS: dict[str, dict[str, Any]] = {
 METHODS["dot"] = {**METHODS["kd"], "SOLVER.OPTIMIZER": "dot_sgd", "SOLVER.STEP": "matched"}
 METHODS["deepkd"] = {**METHODS["dkd"], "SOLVER.OPTIMIZER": "deepkd_sgd", "SOLVER.STEP": "matched"}
 
-LR_PER_IMAGE = 0.02 / 16  # detectron2's rule for SGD with momentum .9, where the teacher's own rate says nothing
 SCRATCH_ITERATIONS = 0.1  # share of the schedule that a network without weights warms up for
 
 
