@@ -154,8 +154,8 @@ def options(usage: str, name: str) -> argparse.ArgumentParser:
 def step_options(usage: str, name: str, peer: str) -> argparse.ArgumentParser:
     """The options of a benchmark of training steps; `peer` describes the checkout that `--peer` names."""
     parser = options(usage, name)
-    parser.add_argument("--peer", type=Path, help=f"a checkout of {peer}, read and never kept")
-    parser.add_argument("--rounds", type=int, default=15, help="steps of every side that count")
+    parser.add_argument("--peer", type=Path, help=f"a checkout of {peer}, to compare with")
+    parser.add_argument("--rounds", type=int, default=15, help="timed steps per side")
     return parser
 
 

@@ -24,8 +24,8 @@ from kd_cls.engine.solver import build_optimizer, build_scheduler
 from kd_cls.engine.trainer import Trainer
 from kd_cls.models.factory import build_student, input_stats
 from kd_cls.task.distillation import DistillationTask
+from kd_cls.task.features import build_readers
 from kd_cls.task.logit_cache import LogitCache
-from kd_cls.task.maps import build_readers
 from kd_cls.task.student import Student
 from kd_cls.task.teacher import Teacher, build_teacher
 from kd_core.losses import DistillationLoss, SerializationLayer

@@ -8,7 +8,7 @@ from timm.optim import list_optimizers
 
 from kd_cls.data.bad_images import ON_BAD_IMAGE
 from kd_cls.distributed import Process
-from kd_cls.task.maps import PREACT
+from kd_cls.task.features import PREACT
 from kd_core.losses.feature_config import check_feature, distils
 from kd_core.optim.config import STREAM_OPTIMIZERS, check_streams
 from kd_core.utils.config import lookup

@@ -379,7 +379,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--teacher", required=True, help="a network of timm's, or a yaml of kd_cls")
     p.add_argument("--teacher-weights", help="'timm', a file, 'efficientnet-lite2' … (default: local, else timm's)")
     p.add_argument("--student", required=True, help="a network of timm's")
-    p.add_argument("--student-weights", help="the same, '' for none (default: those available locally)")
+    p.add_argument("--student-weights", help="'timm', a file, '' for none (default: local, else none)")
     p.add_argument("--data", default="", metavar="FOLDER", help="with train/<class>/ and val/<class>/")
     p.add_argument("--name", default="folder", help="which data set FOLDER holds: DATA.NAME (default: folder)")
     p.add_argument("--output", required=True, help="folder of everything; the same command resumes there")

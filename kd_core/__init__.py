@@ -1,4 +1,4 @@
-"""Losses and optimizers of knowledge distillation. Needs torch and numpy; fvcore only where a config is read.
+"""Losses and optimizers of knowledge distillation. Needs torch, numpy, fvcore and PyYAML.
 
     from kd_core import DKDLoss, backward_streams, deepkd_sgd, flatten_rows, to_streams
 

@@ -5,11 +5,11 @@
     tools/check_data.py train.json train_images val.json val_images   # COCO json files, each with its image folder
     tools/check_data.py my_classes                                    # a folder with train/<class>/ and val/<class>/
     tools/check_data.py tiny-imagenet-200 --name tiny_imagenet        # another data set of kd_cls (DATA.NAME)
-    tools/check_data.py train.json train_images --output cleaned.json # and write the json without what is wrong
+    tools/check_data.py train.json train_images --output cleaned.json # and write a copy without the faulty entries
 
 Every image is there, decodes, and has the size that the json says; every box has an area and lies in its image; ids
 are unique and categories known; no image is in two splits. It names the first places of each kind of problem and their
-count, and exits with status 1 if there is any. A remark is worth knowing but is no problem.
+count, and exits with status 1 if there is any. Remarks do not change the status.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from kd_core.utils.files import write_text
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="+", help="a config, JSON IMAGES pairs, or a folder of classes")
-    parser.add_argument("--output", type=Path, help="write the (one) json without what is wrong")
+    parser.add_argument("--output", type=Path, help="write a copy of the (one) json without the faulty entries")
     parser.add_argument("--name", default="folder", help="which data set of kd_cls a folder holds (default: folder)")
     parser.add_argument("--workers", type=int, default=0, help="threads that decode (default: one per core)")
     return parser.parse_intermixed_args(arguments)

@@ -2,7 +2,7 @@
 """Distil a detector from nothing: built-in data, a teacher, a plain student and a DKD student, one table, one picture
 and one report.
 
-    tools/demo.py                     # one seed: about a quarter of an hour on two CPU cores
+    tools/demo.py                     # one seed: about 20 minutes on two CPU cores
     tools/demo.py --seeds 0 1 2       # the students of several seeds (one teacher): mean ± standard deviation
 
 It can be interrupted at any time: the same command resumes the training that was interrupted and skips those that are

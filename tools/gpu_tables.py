@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=9.0, help="stop after so long (%(default)s)")
     parser.add_argument("--jobs", type=int, default=4, help="trainings at a time on the GPU (%(default)s)")
-    parser.add_argument("--methods", nargs="+", help="of the table; default: all")
+    parser.add_argument("--methods", nargs="+", help="methods of the table to run (default: all)")
     parser.add_argument("--graphs", action="store_true", help="SOLVER.CUDA_GRAPH True")
     parser.add_argument("--table", type=Path, default=TABLE, help="default: configs/Search/cifar100.yaml")
     parser.add_argument("--output", type=Path, default=ROOT / "output" / "gpu_tables", help="where all of it goes")

@@ -400,11 +400,11 @@ def machine(device: str) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=20, help="no row starts, or continues, after that")
+    parser.add_argument("--minutes", type=float, default=20, help="time limit")
     parser.add_argument("--only", default="", help="the rows whose name has this word, also on a CPU; no tests")
-    parser.add_argument("--steps", type=int, default=20, help="that are compared")
+    parser.add_argument("--steps", type=int, default=20, help="training steps to compare")
     parser.add_argument("--rounds", type=int, default=20, help="pairs of steps that are timed")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu checks this tool itself")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a self-test of this tool")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--row", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

@@ -1,5 +1,5 @@
 # detectron2's own Mask R-CNN R50 LSJ baseline for images of 128 px: narrow FPN and heads, no mask head (the digits
-# have no masks). Any detectron2 has it. To see on a CPU that it trains and then teaches: docs/detection.md.
+# have no masks). Any detectron2 has it. To see on a CPU that it trains and then teaches: docs/distill.md.
 #   tools/lazyconfig_train_net.py --config-file configs/LazyDigits/lsj_r50.py --num-gpus 0
 from detectron2 import model_zoo
 from detectron2.layers import ShapeSpec

@@ -1,5 +1,5 @@
 # A ViTDet of depth 4 and width 64 for images of 256 px: detectron2's own config of the ViT-B, made small, without its
-# mask head (the digits have no masks). To see on a CPU that a LazyConfig trains and then teaches: docs/detection.md.
+# mask head (the digits have no masks). To see on a CPU that a LazyConfig trains and then teaches: docs/distill.md.
 #   DETECTRON2=a/checkout/of/its/main tools/lazyconfig_train_net.py --config-file configs/LazyDigits/vitdet_tiny.py
 import os
 

@@ -13,7 +13,7 @@ from timm.layers import Conv2dSame, get_notrace_modules
 from torch import Tensor, nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
-from kd_cls.task.maps import MapReader
+from kd_cls.task.features import MapReader
 from kd_core.utils.compiling import CompiledOrPlain
 from kd_core.utils.errors import UserError, one_line
 from kd_core.utils.folding import CONVOLUTIONS, fold_batch_norms

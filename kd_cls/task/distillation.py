@@ -8,7 +8,7 @@ import torch
 from timm.task import TrainingTask
 from torch import Tensor, nn
 
-from kd_cls.task.maps import MapReader
+from kd_cls.task.features import MapReader
 from kd_cls.task.student import Student
 from kd_cls.task.teacher import Teacher
 from kd_core.losses import FeatureLoss

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kd_cls.task.maps import MapReader
+from kd_cls.task.features import MapReader
 from kd_core.losses import merge_linear
 from kd_core.utils.errors import UserError
 

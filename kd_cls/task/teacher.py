@@ -17,8 +17,8 @@ from kd_cls.config import load_cfg
 from kd_cls.data.statistics import InputStats, check_stats
 from kd_cls.models.factory import create_network
 from kd_cls.task.acceleration import FastTeacher, TeacherSpeed
+from kd_cls.task.features import MapReader
 from kd_cls.task.logit_cache import LogitCache
-from kd_cls.task.maps import MapReader
 from kd_core.utils.errors import UserError
 
 logger = logging.getLogger("kd_cls")

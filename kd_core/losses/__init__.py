@@ -1,4 +1,4 @@
-"""Distillation losses, one file per paper. What reads a config needs fvcore, and is imported when it is asked for."""
+"""Distillation losses, one file per method. What reads a config needs fvcore, and is imported when it is asked for."""
 
 from importlib import import_module
 from typing import Any
@@ -7,11 +7,11 @@ from kd_core.losses.aekt import AEKTLoss
 from kd_core.losses.base import DistillationLoss
 from kd_core.losses.dist import DISTLoss
 from kd_core.losses.dkd import DKDLoss
-from kd_core.losses.feature import FeatureLoss, ReviewLoss
+from kd_core.losses.feature import FeatureLoss
 from kd_core.losses.foreground_background import ForegroundBackground
 from kd_core.losses.gdkd import GDKD3Loss, GDKDLoss
 from kd_core.losses.kd import KDLoss
-from kd_core.losses.review import ReviewFusion, hierarchical_context_loss
+from kd_core.losses.review import ReviewFusion, ReviewLoss, hierarchical_context_loss
 from kd_core.losses.serialization import SerializationLayer, merge_linear
 from kd_core.losses.standardize import standardize_logits
 from kd_core.losses.two_view import CRLDLoss, MLKDLoss, TwoViewLoss

@@ -1,16 +1,13 @@
-"""The contract of every loss between feature maps, which is used beside a logit loss or alone; and ReviewKD."""
+"""The contract of every loss between feature maps, which is used beside a logit loss or alone."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
 from kd_core.losses.checks import as_number
-from kd_core.losses.review import ReviewFusion, hierarchical_context_loss
 from kd_core.schedules import warmup
 
 STREAMS = ("tog", "tcg", "ncg")
-LARGEST_MID = 512  # of the fusion's width (released code)
 
 
 class FeatureLoss(nn.Module):
@@ -70,25 +67,3 @@ class FeatureLoss(nn.Module):
         """The weighted terms; `progress` is iteration / max_iter, None the end of the training."""
         scale = self.weight * warmup(progress, self.warmup)
         return {name: value * scale for name, value in self.compare(student_maps, teacher_maps).items()}
-
-
-class ReviewLoss(FeatureLoss):
-    """ReviewKD (CVPR 2021): review = HCL(fusion(student_maps), teacher_maps), as in `kd_core.losses.review`.
-
-    Args:
-        student_channels, teacher_channels: of the maps, fine to coarse.
-        mid_channels: width of the fusion; 0: the channels of the student's coarsest map, at most 512 (released code).
-        options: `weight`, `warmup`, `stream`.
-    """
-
-    terms = ("review",)
-
-    def __init__(
-        self, student_channels: Sequence[int], teacher_channels: Sequence[int], mid_channels: int = 0, **options: Any
-    ) -> None:
-        super().__init__(**options)
-        mid_channels = mid_channels or min([LARGEST_MID, *student_channels[-1:]])
-        self.fusion = ReviewFusion(student_channels, teacher_channels, mid_channels)
-
-    def compare(self, student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> dict[str, Tensor]:
-        return {"review": hierarchical_context_loss(self.fusion(student_maps, teacher_maps), teacher_maps)}

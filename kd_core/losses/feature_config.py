@@ -6,7 +6,8 @@ from typing import Any
 from fvcore.common.registry import Registry
 
 from kd_core.losses.config import share_of_training
-from kd_core.losses.feature import FeatureLoss, ReviewLoss
+from kd_core.losses.feature import FeatureLoss
+from kd_core.losses.review import ReviewLoss
 from kd_core.utils.errors import UserError
 
 # Builders of feature losses by the name in FEATURE.NAME. A builder takes the config node and the channels of the maps,

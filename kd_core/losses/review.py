@@ -1,12 +1,16 @@
-"""Feature distillation by review: coarse student maps are fused into finer ones and compared with the teacher's."""
+"""ReviewKD (CVPR 2021): coarse student maps are fused into finer ones and compared with the teacher's."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kd_core.losses.feature import FeatureLoss
+
 POOLED_SIZES = (4, 2, 1)
+LARGEST_MID = 512  # of the fusion's width (released code)
 
 
 class ReviewFusion(nn.Module):
@@ -130,3 +134,25 @@ def _conv_norm(in_channels: int, out_channels: int, kernel: int) -> nn.Sequentia
     conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, bias=False)
     nn.init.kaiming_uniform_(conv.weight, a=1)
     return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
+
+
+class ReviewLoss(FeatureLoss):
+    """ReviewKD (CVPR 2021): review = HCL(fusion(student_maps), teacher_maps), with `ReviewFusion` and `hierarchical_context_loss`.
+
+    Args:
+        student_channels, teacher_channels: of the maps, fine to coarse.
+        mid_channels: width of the fusion; 0: the channels of the student's coarsest map, at most 512 (released code).
+        options: `weight`, `warmup`, `stream`.
+    """
+
+    terms = ("review",)
+
+    def __init__(
+        self, student_channels: Sequence[int], teacher_channels: Sequence[int], mid_channels: int = 0, **options: Any
+    ) -> None:
+        super().__init__(**options)
+        mid_channels = mid_channels or min([LARGEST_MID, *student_channels[-1:]])
+        self.fusion = ReviewFusion(student_channels, teacher_channels, mid_channels)
+
+    def compare(self, student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> dict[str, Tensor]:
+        return {"review": hierarchical_context_loss(self.fusion(student_maps, teacher_maps), teacher_maps)}

@@ -15,7 +15,7 @@ from kd_cls.build import build_trainer
 from kd_cls.checks import check_config
 from kd_cls.distributed import Process
 from kd_cls.task.acceleration import FastTeacher, TeacherSpeed
-from kd_cls.task.maps import MapReader, build_readers, choose, read_stages
+from kd_cls.task.features import MapReader, build_readers, choose, read_stages
 from kd_core.losses import hierarchical_context_loss
 from kd_core.utils.errors import UserError
 
