@@ -137,7 +137,7 @@ def _conv_norm(in_channels: int, out_channels: int, kernel: int) -> nn.Sequentia
 
 
 class ReviewLoss(FeatureLoss):
-    """ReviewKD (CVPR 2021): review = HCL(fusion(student_maps), teacher_maps), with `ReviewFusion` and `hierarchical_context_loss`.
+    """ReviewKD (CVPR 2021): review = HCL(fusion(student_maps), teacher_maps).
 
     Args:
         student_channels, teacher_channels: of the maps, fine to coarse.
