@@ -65,11 +65,14 @@ def measured_gsnr(step: SimpleTrainer) -> dict[str, float]:
 
 
 def admitted_classes(model: nn.Module) -> dict[str, float]:
-    """`topk/K`: number of non-target classes that the dynamic top-k mask admits now; empty without a mask."""
+    """`topk/K`: number of non-target classes that the dynamic top-k mask admits now; empty without a mask.
+
+    A PanopticFPN has two numbers of classes: it is that of its boxes.
+    """
     loss = getattr(model, "loss", None)
     masks = [part.topk for part in loss.modules() if getattr(part, "topk", None) is not None] if loss else []
-    classes = model.roi_heads.num_classes + 1 if masks else 0
-    return {"topk/K": float(masks[0].k(model.progress(), classes))} if masks else {}
+    classes = getattr(model, "logit_classes", 0)
+    return {"topk/K": float(masks[0].k(model.progress(), classes))} if masks and classes else {}
 
 
 class StageTimes(HookBase):

@@ -77,6 +77,7 @@ class Distilled:
             raise UserError("A distillation loss needs a teacher: pass teacher=Teacher(model), or loss=None")
         check_option("TEACHERS_MEAN", teachers_mean, TEACHERS_MEANS)
         self.loss, self.max_iter = loss, max_iter
+        self.logit_classes = 0  # of the rows that were distilled last, with a background where they have one
         self.teachers_mean, self.overlap = teachers_mean, overlap
         self.feature, self.feature_problem = None, None
         if feature is not None:
@@ -173,6 +174,7 @@ class Distilled:
             views: what each teacher sees of the batch.
             captured: the student's rows.
         """
+        self.logit_classes = captured[0].student_logits.shape[1] if captured else 0
         teacher_logits = []
         for view in views:
             teacher_logits.append(self.teacher_logits(view, captured))

@@ -2,14 +2,17 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from detectron2.engine import SimpleTrainer
+from detectron2.modeling import build_model
 
-from helpers.tiny_detector import make_batch
+from helpers.tiny_detector import TINY_PANOPTIC, TINY_SEGMENTOR, make_batch, make_labelled_batch
+from kd_det.config.student import student_config
 from kd_det.engine.hooks.checkpointing import KeepBest, main_figure
-from kd_det.engine.hooks.monitoring import measured_gsnr
+from kd_det.engine.hooks.monitoring import admitted_classes, measured_gsnr
 from kd_det.engine.train_step import build_step
 from kd_det.engine.trainer import DistillationTrainer
 from kd_det.solver import build_optimizer
@@ -35,6 +38,17 @@ def test_norms_momenta_k_and_scale_are_written_every_twenty_iterations(trainer, 
     assert line["momentum/tog"] == pytest.approx(0.975) and line["momentum/tcg"] == pytest.approx(0.825)
     assert line["topk/K"] == 10  # 19 of 20 iterations: all of the ten non-target classes but for the ramp's end
     assert line["loss_scale"] >= 1
+
+
+@pytest.mark.parametrize("tiny", [TINY_SEGMENTOR, TINY_PANOPTIC], ids=["segmentor", "panoptic"])
+def test_k_is_of_the_eleven_classes_of_a_segmentors_pixels_and_of_a_panoptic_models_boxes(tiny_cfg, storage, tiny):
+    cfg = tiny_cfg(*(word for pair in tiny.items() for word in pair), *TRAINING)
+    Path(cfg.KD.TEACHER.CONFIG_FILE).write_text(student_config(cfg).dump())
+    model = build_model(cfg).train()
+    assert admitted_classes(model) == {}  # nothing has been distilled
+    storage.iter = 19  # the ramp's end
+    model(make_labelled_batch(classes=tiny["MODEL.SEM_SEG_HEAD.NUM_CLASSES"]))
+    assert admitted_classes(model) == {"topk/K": 10}
 
 
 def test_the_gsnr_is_told_while_it_is_measured(tiny_cfg, tiny_model, storage):
