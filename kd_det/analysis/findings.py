@@ -93,7 +93,8 @@ def use_random_teacher(cfg: CfgNode, index: int) -> None:
     """Let teacher `index` have random weights."""
     cfg.KD.TEACHER.ALLOW_RANDOM = True
     if cfg.KD.TEACHERS:
-        cfg.KD.TEACHERS[index] = [cfg.KD.TEACHERS[index][0], ""]
+        name, _, *overrides = cfg.KD.TEACHERS[index]
+        cfg.KD.TEACHERS[index] = [name, "", *overrides]
     else:
         cfg.KD.TEACHER.WEIGHTS = ""
 

@@ -63,8 +63,8 @@ def describe(cfg: CfgNode, parameters: int, trained: int, images: int, start_ite
         start_iter: above 0 where a training is resumed.
     """
     solver = cfg.SOLVER
-    teachers = [name for name, _ in cfg.KD.TEACHERS] or [cfg.KD.TEACHER.CONFIG_FILE]
-    weights = [path for _, path in cfg.KD.TEACHERS] or [cfg.KD.TEACHER.WEIGHTS]
+    teachers = [name for name, *_ in cfg.KD.TEACHERS] or [cfg.KD.TEACHER.CONFIG_FILE]
+    weights = [path for _, path, *_ in cfg.KD.TEACHERS] or [cfg.KD.TEACHER.WEIGHTS]
     epochs = solver.MAX_ITER * solver.IMS_PER_BATCH / max(images, 1)
     backbone = cfg.MODEL.TIMM.NAME or f"{cfg.MODEL.BACKBONE.NAME}, depth {cfg.MODEL.RESNETS.DEPTH}"
     taught = ", ".join(f"{name} with {path}" for name, path in zip(teachers, weights, strict=True))

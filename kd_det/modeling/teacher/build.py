@@ -35,10 +35,10 @@ def each_teacher(cfg: CfgNode) -> list[CfgNode]:
     pairs, single = cfg.KD.TEACHERS, cfg.KD.TEACHER
     if not pairs:
         return [cfg.clone()]
-    if single.CONFIG_FILE or single.WEIGHTS:
+    if beside := single.CONFIG_FILE or single.WEIGHTS or single.OVERRIDES:
         raise UserError(
-            f"KD.TEACHERS lists {len(pairs)} teachers and KD.TEACHER names {single.CONFIG_FILE or single.WEIGHTS} "
-            "beside them: list it too, and leave KD.TEACHER.CONFIG_FILE and KD.TEACHER.WEIGHTS empty"
+            f"KD.TEACHERS lists {len(pairs)} teachers and KD.TEACHER names {beside} beside them: list it too, and "
+            "leave KD.TEACHER.CONFIG_FILE, KD.TEACHER.WEIGHTS and KD.TEACHER.OVERRIDES empty"
         )
     copies = []
     for pair in pairs:

@@ -1,5 +1,6 @@
 """Several teachers: which they are, and how they teach together."""
 
+import logging
 import weakref
 
 import pytest
@@ -8,7 +9,9 @@ from torch.testing import assert_close
 
 from kd_core.losses import DKDLoss
 from kd_det import Teacher
+from kd_det.analysis.findings import use_random_teacher
 from kd_det.config import kd_defaults, merge_file, merge_list
+from kd_det.engine.console import describe
 from kd_det.modeling.teacher.build import each_teacher
 from kd_det.modeling.teacher.teacher import mean_of_teachers
 
@@ -127,6 +130,7 @@ def test_teachers_are_named_by_a_yaml_and_by_the_command_line(tmp_path):
     ("overrides", "message"),
     [
         (["KD.TEACHER.CONFIG_FILE", "t.yaml"], "KD.TEACHERS lists 2 teachers and KD.TEACHER names t.yaml beside them"),
+        (["KD.TEACHER.OVERRIDES", "['a.b=1']"], r"KD.TEACHER names \['a.b=1'\] beside them"),
         (["KD.TEACHERS", "['a.yaml', 'a.pth']"], r"KD.TEACHERS is a list of \[config file, weights, .*, but 'a.yaml'"),
         (["KD.TEACHERS", "[['a.yaml']]"], r"but \['a.yaml'\] is none of these"),
     ],
@@ -137,6 +141,16 @@ def test_what_names_no_teachers_is_refused(overrides, message):
     merge_list(cfg, overrides)
     with pytest.raises(ValueError, match=message):
         each_teacher(cfg)
+
+
+def test_a_listed_teacher_with_overrides_is_described_and_keeps_them_where_it_has_random_weights(caplog):
+    cfg = kd_defaults()
+    merge_list(cfg, ["KD.LOSS.NAME", "dkd", "KD.TEACHERS", "[['a.py', 'a.pth', 'x.y=1'], ['b.yaml', 'b.pth']]"])
+    with caplog.at_level(logging.INFO, logger="kd_det"):
+        describe(cfg, parameters=1, trained=1, images=1, start_iter=0)
+    assert "a.py with a.pth, b.yaml with b.pth" in caplog.text
+    use_random_teacher(cfg, 0)
+    assert cfg.KD.TEACHERS == [["a.py", "", "x.y=1"], ["b.yaml", "b.pth"]]
 
 
 def test_a_model_is_built_with_every_listed_teacher_and_its_errors_say_which(tiny_cfg, tiny_model, batch, storage):
