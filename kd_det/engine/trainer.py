@@ -298,13 +298,15 @@ class DistillationTrainer(TrainerBase):
             raise DivergedError(self.describe_failure(error)) from error
 
     def describe_failure(self, error: FloatingPointError) -> str:
-        """Iteration, learning rate, the last logged terms, and how to resume."""
+        """Iteration, learning rate, the last logged terms, and how to start again."""
         terms = {k: round(v[0], 4) for k, v in self.storage.latest().items() if "loss" in k}
-        last = self.checkpointer.get_checkpoint_file() if self.checkpointer.has_checkpoint() else "none written yet"
+        last = self.checkpointer.get_checkpoint_file() if self.checkpointer.has_checkpoint() else ""
+        weights = f" and MODEL.WEIGHTS {last}" if last else ""
         return (
             f"Training stopped at iteration {self.iter}, learning rate {self.optimizer_lr:g}: {error}\n"
-            f"Terms of the iteration before: {terms}\nLast checkpoint: {last}. Lower SOLVER.BASE_LR, lengthen the "
-            "warm-up or clip gradients (SOLVER.CLIP_GRADIENTS), then run with --resume."
+            f"Terms of the iteration before: {terms}\nLast checkpoint: {last or 'none written yet'}. Start anew, "
+            f"with another OUTPUT_DIR{weights}: lower SOLVER.BASE_LR, lengthen the warm-up or clip gradients "
+            "(SOLVER.CLIP_GRADIENTS)."
         )
 
     @property

@@ -171,7 +171,8 @@ def test_a_loss_that_is_not_finite_names_iteration_and_terms_and_keeps_the_last_
     done = forked.run(command(tmp_path, *options))
     assert done.returncode != 0
     assert "train_net: Training stopped at iteration " in done.stderr and "Traceback" not in done.stderr
-    assert "Terms of the iteration before" in done.stderr and "--resume" in done.stderr
+    assert "Terms of the iteration before" in done.stderr and "--resume" not in done.stderr
+    assert f"with another OUTPUT_DIR and MODEL.WEIGHTS {tmp_path / 'model_0000002.pth'}" in done.stderr
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000002.pth"
     assert all(torch.isfinite(v.float()).all() for v in load(tmp_path / "model_0000002.pth")["model"].values())
 
