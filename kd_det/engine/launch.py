@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,19 +66,30 @@ def setup(args: argparse.Namespace) -> CfgNode:
         check_before_training(cfg, resume=args.resume)
         if args.resume:
             check_resumable(cfg)
-    written = config_file(cfg.OUTPUT_DIR)
+    prepare_output(cfg, args, cfg.OUTPUT_DIR)
+    return cfg
+
+
+def prepare_output(cfg: Any, args: argparse.Namespace, output_dir: str) -> None:
+    """`default_setup` for a config, with our logs.
+
+    An evaluation leaves the training's config.yaml as it was. A training that starts anew forgets the last checkpoint
+    of an earlier one in its folder: `--resume` would continue that, until it has written a checkpoint of its own.
+    """
+    written = config_file(output_dir)
     trainings = written.read_bytes() if args.eval_only and written.is_file() else None
     comm.synchronize()
-    open_logs(cfg.OUTPUT_DIR)
+    if comm.is_main_process() and not args.eval_only and not args.resume:
+        Path(output_dir, "last_checkpoint").unlink(missing_ok=True)
+    open_logs(output_dir)
     if not getattr(args, "verbose", False):
         quiet_console()
     default_setup(cfg, args)
     if comm.is_main_process():
         if not args.eval_only:
-            sweep_unfinished(cfg.OUTPUT_DIR)
-        elif trainings is not None:  # an evaluation leaves the training's config as it was
+            sweep_unfinished(output_dir)
+        elif trainings is not None:
             write_whole(written, lambda file: file.write(trainings))
-    return cfg
 
 
 def choose_device(cfg: CfgNode, num_gpus: int) -> None:

@@ -10,7 +10,7 @@ import yaml
 from detectron2.config import CfgNode, instantiate
 from detectron2.data import build_detection_train_loader
 from detectron2.data.samplers import TrainingSampler
-from detectron2.engine import HookBase, default_setup, hooks
+from detectron2.engine import HookBase, hooks
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
@@ -19,7 +19,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from kd_core.utils.errors import UserError
-from kd_core.utils.files import sweep_unfinished, write_whole
 from kd_core.utils.report.runs import lookup, method_title, with_common_keys
 from kd_core.utils.resume import check_same_run
 from kd_det.checkpoint.checkpointer import check_local_file
@@ -35,8 +34,8 @@ from kd_det.config.lazy import (
     write_lazy_student,
 )
 from kd_det.data.loader import TrainLoader, make_train_loader
-from kd_det.engine.console import open_logs, quiet_console, say
-from kd_det.engine.launch import choose_device
+from kd_det.engine.console import say
+from kd_det.engine.launch import choose_device, prepare_output
 from kd_det.engine.trainer import DistillationTrainer
 from kd_det.evaluation.evaluator import BoxEvaluator
 from kd_det.modeling.teacher.lazy import build_lazy, load_lazy, select
@@ -185,20 +184,11 @@ def setup(args: argparse.Namespace) -> tuple[DictConfig, CfgNode]:
     LazyTrainer.check(cfg, comm.get_world_size())
     check_local_file("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS)
     tree, written = as_tree(lazy), config_file(cfg.OUTPUT_DIR)
-    saved = written.read_bytes() if written.is_file() else None
-    if args.resume and not args.eval_only and saved and Path(cfg.OUTPUT_DIR, "last_checkpoint").is_file():
+    resumed = args.resume and not args.eval_only and Path(cfg.OUTPUT_DIR, "last_checkpoint").is_file()
+    if resumed and written.is_file() and (saved := written.read_bytes()):
         source = f"the run in train.output_dir {cfg.OUTPUT_DIR}"
         check_same_run(yaml.safe_load(saved), tree, tree, IGNORED_ON_RESUME, source)
-    comm.synchronize()
-    open_logs(cfg.OUTPUT_DIR)
-    if not getattr(args, "verbose", False):
-        quiet_console()
-    default_setup(OmegaConf.create(tree), args)
-    if comm.is_main_process():
-        if not args.eval_only:
-            sweep_unfinished(cfg.OUTPUT_DIR)
-        elif saved:  # an evaluation leaves the training's config as it was
-            write_whole(written, lambda file: file.write(saved))
+    prepare_output(OmegaConf.create(tree), args, cfg.OUTPUT_DIR)
     return lazy, cfg
 
 

@@ -133,6 +133,16 @@ def test_resuming_with_another_loss_or_teacher_is_refused_with_the_key_named(tra
         setup(arguments(trained, "--resume", "model.teacher.overrides=[]"))
 
 
+def test_a_start_without_resume_forgets_the_last_checkpoint_of_an_earlier_run_in_its_folder(entry, tmp_path):
+    last = tmp_path / "last_checkpoint"
+    last.write_text("model_0000001.pth")
+    for kept in ("--eval-only", "--resume"):
+        setup(arguments(tmp_path, kept, register(entry)))
+        assert last.exists()
+    setup(arguments(tmp_path, register(entry)))
+    assert not last.exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

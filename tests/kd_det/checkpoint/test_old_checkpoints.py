@@ -258,6 +258,19 @@ def test_an_evaluation_and_a_refused_resume_leave_the_trainings_config_alone(tin
     assert (output / "config.yaml").read_text() == written
 
 
+def test_a_start_without_resume_forgets_the_last_checkpoint_of_an_earlier_run_in_its_folder(tiny_cfg, tmp_path):
+    cfg, last = tiny_cfg("DATASETS.TRAIN", "('digits_train',)"), tmp_path / "output" / "last_checkpoint"
+    (tmp_path / "mine.yaml").write_text(cfg.dump())
+    words = ["--config-file", str(tmp_path / "mine.yaml"), "--num-gpus", "0", "DATASETS.TEST", "('digits_val',)"]
+    last.parent.mkdir()
+    last.write_text("model_0000001.pth")
+    for kept in (["--eval-only"], ["--resume"]):
+        setup(argument_parser("").parse_args([*kept, *words]))
+        assert last.exists()
+    setup(argument_parser("").parse_args(words))
+    assert not last.exists()
+
+
 def test_a_config_that_a_kill_has_cut_off_is_named_and_does_not_stop_a_resume(tiny_cfg, tmp_path, caplog):
     (tmp_path / "output").mkdir()
     (tmp_path / "output" / "last_checkpoint").write_text("model_0000001.pth")
