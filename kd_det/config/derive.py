@@ -73,6 +73,8 @@ def derive_student(teacher: CfgNode, request: Request) -> CfgNode:
             raise UserError(f"{name} is {value}: a factor of the teacher's, above 0 and at most 4")
     cfg = kd_defaults()
     copy_common(teacher, cfg)
+    for node, keys in (("MODEL", ("TIMM",)), ("SOLVER", ("OPTIMIZER", "MOMENTA", "STEP"))):  # the teacher's own affair
+        cfg[node].update({key: kd_defaults()[node][key] for key in keys})
     cfg.MODEL.META_ARCHITECTURE = distilled_name(teacher.MODEL.META_ARCHITECTURE) or "DistilledRCNN"
     cfg.MODEL.WEIGHTS = ""
     if request.student.endswith((".yaml", ".yml")):
@@ -102,6 +104,8 @@ def set_network(cfg: CfgNode, request: Request) -> None:
     model = cfg.MODEL
     depth = re.fullmatch(r"resnet(\d+)", request.student)
     mean, std = IMAGENET_MEAN, IMAGENET_STD
+    if request.weights == "timm":  # detectron2's ResNets take a file only; timm's extractor has the same networks
+        depth = None
     if depth and int(depth[1]) in RESNET_DEPTHS:
         retinanet = one_stage(cfg) and "p7" in model.RETINANET.IN_FEATURES
         model.BACKBONE.NAME = f"build_{'retinanet_' if retinanet else ''}resnet_fpn_backbone"

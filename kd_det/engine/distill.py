@@ -28,7 +28,7 @@ from kd_core.utils.files import write_text
 from kd_core.utils.resume import remember_request
 from kd_det.analysis.cost import measure
 from kd_det.analysis.latency import COST_HEADERS, Cost, cost_cells, inference_cost
-from kd_det.checkpoint.checkpointer import check_local_file
+from kd_det.checkpoint.checkpointer import WholeCheckpointer, check_local_file
 from kd_det.config.defaults import kd_defaults
 from kd_det.config.derive import METHODS, Request, default_weights, derive_student
 from kd_det.config.files import merge_file
@@ -196,7 +196,10 @@ def say_weights(student: str, weights: str) -> None:
 
 def set_neck(cfg: CfgNode) -> None:
     """The FPN norm that suits the spread of the backbone's maps, measured on a few training images."""
+    check_local_file("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS)
     model = build_model(on_cpu(cfg, loss="none"))
+    with quiet():  # a training says what it loads
+        WholeCheckpointer(model, save_to_disk=False).load(cfg.MODEL.WEIGHTS)
     bottom_up = getattr(model.backbone, "bottom_up", None)
     if bottom_up is None:
         return

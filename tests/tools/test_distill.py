@@ -10,10 +10,13 @@ import torch
 import yaml
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
+from PIL import Image
 
 from helpers import forked
 from helpers.few_digits import few_digits
+from kd_det.engine.distill import set_neck
 
 ITERATIONS = 3  # detectron2 times iterations from the third on
 
@@ -91,6 +94,19 @@ def test_two_files_become_an_exported_student_and_a_second_call_trains_nothing(l
     other = forked.run(["tools/distill.py", *line("--student", "resnet34", "--width", 0.125, "--batch", 2)])
     assert other.returncode == 1
     assert "holds another distillation: --student was resnet18, is resnet34" in other.stderr
+
+
+def test_the_norm_of_the_fpn_suits_the_maps_of_the_backbone_with_its_weights(tiny_cfg, tmp_path):
+    cfg, image = tiny_cfg(), tmp_path / "image.png"
+    cfg.DATASETS.TRAIN, cfg.INPUT.MIN_SIZE_TEST, cfg.MODEL.WEIGHTS = (str(image),), 64, str(tmp_path / "weights.pth")
+    Image.effect_noise((64, 64), 100).convert("RGB").save(image)
+    DatasetCatalog.register(str(image), lambda: [{"file_name": str(image)}])
+    state = build_model(cfg).state_dict()
+    for factor, norm in ((0.001, ""), (1000.0, "GN")):
+        state["backbone.bottom_up.stem.conv1.weight"] *= factor
+        torch.save(state, cfg.MODEL.WEIGHTS)
+        set_neck(cfg)
+        assert norm == cfg.MODEL.FPN.NORM
 
 
 @pytest.mark.parametrize(

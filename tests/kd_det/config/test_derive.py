@@ -4,10 +4,11 @@ import pytest
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
-from kd_core.utils.config import changes_as_yaml
+from kd_core.utils.config import changes_as_yaml, set_values
 from kd_core.utils.errors import UserError
+from kd_det.checks import check_backbone
 from kd_det.config import kd_defaults, merge_file
-from kd_det.config.derive import METHODS, Request, derive_student
+from kd_det.config.derive import METHODS, Request, derive_student, set_network
 from kd_det.modeling.teacher.build import yacs_teacher
 
 
@@ -65,6 +66,22 @@ def test_a_timm_student_sees_images_as_its_weights_were_trained(teacher):
     cfg = derive_student(teacher, Request("tf_efficientnet_lite0", weights="efficientnet-lite0"))
     assert cfg.MODEL.BACKBONE.NAME == "build_timm_fpn_backbone" and cfg.MODEL.TIMM.WEIGHTS == "efficientnet-lite0"
     assert cfg.INPUT.FORMAT == "RGB" and cfg.MODEL.PIXEL_MEAN == [127.5] * 3 and cfg.MODEL.PIXEL_STD == [127.5] * 3
+
+
+def test_timms_weights_of_a_resnet_come_with_timms_network(teacher):
+    cfg = derive_student(teacher, Request("resnet18", weights="timm"))
+    assert cfg.MODEL.BACKBONE.NAME == "build_timm_fpn_backbone" and cfg.MODEL.WEIGHTS == ""
+    assert cfg.MODEL.TIMM.NAME == "resnet18" and cfg.MODEL.TIMM.PRETRAINED and cfg.MODEL.BACKBONE.FREEZE_AT == 0
+
+
+def test_the_teachers_own_network_and_optimizer_are_not_the_students(teacher):
+    set_network(teacher, Request("swin_tiny_patch4_window7_224", weights="timm"))
+    teacher.MODEL.TIMM.NORM, teacher.MODEL.TIMM.OUT_INDICES = "FrozenBN", [0, 1, 2, 3]
+    set_values(teacher, METHODS["deepkd"] | {"SOLVER.MOMENTA": "auto"})
+    cfg, default = derive_student(teacher, Request("resnet18", method="kd")), kd_defaults()
+    assert cfg.MODEL.TIMM == default.MODEL.TIMM
+    assert [cfg.SOLVER[key] for key in ("OPTIMIZER", "MOMENTA", "STEP")] == ["sgd", "", "paper"]
+    check_backbone(cfg)
 
 
 def test_without_weights_nothing_is_frozen_norms_train_and_the_warm_up_is_longer(teacher):
