@@ -4,9 +4,9 @@
     python -m kd_cls.distill --teacher my_teacher.yaml --student resnet18 --data FOLDER --baseline --output out
 
 FOLDER has train/<class>/ and val/<class>/. The teacher is a network of timm's, or a config of kd_cls that has been
-trained. Either network, if its weights are of other classes, gets a linear classifier first, fitted on its frozen
-features. The student's config is written to OUT/distill.yaml and is yours to edit. The command first reports what will
-come out and how long it takes, and prints a table at the end. If it is interrupted, the same command resumes.
+trained. A network given by its name, if its weights are of other classes, gets a linear classifier first, fitted on its
+frozen features. The student's config is written to OUT/distill.yaml and is yours to edit. The command first reports
+what will come out and how long it takes, and prints a table at the end. If it is interrupted, the same command resumes.
 """
 
 import argparse
@@ -38,6 +38,7 @@ from kd_cls.checkpoint.checkpoint import (
     read_weights,
     save_checkpoint,
 )
+from kd_cls.checks import check_config
 from kd_cls.config import get_cfg, load_cfg
 from kd_cls.data.build import build_data, build_loaders
 from kd_cls.data.check import check_images
@@ -91,6 +92,8 @@ def distill(args: argparse.Namespace) -> None:
     plain = without_teacher(cfg)
     plain.OUTPUT_DIR = str(output / "baseline")
     trainings = {"student": cfg, **({"baseline": plain} if args.baseline else {})}
+    for training in trainings.values():
+        check_config(training, training_process(args))  # distill.yaml may have been edited
     if args.baseline:
         write_text(files["baseline"], changes_as_yaml(plain, get_cfg(), header(args, files["baseline"])))
     processes, device = max(args.num_gpus, 1), "auto" if args.num_gpus else "cpu"
@@ -124,7 +127,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def build_config(args: argparse.Namespace, output: Path) -> CfgNode:
-    """The derived config, with its data checked."""
+    """The derived config, with its data and values checked."""
     options = dict(zip(args.options[::2], args.options[1::2], strict=False))
     classes, images = look_at_data(args.name, args.data, options.get("DATA.BAD_IMAGES") == "skip")
     weights = weights_at_hand(args.student) if args.student_weights is None else args.student_weights
@@ -149,7 +152,13 @@ def build_config(args: argparse.Namespace, output: Path) -> CfgNode:
     if weights and linear_classifier(args.student) and not knows_classes(args.student, weights, args.name, classes):
         cfg.MODEL.PRETRAINED, cfg.MODEL.WEIGHTS = False, str(output / "start.pth")
     merge_list(cfg, args.options)
+    check_config(cfg, training_process(args))
     return cfg
+
+
+def training_process(args: argparse.Namespace) -> Process:
+    """One of the processes that will train."""
+    return Process(torch.device("cuda" if args.num_gpus else "cpu"), world_size=max(args.num_gpus, 1))
 
 
 def linear_classifier(name: str) -> bool:
@@ -256,7 +265,8 @@ def fit_classifier(cfg: CfgNode, node: CfgNode, size: int, weights: str, process
 def still_images(cfg: CfgNode, stats: InputStats, process: Process) -> Iterator[Any]:
     """Training images in order, each once and without augmentation."""
     still = cfg.clone()
-    still.DATA.AUGMENTATION, still.DATA.SHUFFLE, still.DATA.RESIDENT = "none", False, False
+    still.DATA.AUGMENTATION, still.DATA.TIMM_OPTIONS, still.DATA.VIEWS = "none", "", 1
+    still.DATA.SHUFFLE = still.DATA.RESIDENT = False
     still.SOLVER.MIXUP.ALPHA = still.SOLVER.MIXUP.CUTMIX_ALPHA = 0.0
     images = len(build_data(cfg).train)
     if images > HEAD_IMAGES:

@@ -121,8 +121,10 @@ def without_teacher(cfg: CfgNode) -> CfgNode:
     """The same student and schedule, trained on the labels alone."""
     plain, defaults = cfg.clone(), get_cfg()
     plain.KD = defaults.KD
-    for key in ("OPTIMIZER", "STEP", "MOMENTA", "DOT", "DEEPKD"):
-        plain.SOLVER[key] = defaults.SOLVER[key]
+    plain.SOLVER.MOMENTA = defaults.SOLVER.MOMENTA
+    if plain.SOLVER.OPTIMIZER in ("dot_sgd", "deepkd_sgd"):  # the others train without a teacher, too
+        for key in ("OPTIMIZER", "STEP", "DOT", "DEEPKD"):
+            plain.SOLVER[key] = defaults.SOLVER[key]
     return plain
 
 

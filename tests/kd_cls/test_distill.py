@@ -13,7 +13,8 @@ from PIL import Image
 import kd_cls.models  # noqa: F401  (registers cifar_<name>)
 from kd_cls import distill
 from kd_cls.config import load_cfg
-from kd_cls.engine.derive import Request, derive_student, weights_at_hand
+from kd_cls.data.statistics import InputStats
+from kd_cls.engine.derive import Request, derive_student, weights_at_hand, without_teacher
 from kd_cls.engine.trainer import Trainer
 from kd_core.utils.packaged_weights import find_package
 
@@ -129,12 +130,29 @@ def test_a_trained_teacher_of_ones_own_is_taken_as_it_is(teacher_yaml, tmp_path,
         (("--data", "nowhere"), r"--data: there is no folder 'nowhere'; expected train/<class>/ and val/<class>/"),
         (("--method", "kdd"), r"--method kdd: expected one of kd, dkd"),
         (("SOLVER.EPOCH", "3"), r"unknown key SOLVER\.EPOCH; did you mean SOLVER\.EPOCHS"),
+        (("SOLVER.LABEL_SMOOTHING", "2"), r"SOLVER\.LABEL_SMOOTHING is 2\.0, expected a number in \[0, 1\)"),
+        (("--epochs", "0"), r"SOLVER\.EPOCHS is 0\.0, expected a number above 0"),
     ],
 )
-def test_a_wrong_word_ends_in_one_sentence(command, words, message):
+def test_a_wrong_word_ends_in_one_sentence_and_may_be_corrected(command, words, message, tmp_path):
     with pytest.raises(SystemExit, match=message) as ended:
         command(*words)
     assert "\n" not in ended.value.code
+    assert not (tmp_path / "out" / "distill.yaml").exists()
+
+
+def test_a_classifier_is_fitted_on_single_plain_images_whatever_the_training_sees(tiny, process):
+    stats = InputStats((0.5,) * 3, (0.5,) * 3, 16)
+    for options in (["DATA.AUGMENTATION", "imagenet", "DATA.TIMM_OPTIONS", "{scale: [0.2, 1]}"], ["DATA.VIEWS", 2]):
+        plain, other = (next(iter(distill.still_images(tiny(*words), stats, process)))[0] for words in ([], options))
+        assert other.shape == (16, 3, 16, 16) and torch.equal(other, plain)
+
+
+def test_a_baseline_keeps_the_optimizer_unless_that_needs_a_teacher(tiny):
+    adamw = without_teacher(tiny("KD.LOSS.NAME", "kd", "SOLVER.OPTIMIZER", "adamw", "SOLVER.BASE_LR", 0.001))
+    assert (adamw.SOLVER.OPTIMIZER, adamw.SOLVER.BASE_LR, adamw.KD.LOSS.NAME) == ("adamw", 0.001, "none")
+    deepkd = without_teacher(tiny("KD.LOSS.NAME", "dkd", "SOLVER.OPTIMIZER", "deepkd_sgd", "SOLVER.STEP", "matched"))
+    assert (deepkd.SOLVER.OPTIMIZER, deepkd.SOLVER.STEP) == ("sgd", "paper")
 
 
 def test_a_broken_image_and_a_used_folder_are_refused_before_anything_is_trained(command, colours, tmp_path):
