@@ -23,6 +23,7 @@ from kd_core.utils.packaged_weights import PACKAGED, packaged_weights
 from kd_core.utils.state_dict import check_fit
 
 LAST, BEST = "last.pth", "best.pth"
+URL = ("http://", "https://")
 
 
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:
@@ -68,7 +69,7 @@ def fetch(path: str, key: str) -> str:
     Raises:
         UserError: no such file, or the URL cannot be fetched.
     """
-    if path.startswith(("http://", "https://")):
+    if path.startswith(URL):
         try:
             return download_cached_file(path, check_hash=False)
         except OSError as error:

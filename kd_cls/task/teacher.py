@@ -12,7 +12,7 @@ from timm.task import DistillationTeacher
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kd_cls.checkpoint.checkpoint import LAST, load_weights, read_metadata
+from kd_cls.checkpoint.checkpoint import LAST, URL, fetch, load_weights, read_metadata
 from kd_cls.config import load_cfg
 from kd_cls.data.statistics import InputStats, check_stats
 from kd_cls.models.factory import create_network
@@ -157,6 +157,8 @@ def build_teacher(
     """
     node = cfg.KD.TEACHER
     name, kwargs, weights, own = teacher_description(cfg)
+    if weights.startswith(URL):
+        weights = fetch(weights, "KD.TEACHER.WEIGHTS")
     metadata = read_metadata(weights) if weights else {}
     if metadata.get("num_classes", num_classes) != num_classes:
         raise UserError(

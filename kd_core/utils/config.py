@@ -92,6 +92,10 @@ def read_yaml(path: str, kind: type[CfgNode] = CfgNode, trusted: bool = False) -
         raise UserError(f"{place}: not valid yaml ({error.problem or error.context})") from error
     except yaml.YAMLError as error:  # bytes that are not text
         raise UserError(f"{path}: not valid yaml ({one_line(error)})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}, or a _BASE_ of it, is not text in UTF-8 ({one_line(error)})") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: its _BASE_ leads back to the file itself") from error
     except FileNotFoundError as error:
         if error.filename == path:
             raise UserError(f"there is no file {path}") from error

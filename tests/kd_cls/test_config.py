@@ -7,6 +7,7 @@ import pytest
 
 from kd_cls.config import config_hash, get_cfg, load_cfg
 from kd_core.utils.config import all_keys
+from kd_core.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 # Read by kd_core.losses.build_loss, which gets the whole node.
@@ -44,6 +45,7 @@ def test_numbers_that_yaml_reads_as_words_or_integers_become_floats(tmp_path: Pa
         ("{}", ["SEED"], r"odd number of words"),
         ("a: [", [], r"not valid yaml"),
         ("_BASE_: gone.yaml", [], r"_BASE_ names .*gone.yaml, which does not exist"),
+        ("_BASE_: bad.yaml", [], r"bad.yaml: its _BASE_ leads back to the file itself"),
         ("- 1", [], r"holds no keys"),
         ("", [], r"holds no keys"),
         ("SEED: !!python/object/apply:os.getcwd []", [], r"not valid yaml"),
@@ -52,6 +54,13 @@ def test_numbers_that_yaml_reads_as_words_or_integers_become_floats(tmp_path: Pa
 def test_bad_input_is_named_with_its_key(tmp_path: Path, text: str, options: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_cfg(write(tmp_path / "bad.yaml", text), options)
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "latin1.yaml"
+    path.write_bytes("SEED: 1  # d\u00e9but\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"latin1.yaml, or a _BASE_ of it, is not text in UTF-8"):
+        load_cfg(str(path))
 
 
 def test_a_missing_config_file_is_named() -> None:

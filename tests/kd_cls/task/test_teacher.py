@@ -97,7 +97,7 @@ def test_weights_come_as_ours_as_published_as_plain_and_as_safetensors(tmp_path:
         assert weights_digest(model.state_dict()) == weights_digest(source.state_dict()), name
 
 
-def test_weights_may_come_from_an_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_may_come_from_an_url(tiny: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "www").mkdir()
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     source = create_model("cifar_resnet8", num_classes=10)
@@ -111,6 +111,14 @@ def test_weights_may_come_from_an_url(tmp_path: Path, monkeypatch: pytest.Monkey
         assert weights_digest(model.state_dict()) == weights_digest(source.state_dict())
         with pytest.raises(ValueError, match=r"KD.TEACHER.WEIGHTS: http://.*/gone.pth cannot be fetched"):
             load_weights(model, url.replace("weights", "gone"), "KD.TEACHER.WEIGHTS")
+        written = {"mean": [0.9, 0.8, 0.7], "std": [1, 2, 3], "size": 24}
+        metadata = {"architecture": "cifar_resnet8", "num_classes": 10, "input": written}
+        torch.save({"model": source.state_dict(), "metadata": metadata}, tmp_path / "www" / "ours.pth")
+        words = ["KD.LOSS.NAME", "kd", "KD.TEACHER.NAME", "cifar_resnet8"]
+        cfg = tiny(*words, "KD.TEACHER.WEIGHTS", url.replace("weights", "ours"))
+        assert build_teacher(cfg, 10, STUDENT).stats == ((0.9, 0.8, 0.7), (1, 2, 3), 24)  # as from a file
+        with pytest.raises(ValueError, match="is a teacher of 10 classes, the student learns 20"):
+            build_teacher(cfg, 20, STUDENT)
         server.shutdown()
 
 
