@@ -45,7 +45,7 @@ COST = [
 ]
 CURVES = {
     "Accuracy": r"val/(ema_)?top[15]|top1",
-    "Losses": r"(val/)?loss|task|tckd|nckd|mass|within_.+|explicit|implicit|kd.*",
+    "Losses": r"(val/)?loss|task|[tn]ckd|mass|(within|cross)_.+|class|batch|int(er|ra)|(ex|im)plicit|review|kd.*",
     "Distillation and optimizer": r"K|lr|momentum/.+|grad_norm/.+|gsnr/.+|loss_scale|.*weight.*",
 }
 IMAGES = 10_000  # evaluated for a report, evenly spaced

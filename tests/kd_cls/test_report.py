@@ -1,6 +1,7 @@
 """The page about classifiers: by class, confusions, calibration, agreement with the teacher."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from helpers.report_runs import Page
 from kd_cls.evaluate import evaluate_checkpoint
-from kd_cls.report import Predictions, classifier_page, predict, read_classifier_run
+from kd_cls.report import CURVES, Predictions, classifier_page, predict, read_classifier_run
 from kd_cls.train import train
+from kd_core import losses
 from kd_core.utils.report.runs import assign_roles
 
 
@@ -32,6 +34,13 @@ def test_the_page_of_three_runs_has_every_section_and_the_numbers_of_metrics_jso
     for words in ("By class", "Confusions of ", "expected calibration error", "Logits of teacher and ", "nckd"):
         assert words in page.text
     assert all(address.startswith(("data:", "#")) for address in page.addresses)
+
+
+def test_every_term_of_every_loss_has_a_curve():
+    kinds = [getattr(losses, name) for name in losses.__all__ if name.endswith("Loss")]
+    terms = {"task"}.union(*(kind.terms for kind in kinds))
+    assert terms > {"mass", "class", "cross_tckd", "inter", "review"}
+    assert [term for term in terms if not re.fullmatch(CURVES["Losses"], term)] == []
 
 
 def test_the_predictions_are_those_that_the_evaluation_counts(runs, tiny, process):
