@@ -24,7 +24,7 @@ from kd_det.data.two_sizes import check_scale
 from kd_det.modeling.meta_arch.registry import PIXEL_CLASSES, class_keys, distilled_architecture, distilled_names
 from kd_det.modeling.teacher.acceleration import TeacherSpeed
 from kd_det.modeling.teacher.build import check_teacher_weights, each_teacher, named_in_list, teacher_config
-from kd_det.solver import check_images, check_solver, scale_to_world_size
+from kd_det.solver import check_images, check_solver, check_values, scale_to_world_size
 
 CONVERT_HINT = "tools/convert_weights.py makes ImageNet weights of ResNets"
 
@@ -133,6 +133,7 @@ def check_named(cfg: CfgNode, key: str) -> None:
 
 def check_batch(cfg: CfgNode, world_size: int) -> None:
     """Refuse a batch that `world_size` processes cannot share."""
+    check_values(cfg.SOLVER)
     solver = scale_to_world_size(cfg, world_size).SOLVER
     check_images(solver.IMS_PER_BATCH, world_size, solver.ACCUMULATE_STEPS)
 

@@ -29,8 +29,17 @@ def check_solver(cfg: CfgNode, world_size: int = 1) -> None:
         UserError: names the key, its value and what is expected.
     """
     solver = cfg.SOLVER
+    if solver.OPTIMIZER not in OPTIMIZERS:
+        raise UserError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}, expected one of {', '.join(OPTIMIZERS)}")
+    check_values(solver)
+    check_images(solver.IMS_PER_BATCH, world_size, solver.ACCUMULATE_STEPS)
+    check_streams(solver, cfg.KD, STREAM_OPTIMIZERS)
+    check_clipping(solver)
+
+
+def check_values(solver: CfgNode) -> None:
+    """Refuse values that mean nothing, whatever the optimizer is; a UserError as `check_solver`'s."""
     expected = {
-        "OPTIMIZER": (solver.OPTIMIZER in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
         "STEP": (solver.STEP in ("paper", "matched"), "paper or matched"),
         "MOMENTA": (solver.MOMENTA in ("", "auto"), "empty or auto"),
         "ACCUMULATE_STEPS": (solver.ACCUMULATE_STEPS >= 1, "a whole number ≥ 1"),
@@ -41,9 +50,6 @@ def check_solver(cfg: CfgNode, world_size: int = 1) -> None:
     for key, (good, what) in expected.items():
         if not good:
             raise UserError(f"SOLVER.{key} is {lookup(solver, key)!r}, expected {what}")
-    check_images(solver.IMS_PER_BATCH, world_size, solver.ACCUMULATE_STEPS)
-    check_streams(solver, cfg.KD, STREAM_OPTIMIZERS)
-    check_clipping(solver)
 
 
 def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:

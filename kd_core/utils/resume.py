@@ -18,7 +18,7 @@ RESUME_HINT = "that would mix two runs: resume with the config of the checkpoint
 def check_same_run(
     saved: dict[str, Any],
     cfg: CfgNode | dict[str, Any],
-    defaults: CfgNode | dict[str, Any],
+    defaults: CfgNode | dict[str, Any] | None,
     ignored: Collection[str],
     source: str,
 ) -> None:
@@ -30,14 +30,17 @@ def check_same_run(
     Args:
         saved: the config of the run, nested dicts.
         cfg: the config to resume with.
-        defaults: the package's default config.
+        defaults: the package's default config. None: there is none, so a key that only one of the two has differs,
+            with None on the other side.
         ignored: keys, and groups of keys, that may differ.
         source: where `saved` was found.
 
     Raises:
         UserError: names the first key that differs and both values.
     """
-    before, now, default = (flatten(tree) for tree in (saved, plain(cfg), plain(defaults)))
+    before, now, default = (flatten(tree) for tree in (saved, plain(cfg), plain(defaults or {})))
+    if defaults is None:
+        now = dict.fromkeys(before) | now
     changed = [
         (key, before.get(key, default.get(key)), value)
         for key, value in now.items()

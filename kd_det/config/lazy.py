@@ -66,6 +66,7 @@ PARTS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 # What may differ between a run and its resumption, as `checkpoint.resume.IGNORED_ON_RESUME`.
 IGNORED_ON_RESUME = (
     "train.output_dir",
+    "train.bad_images",
     "train.init_checkpoint",
     "train.checkpointer",
     "train.eval_period",

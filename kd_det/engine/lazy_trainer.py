@@ -38,8 +38,9 @@ from kd_det.engine.console import say
 from kd_det.engine.launch import choose_device, prepare_output
 from kd_det.engine.trainer import DistillationTrainer
 from kd_det.evaluation.evaluator import BoxEvaluator
+from kd_det.modeling.backbone.timm_backbone import TimmBackbone
 from kd_det.modeling.teacher.lazy import build_lazy, load_lazy, select
-from kd_det.solver import check_images, exempt_from_decay
+from kd_det.solver import check_images, check_values, exempt_from_decay
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class LazyTrainer(DistillationTrainer):
 
     @classmethod
     def check(cls, cfg: CfgNode, world_size: int) -> None:
+        check_values(cfg.SOLVER)
         check_images(cfg.SOLVER.IMS_PER_BATCH, world_size, cfg.SOLVER.ACCUMULATE_STEPS)
 
     @classmethod
@@ -160,7 +162,9 @@ class LazyTrainer(DistillationTrainer):
 
 def refuse_random_frozen(model: nn.Module, weights: str) -> None:
     """Raise a UserError where layers are frozen and no weights will be loaded: they would stay random."""
-    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    timms = [module for module in model.modules() if isinstance(module, TimmBackbone) and module.pretrained]
+    loaded = {p for module in timms for p in module.parameters()}
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad and p not in loaded]
     if frozen and not weights:
         raise UserError(
             f"train.init_checkpoint is empty and {len(frozen)} weights of the model are frozen, the first is "
@@ -187,7 +191,7 @@ def setup(args: argparse.Namespace) -> tuple[DictConfig, CfgNode]:
     resumed = args.resume and not args.eval_only and Path(cfg.OUTPUT_DIR, "last_checkpoint").is_file()
     if resumed and written.is_file() and (saved := written.read_bytes()):
         source = f"the run in train.output_dir {cfg.OUTPUT_DIR}"
-        check_same_run(yaml.safe_load(saved), tree, tree, IGNORED_ON_RESUME, source)
+        check_same_run(yaml.safe_load(saved), tree, None, IGNORED_ON_RESUME, source)
     prepare_output(OmegaConf.create(tree), args, cfg.OUTPUT_DIR)
     return lazy, cfg
 

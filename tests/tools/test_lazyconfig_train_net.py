@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.modeling import GeneralizedRCNN
@@ -19,7 +20,8 @@ from helpers.processes import run
 from helpers.report_runs import Page
 from kd_core.utils.errors import UserError
 from kd_det.config.lazy import engine_config, in_lazy_words, write_lazy_student
-from kd_det.engine.lazy_trainer import LazyTrainer, main, setup
+from kd_det.engine.lazy_trainer import LazyTrainer, main, refuse_random_frozen, setup
+from kd_det.modeling.backbone import timm_bottom_up
 from kd_det.modeling.teacher.lazy import load_lazy
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,6 +133,16 @@ def test_resuming_with_another_loss_or_teacher_is_refused_with_the_key_named(tra
         setup(arguments(trained, "--resume", "model.loss.beta=1"))
     with pytest.raises(UserError, match=r"model\.teacher\.overrides \['.*fc_dims.*'\], now it is \[\]"):
         setup(arguments(trained, "--resume", "model.teacher.overrides=[]"))
+    with pytest.raises(UserError, match=r"train\.clip\.max_norm None, now it is 1"):
+        setup(arguments(trained, "--resume", "train.clip.max_norm=1"))
+
+
+def test_frozen_layers_of_a_timm_network_may_come_with_weights_of_its_own(tmp_path):
+    torch.save(timm.create_model("mobilenetv3_small_050").state_dict(), tmp_path / "weights.pth")
+    options = {"name": "mobilenetv3_small_050", "freeze_at": 2}
+    refuse_random_frozen(timm_bottom_up(**options, weights=str(tmp_path / "weights.pth")), "")
+    with pytest.raises(UserError, match="they would stay random"):
+        refuse_random_frozen(timm_bottom_up(**options), "")
 
 
 def test_a_start_without_resume_forgets_the_last_checkpoint_of_an_earlier_run_in_its_folder(entry, tmp_path):
@@ -151,6 +163,10 @@ def test_a_start_without_resume_forgets_the_last_checkpoint_of_an_earlier_run_in
         (["model.backbone.depth=3"], "lazyconfig_train_net: --config-file: its `model` cannot be built (TypeError"),
         (["train.max_iter=many"], "lazyconfig_train_net: the LazyConfig: train.max_iter is 'many', expected a whole"),
         (["train.accumulate_steps=4"], "lazyconfig_train_net: dataloader.train.total_batch_size 2 must be a positive"),
+        (["train.accumulate_steps=0"], "lazyconfig_train_net: train.accumulate_steps is 0, expected a whole number"),
+        (["train.amp.dtype=bf16"], "lazyconfig_train_net: train.amp.dtype is 'bf16', expected float16 or bfloat16"),
+        (["train.checkpointer.period=0"], "lazyconfig_train_net: train.checkpointer.period is 0, expected a whole"),
+        (["train.ema.decay=2"], "lazyconfig_train_net: train.ema.decay is 2.0, expected a number in [0, 1)"),
         (["model.roi_heads.num_classes=7"], "lazyconfig_train_net: dataloader.train.dataset.names: digits_train has"),
         (["train.init_checkpoint=no.pth"], "lazyconfig_train_net: train.init_checkpoint: there is no file no.pth"),
         (["model.teacher.allow_random=False"], "lazyconfig_train_net: model.teacher.weights is empty: name the"),

@@ -27,6 +27,8 @@ class TimmBackbone(Backbone):
         in_channels: channels of its images.
     """
 
+    pretrained = False  # whether it was built with trained weights
+
     def __init__(self, extractor: nn.Module, in_channels: int = 3) -> None:
         super().__init__()
         self.in_channels = in_channels

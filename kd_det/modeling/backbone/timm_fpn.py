@@ -103,6 +103,7 @@ def timm_bottom_up(
     node = CfgNode({"NAME": name, "PRETRAINED": pretrained, "WEIGHTS": weights, "OUT_INDICES": list(out_indices)})
     node.KWARGS = [[key, value] for key, value in (kwargs or {}).items()]
     bottom_up = TimmBackbone(create_extractor(node, in_channels, load_weights=True), in_channels)
+    bottom_up.pretrained = bool(pretrained or weights)
     set_norm(bottom_up, norm)
     freeze_until(bottom_up, freeze_at)
     return bottom_up

@@ -31,3 +31,11 @@ def test_a_key_added_since_counts_as_its_default_and_a_key_removed_since_not_at_
     check({"REMOVED": 1, "LOSS": {"OLD": {"A": 1}}}, config())
     with pytest.raises(UserError, match=r"STEPS \[6, 8\], now it is \[5\]"):
         check({}, config(STEPS=(5,)))
+
+
+def test_without_defaults_a_key_that_was_added_or_removed_since_differs():
+    with pytest.raises(UserError, match=r"A.B None, now it is 4"):
+        check_same_run({}, {"A": {"B": 4}}, None, (), "the run")
+    with pytest.raises(UserError, match=r"A 1, now it is None"):
+        check_same_run({"A": 1}, {}, None, (), "the run")
+    check_same_run({"LOG": {"A": 1}}, {"LOG": {"B": 1}}, None, ("LOG",), "the run")

@@ -107,6 +107,7 @@ def test_a_config_file_that_is_not_there_is_named():
             ("KD.LOSS.WARMUP_ITERS", 100, "SOLVER.MAX_ITER", 10),
             r"KD.LOSS.WARMUP_ITERS is 100: it must lie in \[0, 10\]",
         ),
+        (("SOLVER.ACCUMULATE_STEPS", 0), "^SOLVER.ACCUMULATE_STEPS is 0, expected a whole number ≥ 1\n"),
         (("MODEL.BACKBONE.FREEZE_AT", 2), "random layers would stay frozen"),
     ],
 )
