@@ -38,8 +38,8 @@ from kd_core.utils.state_dict import weights_digest
 logger = logging.getLogger("kd_cls")
 
 
-def build_trainer(cfg: CfgNode, process: Process) -> Trainer:
-    """The trainer of a config that has passed `check_config`.
+def build_trainer(cfg: CfgNode, process: Process, resumed: dict[str, Any] | None = None) -> Trainer:
+    """The trainer of a config that has passed `check_config`; `resumed` as in `input_stats`.
 
     Raises:
         UserError: data, weights, a network or a loss that does not exist or does not fit the rest of the config.
@@ -48,7 +48,7 @@ def build_trainer(cfg: CfgNode, process: Process) -> Trainer:
     seed_step(cfg.SEED, 0, 0)  # the same initial weights on every process and for every method
     loss = build_distillation_loss(cfg, data.num_classes)
     model = build_student(cfg, data.num_classes)
-    stats = input_stats(cfg, model)
+    stats = input_stats(cfg, model, resumed)
     student = Student(model, serialization_layer(cfg, data.num_classes), cfg.MODEL.FREEZE_BN)
     loaders = build_loaders(cfg, data, stats, process)
     teacher = attach_teacher(cfg, data, stats, process) if distils(cfg.KD) else None

@@ -49,7 +49,7 @@ def add_model_config(cfg: CfgNode) -> None:
     # Start from timm's pretrained weights, with a new classifier if the number of classes differs.
     cfg.MODEL.PRETRAINED = False
     # Mean and std of the input normalisation, for pixel values in [0, 1]. Empty: those of the data set, or with initial
-    # weights those of the network (timm's pretrained_cfg).
+    # weights those that these were trained with: as our checkpoint says, else timm's pretrained_cfg.
     cfg.MODEL.MEAN = []
     cfg.MODEL.STD = []
     # Freeze the BatchNorm layers: eval mode, and no gradients for their weights.

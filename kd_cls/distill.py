@@ -56,7 +56,7 @@ from kd_cls.engine.derive import (
 )
 from kd_cls.engine.evaluation import evaluate
 from kd_cls.engine.forecast import COST_HEADERS, Cost, clock, cost_cells, inference_costs, on_trial, training_seconds
-from kd_cls.models.factory import build_student, create_network, input_stats
+from kd_cls.models.factory import build_student, create_network, input_stats, trained_statistics
 from kd_cls.task.head import fit_head
 from kd_cls.task.teacher import build_teacher
 from kd_cls.train import train
@@ -245,8 +245,8 @@ def fit_classifier(cfg: CfgNode, node: CfgNode, size: int, weights: str, process
     model = create_network(node.NAME, data.num_classes, node.KWARGS, weights == "timm", "--student, --teacher")
     if weights != "timm":
         load_weights(model, weights, "--student-weights, --teacher-weights", new_classifier=True)
-    own = model.pretrained_cfg
-    stats = InputStats(tuple(own["mean"]), tuple(own["std"]), size)
+    mean, std = trained_statistics(model, weights)
+    stats = InputStats(tuple(mean), tuple(std), size)
     say(f"fitting a classifier of {data.num_classes} classes on the features of {node.NAME} (weights: {weights}) …")
     fit_head(model, still_images(cfg, stats, process), process.device)
     path.parent.mkdir(parents=True, exist_ok=True)

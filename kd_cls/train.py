@@ -47,9 +47,10 @@ def train(cfg: CfgNode, process: Process, resume: bool = False) -> dict[str, flo
     train_missing_teacher(cfg, process)
     output = Path(cfg.OUTPUT_DIR)
     setup_logging(output, process.is_main)
-    trainer = build_trainer(cfg, process)
     last = output / LAST
-    if broadcast_object(resume and last.is_file()):
+    resumes = broadcast_object(resume and last.is_file())
+    trainer = build_trainer(cfg, process, read_metadata(last).get("input") if resumes else None)
+    if resumes:
         trainer.resume(read_checkpoint(last, "--resume"))
         if trainer.iteration >= trainer.max_iter:
             logger.info("%s is complete (%d iterations): there is nothing left to train", last, trainer.iteration)

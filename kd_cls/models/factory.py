@@ -1,13 +1,15 @@
 """Any network that timm can create, and its input statistics."""
 
 import difflib
+from collections.abc import Sequence
+from typing import Any
 
 import timm
 from fvcore.common.config import CfgNode
 from torch import nn
 
 import kd_cls.models  # noqa: F401  (registers the papers' networks with timm)
-from kd_cls.checkpoint.checkpoint import load_weights
+from kd_cls.checkpoint.checkpoint import URL, fetch, load_weights, read_metadata
 from kd_cls.config import parse_mapping
 from kd_cls.data import dataset_statistics
 from kd_cls.data.statistics import InputStats, check_stats
@@ -51,19 +53,33 @@ def build_student(cfg: CfgNode, num_classes: int) -> nn.Module:
     return model
 
 
-def input_stats(cfg: CfgNode, model: nn.Module) -> InputStats:
+def input_stats(cfg: CfgNode, model: nn.Module, resumed: dict[str, Any] | None = None) -> InputStats:
     """The student's input: MODEL.MEAN, MODEL.STD and DATA.INPUT_SIZE.
 
-    Where they are empty, a network that starts from weights keeps its own mean and std (timm's pretrained_cfg), and one
-    that starts from scratch takes the data set's. The size is the network's own.
+    Where they are empty, a network that starts from weights keeps the mean and std that these were trained with, and
+    one that starts from scratch takes the data set's. The size is the network's own.
+
+    Args:
+        resumed: "input" in the metadata of the run that is resumed, whose mean and std it keeps: MODEL.WEIGHTS may have
+            moved since.
 
     Raises:
         UserError: a mean or std that is not three numbers, or a std of 0.
     """
     own = model.pretrained_cfg
-    mean, std = (
-        (own["mean"], own["std"]) if cfg.MODEL.PRETRAINED or cfg.MODEL.WEIGHTS else dataset_statistics(cfg.DATA.NAME)
-    )
+    if resumed:
+        mean, std = resumed["mean"], resumed["std"]
+    elif cfg.MODEL.PRETRAINED or cfg.MODEL.WEIGHTS:
+        mean, std = trained_statistics(model, cfg.MODEL.WEIGHTS)
+    else:
+        mean, std = dataset_statistics(cfg.DATA.NAME)
     mean, std = cfg.MODEL.MEAN or mean, cfg.MODEL.STD or std
     check_stats(mean, std, "MODEL")
     return InputStats(tuple(mean), tuple(std), cfg.DATA.INPUT_SIZE or own["input_size"][-1])
+
+
+def trained_statistics(model: nn.Module, weights: str) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and std that weights were trained with: as a checkpoint of ours says, else timm's pretrained_cfg."""
+    path = fetch(weights, "MODEL.WEIGHTS") if weights.startswith(URL) else weights
+    found = read_metadata(path).get("input") or model.pretrained_cfg
+    return found["mean"], found["std"]

@@ -131,6 +131,30 @@ def test_where_files_are_and_what_is_shown_may_change(tiny: Callable, process: P
     train(tiny("LOG_PERIOD", 1, "DATA.NUM_WORKERS", 0, "SOLVER.CHECKPOINT_PERIOD", 2), process, resume=True)
 
 
+def test_a_resumed_run_keeps_its_mean_and_std_wherever_its_first_weights_are_now(
+    tiny: Callable, process: Process, tmp_path: Path
+) -> None:
+    train(tiny("MODEL.MEAN", "[0.9, 0.8, 0.7]", "SOLVER.EPOCHS", 0.25, "OUTPUT_DIR", tmp_path / "first"), process)
+    words = ["SOLVER.EPOCHS", 0.5, "SOLVER.CHECKPOINT_PERIOD", 1]
+    trainer = build_trainer(tiny(*words, "MODEL.WEIGHTS", tmp_path / "first" / "last.pth"), process)
+    after_step = trainer.after_step
+
+    def killed_after_1() -> None:
+        after_step()
+        raise Killed
+
+    trainer.after_step = killed_after_1
+    with pytest.raises(Killed):
+        trainer.run()
+    cfg = tiny(*words)  # does not name the weights any more
+    first = last(cfg.OUTPUT_DIR)
+    train(cfg, process, resume=True)
+    second = last(cfg.OUTPUT_DIR)
+    assert (first["metadata"]["iteration"], second["metadata"]["iteration"]) == (1, 2)
+    assert first["metadata"]["input"] == second["metadata"]["input"]
+    assert second["metadata"]["input"]["mean"] == [0.9, 0.8, 0.7]  # those that the first weights were trained with
+
+
 def test_weights_alone_and_broken_files_are_not_resumed(tiny: Callable, process: Process) -> None:
     cfg = tiny()
     train(cfg, process)
