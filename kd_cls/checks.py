@@ -15,6 +15,7 @@ from kd_core.utils.config import lookup
 from kd_core.utils.errors import UserError
 from kd_core.utils.wandb import import_wandb
 
+SGD = ("sgd", "dot_sgd", "deepkd_sgd")
 SCHEDULES = ("multistep", "cosine", "step", "poly", "tanh", "wsd", "rsqrt", "constant")
 
 
@@ -34,6 +35,10 @@ OPTIMIZER = (
     lambda value: value in (*STREAM_OPTIMIZERS, *list_optimizers()),
     f"sgd, {', '.join(STREAM_OPTIMIZERS)} or a name of timm's optimizers",
 )
+RISING = (
+    lambda value: all(type(epoch) in (int, float) for epoch in value) and value == sorted(value),
+    "epochs in rising order",
+)
 SEEDS = (lambda value: all(type(seed) is int and seed >= 0 for seed in value), "a list of whole numbers ≥ 0")
 
 # Key → (whether a value is valid, what is expected).
@@ -44,6 +49,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "DATA.BAD_IMAGES": one_of(*ON_BAD_IMAGE),
     "DATA.INPUT_SIZE": at_least(0),
     "DATA.NUM_WORKERS": at_least(0),
+    "DATA.VAL_BATCH": at_least(0),
     "DATA.VIEWS": ((lambda value: value in (1, 2)), "1 or 2"),
     "KD.TASK_WEIGHT": at_least(0),
     "KD.LOSS.WARMUP_EPOCHS": at_least(0),
@@ -53,17 +59,22 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "KD.TEACHER.DTYPE": one_of("float32", "bfloat16", "float16"),
     "SOLVER.OPTIMIZER": OPTIMIZER,
     "SOLVER.BASE_LR": at_least(0),
+    "SOLVER.WEIGHT_DECAY": at_least(0),
     "SOLVER.STEP": one_of("paper", "matched"),
     "SOLVER.MOMENTA": one_of("", "auto"),
     "SOLVER.EPOCHS": ABOVE_0,
     "SOLVER.ACCUMULATE_STEPS": at_least(1),
     "SOLVER.SCHEDULE.NAME": one_of(*SCHEDULES),
+    "SOLVER.SCHEDULE.MILESTONES": RISING,
+    "SOLVER.SCHEDULE.WARMUP_EPOCHS": at_least(0),
+    "SOLVER.SCHEDULE.WARMUP_LR": at_least(0),
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": ABOVE_0,
     "SOLVER.AMP.DTYPE": one_of("float16", "bfloat16"),
     "SOLVER.EMA.DECAY": SHARE,
     "SOLVER.LABEL_SMOOTHING": SHARE,
     "SOLVER.MIXUP.ALPHA": at_least(0),
     "SOLVER.MIXUP.CUTMIX_ALPHA": at_least(0),
+    "SOLVER.MIXUP.PROB": ((lambda value: 0 <= value <= 1), "a number in [0, 1]"),
     "SOLVER.DISTRIBUTE_BN": one_of("reduce", "broadcast", ""),
     "SOLVER.CHECKPOINT_PERIOD": at_least(0),
     "SOLVER.EVAL_PERIOD": at_least(1),
@@ -121,8 +132,26 @@ def check_loss(cfg: CfgNode, process: Process) -> None:
 
 
 def check_optimizer(cfg: CfgNode, process: Process) -> None:
-    """Refuse an optimizer over gradient streams, or momenta drawn from them, where there are none."""
-    check_streams(cfg.SOLVER, cfg.KD, ("sgd", *STREAM_OPTIMIZERS))
+    """Refuse an optimizer over gradient streams, or momenta drawn from them, where there are none; and keys of SGD."""
+    solver = cfg.SOLVER
+    check_streams(solver, cfg.KD, ("sgd", *STREAM_OPTIMIZERS))
+    if solver.OPTIMIZER not in SGD:
+        for key, default in (("NESTEROV", False), ("STEP", "paper")):
+            if solver[key] != default:
+                raise UserError(
+                    f"SOLVER.{key} is {solver[key]!r}, which only {', '.join(SGD)} read, but SOLVER.OPTIMIZER is "
+                    f"{solver.OPTIMIZER}: set SOLVER.{key} {default}"
+                )
+
+
+def check_augmentation(cfg: CfgNode, process: Process) -> None:
+    """Refuse augmentations that repeat where the draws do not."""
+    data = cfg.DATA
+    if data.AUGMENTATION_EPOCHS and not (data.REPRODUCIBLE or data.RESIDENT):
+        raise UserError(
+            f"DATA.AUGMENTATION_EPOCHS is {data.AUGMENTATION_EPOCHS}, but DATA.REPRODUCIBLE False draws augmentations "
+            "anew in every epoch: set DATA.REPRODUCIBLE True, or DATA.AUGMENTATION_EPOCHS 0"
+        )
 
 
 def check_cache(cfg: CfgNode, process: Process) -> None:
@@ -189,14 +218,14 @@ def check_graph(cfg: CfgNode, process: Process) -> None:
     """Refuse what a CUDA graph of the whole step cannot hold: work of the host between its kernels."""
     if not cfg.SOLVER.CUDA_GRAPH:
         return
-    solver, optimizers, world_size = cfg.SOLVER, ("sgd", "dot_sgd", "deepkd_sgd"), process.world_size
+    solver, world_size = cfg.SOLVER, process.world_size
     fp16 = solver.AMP.ENABLED and solver.AMP.DTYPE == "float16"
     cached = distils(cfg.KD) and cfg.KD.TEACHER.CACHE != "none"
     refused = {
         f"{world_size} processes, which exchange gradients": (world_size > 1, "start one"),
         f"SOLVER.OPTIMIZER {solver.OPTIMIZER}, which counts its steps on the host": (
-            solver.OPTIMIZER not in optimizers,
-            f"use {', '.join(optimizers)}",
+            solver.OPTIMIZER not in SGD,
+            f"use {', '.join(SGD)}",
         ),
         f"SOLVER.ACCUMULATE_STEPS {solver.ACCUMULATE_STEPS}": (solver.ACCUMULATE_STEPS > 1, "set it to 1"),
         "SOLVER.MIXUP, drawn on the host": (mixes(cfg), "set ALPHA and CUTMIX_ALPHA to 0"),
@@ -222,6 +251,7 @@ CHECKS: tuple[Callable[[CfgNode, Process], None], ...] = (
     check_schedule,
     check_loss,
     check_optimizer,
+    check_augmentation,
     check_cache,
     check_views,
     check_features,

@@ -54,7 +54,8 @@ def add_model_config(cfg: CfgNode) -> None:
     cfg.MODEL.STD = []
     # Freeze the BatchNorm layers: eval mode, and no gradients for their weights.
     cfg.MODEL.FREEZE_BN = False
-    # Channels-last memory format of the student. Faster where it was measured (docs/performance.md), on CPUs and a GPU.
+    # Channels-last memory format of student and teacher. Faster where it was measured (docs/performance.md), on CPUs
+    # and a GPU.
     cfg.MODEL.CHANNELS_LAST = False
     # torch.compile the student; falls back to eager, with a message, if compilation fails.
     cfg.MODEL.COMPILE = False
@@ -153,7 +154,7 @@ def add_distillation_config(cfg: CfgNode) -> None:
     cfg.KD.TEACHER.COMPILE = False
     # Fold its batch norms into the convolutions before them: the same logits up to rounding.
     cfg.KD.TEACHER.FOLD_BN = True
-    # Channels-last memory format of the teacher, whatever MODEL.CHANNELS_LAST.
+    # Channels-last memory format of the teacher, also without MODEL.CHANNELS_LAST.
     cfg.KD.TEACHER.CHANNELS_LAST = False
     # Dtype of its weights and images: "float32" (with autocast as in SOLVER.AMP), "bfloat16" or "float16". The log says
     # how far the logits of the first batch move.

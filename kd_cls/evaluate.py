@@ -36,7 +36,8 @@ def evaluate_checkpoint(cfg: CfgNode, process: Process) -> dict[str, float]:
 def open_checkpoint(cfg: CfgNode, process: Process) -> tuple[nn.Module, Iterable[tuple[Tensor, Tensor]], list[str]]:
     """The network of `evaluate_checkpoint` in eval mode, the loader of the validation images, the names of the classes.
 
-    The checkpoint says which network it is of and what its input statistics are; for files of others the config does.
+    MODEL.NAME says which network it is. Its input statistics come from the checkpoint, for files of others from the
+    config.
     """
     key = "MODEL.WEIGHTS" if cfg.MODEL.WEIGHTS else "OUTPUT_DIR"
     path = fetch(cfg.MODEL.WEIGHTS or str(Path(cfg.OUTPUT_DIR, BEST)), key)

@@ -24,7 +24,8 @@ KINDS = ("full", "topk")
 class LogitCache:
     """Logits (N, C) of a teacher for the images of each epoch.
 
-    "full" stores float32: training is equal to the bit. "topk" stores the k largest log-probabilities in float16
+    "full" stores float32: training is equal to the bit, as long as KD.TEACHER.FOLD_BN and CHANNELS_LAST stay as they
+    were: they move the last bits and are not in `identity`. "topk" stores the k largest log-probabilities in float16
     (relative error 2⁻¹¹) and the total probability of all others, which is spread evenly over them when read (ours).
 
     Args:

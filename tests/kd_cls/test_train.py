@@ -231,6 +231,21 @@ def test_the_keys_are_listed_with_their_values(tiny_yaml: Path, capsys: pytest.C
         (["KD.TEACHER.CACHE", "half"], r"KD.TEACHER.CACHE is 'half', expected one of none, full, topk"),
         (["SOLVER.DISTRIBUTE_BN", "sum"], r"SOLVER.DISTRIBUTE_BN is 'sum', expected one of reduce, broadcast, empty"),
         (["SOLVER.EPOCHS", 0], r"SOLVER.EPOCHS is 0.0, expected a number above 0"),
+        (["SOLVER.SCHEDULE.MILESTONES", "[180, 150, 210]"], r"MILESTONES is \[180, 150, 210\], expected .* order"),
+        (["SOLVER.SCHEDULE.WARMUP_EPOCHS", -1], r"SOLVER.SCHEDULE.WARMUP_EPOCHS is -1.0, expected a number ≥ 0"),
+        (["SOLVER.SCHEDULE.WARMUP_LR", -1], r"SOLVER.SCHEDULE.WARMUP_LR is -1.0, expected a number ≥ 0"),
+        (["SOLVER.WEIGHT_DECAY", -1], r"SOLVER.WEIGHT_DECAY is -1.0, expected a number ≥ 0"),
+        (["SOLVER.MIXUP.PROB", 2], r"SOLVER.MIXUP.PROB is 2.0, expected a number in \[0, 1\]"),
+        (["DATA.VAL_BATCH", -1], r"DATA.VAL_BATCH is -1, expected a number ≥ 0"),
+        (["SOLVER.OPTIMIZER", "adamw", "SOLVER.NESTEROV", True], r"SOLVER.NESTEROV is True, .* SOLVER.NESTEROV False"),
+        (
+            ["KD.LOSS.NAME", "kd", "SOLVER.OPTIMIZER", "stream_adamw", "SOLVER.STEP", "matched"],
+            r"SOLVER.STEP is 'matched', which only sgd, .* set SOLVER.STEP paper",
+        ),
+        (
+            ["DATA.REPRODUCIBLE", False, "DATA.AUGMENTATION_EPOCHS", 3],
+            r"DATA.AUGMENTATION_EPOCHS is 3, but DATA.REPRODUCIBLE False .* set DATA.REPRODUCIBLE True",
+        ),
         (["SOLVER.OPTIMIZER", "deepkd_sgd"], r"deepkd_sgd.*KD.LOSS.NAME is none"),
         (["SOLVER.DEEPKD.PRESET", "ours"], r"SOLVER.DEEPKD.PRESET is 'ours', expected paper or released"),
         (
