@@ -231,9 +231,10 @@ def check_synchronised_norms(cfg: CfgNode, world_size: int) -> None:
         return
     for key, norm in norms(cfg.MODEL, "MODEL"):
         if norm in ("SyncBN", "nnSyncBN"):
+            other = "BN" if key == "MODEL.TIMM.NORM" else "naiveSyncBN, or BN"  # timm's networks know no other
             raise UserError(
                 f"{key} {norm} synchronises GPUs only, and this training runs in {world_size} processes on the CPU: "
-                f"set {key} naiveSyncBN, or BN"
+                f"set {key} {other}"
             )
 
 

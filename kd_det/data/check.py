@@ -99,6 +99,8 @@ class CocoFile:
         sizes: dict[Any, tuple[int, int]] = {}
         listings: dict[str, set[str]] = {}
         for index, image in enumerate(self.content["images"]):
+            if "file_name" not in image and "coco_url" in image:  # LVIS: split and file, as detectron2 reads it
+                image["file_name"] = "/".join(image["coco_url"].split("/")[-2:])
             where = f"images[{index}]"
             lacking = [key for key in ("id", "file_name", "width", "height") if key not in image]
             if lacking:
@@ -160,7 +162,8 @@ class CocoFile:
             return "annotation of an image that is not listed", where
         if annotation["category_id"] not in names:
             return UNKNOWN_CATEGORY, f"category_id {annotation['category_id']}, {where}"
-        if len(box) != 4 or not all(isinstance(v, int | float) and math.isfinite(v) for v in box):
+        numbers = isinstance(box, list) and all(isinstance(v, int | float) and math.isfinite(v) for v in box)
+        if not numbers or len(box) != 4:
             return MALFORMED, f"whose bbox is not four numbers, {where}"
         if box[2] < 0 or box[3] < 0:
             return NEGATIVE_BOX, where

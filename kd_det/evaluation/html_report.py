@@ -49,7 +49,8 @@ LATENCY = re.compile(r"Total inference pure compute time: .* \(([0-9.]+) s / (?:
 def read_detector_run(folder: Path) -> Run:
     """A detector's training."""
     run = read_run(folder)
-    run.max_iter = lookup(run.config, "SOLVER", "MAX_ITER", default=run.info.get("max_iter", 0))
+    # The config's is that of SOLVER.REFERENCE_WORLD_SIZE processes.
+    run.max_iter = run.info.get("max_iter") or lookup(run.config, "SOLVER", "MAX_ITER", default=0)
     return run
 
 

@@ -122,4 +122,6 @@ def test_synchronised_norms_that_need_gpus_are_refused_on_cpu_processes(tiny_cfg
     with pytest.raises(ValueError, match=r"MODEL.FPN.NORM SyncBN .* in 2 processes on the CPU: set .* naiveSyncBN"):
         check_synchronised_norms(cfg, world_size=2)
     check_synchronised_norms(cfg, world_size=1)  # torch's is a BatchNorm there
+    with pytest.raises(ValueError, match=r"set MODEL.TIMM.NORM BN$"):  # all that set_norm takes
+        check_synchronised_norms(tiny_cfg("MODEL.TIMM.NORM", "SyncBN"), world_size=2)
     check_synchronised_norms(tiny_cfg("MODEL.FPN.NORM", "naiveSyncBN"), world_size=2)

@@ -91,6 +91,8 @@ def as_yacs(cfg: DictConfig) -> CfgNode:
     heads = model.get("roi_heads", model)  # a one-stage detector has its classes itself
     for node in (found.MODEL.ROI_HEADS, found.MODEL.RETINANET):
         node.NUM_CLASSES = int(heads.get("num_classes", node.NUM_CLASSES))
+    if pixel_classes := select(cfg, "model.sem_seg_head.num_classes"):
+        found.MODEL.SEM_SEG_HEAD.NUM_CLASSES = int(pixel_classes)
     found.INPUT.FORMAT = model.get("input_format") or found.INPUT.FORMAT
     found.MODEL.PIXEL_MEAN, found.MODEL.PIXEL_STD = list(model.pixel_mean), list(model.pixel_std)
     for key, split in (("TRAIN", "train"), ("TEST", "test")):

@@ -152,6 +152,7 @@ def test_where_files_are_how_fast_it_goes_and_how_it_is_evaluated_may_change(old
             "TEST.EVAL_PERIOD", 7, "DATASETS.TEST", "('digits_val',)", "SOLVER.CHECKPOINT_PERIOD", 9, "VIS_PERIOD", 1,
             "KD.COMPILE", True, "KD.TEACHER.FOLD_BN", False, "MODEL.WEIGHTS", "a.pth", "DATALOADER.NUM_WORKERS", 3,
             "DATASETS.REGISTER", [["mine", "a.json", "images"]], "WANDB.ENABLED", True,
+            "DATASETS.REGISTER_SEM_SEG", [["maps", "images", "labels", "classes.txt"]],
         )
     )  # fmt: skip
 

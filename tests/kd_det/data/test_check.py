@@ -54,6 +54,18 @@ def test_a_sound_data_set_has_no_problems_though_its_category_ids_have_gaps(writ
     assert file.cleaned() == content()
 
 
+def test_lvis_names_its_images_by_their_address(written):
+    path, folder = written(content())
+    data = content()
+    for image in data["images"]:
+        image["coco_url"] = f"http://images.cocodataset.org/{folder.name}/{image.pop('file_name')}"
+    path.write_text(json.dumps(data))
+    refuse_broken("DATASETS.TRAIN", "lvis", str(path), str(folder.parent))
+    (folder / "0.jpg").unlink()
+    with pytest.raises(UserError, match=r"image file missing.*data/0\.jpg"):
+        refuse_broken("DATASETS.TRAIN", "lvis", str(path), str(folder.parent))
+
+
 BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str, str, bool]] = {
     # what is done to the json → kind of the problem, a word of the place, whether a training refuses it
     "unknown category": (
@@ -81,6 +93,7 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str, str, bool]] = {
         "four numbers",
         True,
     ),
+    "null box": (lambda c: c["annotations"][0].update(bbox=None), "entry without what it needs", "four numbers", True),
     "no bbox": (lambda c: c["annotations"][0].pop("bbox"), "entry without what it needs", "has no bbox", True),
     "no size": (lambda c: c["images"][1].pop("width"), "entry without what it needs", "images[1] has no width", True),
     "same annotation id": (

@@ -5,9 +5,11 @@ import json
 import pytest
 from detectron2.modeling import build_model
 
+from helpers import report_runs
 from kd_det.checkpoint.checkpointer import WholeCheckpointer
 from kd_det.config.student import student_config
 from kd_det.evaluation import report
+from kd_det.evaluation.html_report import read_detector_run
 
 
 def write_run(folder, ap=31.5):
@@ -37,6 +39,14 @@ def test_a_run_is_read_from_its_folder(finished):
     assert (run.ap, run.parameters) == (31.5, parameters)
     assert run.seconds_per_iteration == pytest.approx(0.6)
     assert run.training_seconds == pytest.approx(0.6 * 40)
+
+
+def test_a_schedule_that_more_processes_shortened_ends_where_run_json_says(tmp_path):
+    info = {"max_iter": 20}
+    folder = report_runs.write_run(tmp_path / "run", lines=report_runs.finished_lines(30.0, 20), info=info)
+    (folder / "config.yaml").write_text("SOLVER: {MAX_ITER: 40}")
+    run = read_detector_run(folder)
+    assert run.max_iter == 20 and run.is_finished("bbox/AP")
 
 
 def test_not_one_detection_is_an_ap_of_zero(finished):

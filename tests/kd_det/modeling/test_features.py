@@ -1,6 +1,7 @@
 """The feature loss of detectors: which maps are compared, what is trained, what is saved."""
 
 import copy
+import json
 import shutil
 from functools import partial
 from pathlib import Path
@@ -242,7 +243,10 @@ def test_a_training_resumes_the_fusion_and_its_file_is_plain_detectron2s(tiny_cf
     assert list(ends[0]["ema"]) == list(ends[0]["model"])
     plain = get_cfg()
     plain.merge_from_file(str(resumed / "student.yaml"))
-    assert list(build_model(plain).state_dict()) == list(ends[0]["model"])
+    student = build_model(plain)
+    assert list(student.state_dict()) == list(ends[0]["model"])
+    run = json.loads((resumed / "run.json").read_text())
+    assert run["parameters"] == sum(p.numel() for p in student.parameters())
     broken = torch.load(resumed / "model_0000001.pth", weights_only=True)
     del broken["trainer"]["feature_loss"]
     torch.save(broken, resumed / "model_0000001.pth")

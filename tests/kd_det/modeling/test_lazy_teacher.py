@@ -111,3 +111,9 @@ def test_an_image_is_made_to_fit_a_square_and_never_enlarged():
     image = torch.arange(3 * 40 * 60, dtype=torch.uint8).reshape(3, 40, 60)
     assert fit_square(image, 64) is image
     assert fit_square(image, 30).shape == (3, 20, 30) and fit_square(image, 30).dtype == torch.uint8
+
+
+def test_the_classes_of_a_segmentation_head_are_read():
+    cfg = load_lazy("COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.py", ["model.sem_seg_head.num_classes=11"])
+    found = as_yacs(cfg).MODEL
+    assert found.SEM_SEG_HEAD.NUM_CLASSES == 11 and found.ROI_HEADS.NUM_CLASSES == 80
