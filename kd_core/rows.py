@@ -59,12 +59,14 @@ class KeepRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, kept: Tensor) -> Tensor:
         ctx.save_for_backward(kept)
-        ctx.strides = logits.stride()
+        ctx.strides = logits.stride() if 0 not in logits.stride() else None  # expanded: its elements share memory
         return logits[kept]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (kept,) = ctx.saved_tensors
-        full = gradient.new_empty_strided((*kept.shape, gradient.shape[-1]), ctx.strides).zero_()
+        shape = (*kept.shape, gradient.shape[-1])
+        empty = gradient.new_empty_strided(shape, ctx.strides) if ctx.strides else gradient.new_empty(shape)
+        full = empty.zero_()
         full[kept] = gradient
         return full, None

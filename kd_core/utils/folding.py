@@ -7,7 +7,7 @@ import inspect
 import logging
 import math
 import weakref
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -211,12 +211,10 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _after_norm(norm: nn.Module) -> nn.Module:
-    """What a norm does behind its affine map: timm's have a dropout and an activation."""
-    steps = [getattr(norm, name) for name in ("drop", "act") if isinstance(getattr(norm, name, None), nn.Module)]
-    steps = [step for step in steps if not isinstance(step, nn.Identity)]
-    if len(steps) < 2:
-        return steps[0] if steps else nn.Identity()
-    return nn.Sequential(*steps)
+    """What a norm does behind its affine map, under its own names: timm's have a dropout and an activation."""
+    named = {name: getattr(norm, name, None) for name in ("drop", "act")}
+    steps = {n: s for n, s in named.items() if isinstance(s, nn.Module) and not isinstance(s, nn.Identity)}
+    return nn.Sequential(OrderedDict(steps)) if steps else nn.Identity()
 
 
 def _is_affine(norm: nn.Module, conv: nn.Module) -> bool:

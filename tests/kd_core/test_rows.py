@@ -46,6 +46,15 @@ def test_ignored_rows_are_gone_with_their_gradient(shape: tuple[int, ...]) -> No
     assert (gradient[~ignored].abs().sum(-1) > 0).all()
 
 
+def test_expanded_logits_get_the_gradient_of_every_kept_row_once() -> None:
+    logits = torch.tensor([1.0, 2.0], requires_grad=True)
+    target = torch.zeros(1, 4, 4, dtype=torch.long)
+    target[:, ::2] = 255
+    rows, _, _ = flatten_rows(logits.view(1, 2, 1, 1).expand(1, 2, 4, 4), torch.zeros(1, 2, 4, 4), target, 255)
+    rows.sum().backward()
+    assert logits.grad.tolist() == [8.0, 8.0]
+
+
 def test_without_a_target_all_rows_stay() -> None:
     student, teacher = torch.randn(2, 2, 6, 3, 3).unbind()
     rows = flatten_rows(student, teacher, ignore_index=255)

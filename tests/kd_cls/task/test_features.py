@@ -78,6 +78,18 @@ def test_a_teacher_with_folded_norms_has_the_same_maps() -> None:
         torch.testing.assert_close(maps, reader(model, formula_images(32))[1], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["lcnet_035", "tf_mobilenetv3_small_minimal_100"])
+def test_a_norm_that_holds_its_activation_is_folded_and_its_map_is_still_read(name: str) -> None:
+    model = timm.create_model(name, num_classes=5).double().eval().requires_grad_(False)
+    reader, images = read_stages(model, 64, True, "teacher"), torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    fast = FastTeacher(model, TeacherSpeed(fold_bn=True))
+    assert fast.network is not model
+    logits, maps = fast.with_maps(images, reader)
+    expected_logits, expected_maps = reader(model, images)
+    torch.testing.assert_close(logits, expected_logits, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(maps, expected_maps, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("student", "teacher", "pairs"),
     [
