@@ -79,6 +79,7 @@ class Distilled:
         self.loss, self.max_iter = loss, max_iter
         self.logit_classes = 0  # of the rows that were distilled last, with a background where they have one
         self.teachers_mean, self.overlap = teachers_mean, overlap
+        self.checked: set[Teacher] = set()  # by `check_teacher`, which may wait for the device
         self.feature, self.feature_problem = None, None
         if feature is not None:
             self.add_feature(feature, in_features)
@@ -212,13 +213,14 @@ class Distilled:
         return self.teachers[0] if self.teachers else None
 
     def load_teacher(self) -> None:
-        """Build and load every teacher, once. The trainer calls it early, to show errors before training."""
+        """Build, load and check every teacher, once. The trainer calls it early, to show errors before training."""
         if self.feature_problem is not None:
             raise self.feature_problem
         for teacher in self.teachers:
             model = teacher.load(self.device, self.pixel_mean.dtype)
-            if self.loss is not None:
+            if self.loss is not None and teacher not in self.checked:
                 self.check_teacher(model)
+                self.checked.add(teacher)
 
     def check_teacher(self, teacher: nn.Module) -> None:
         """Raise a UserError where a teacher cannot teach this student its logits."""

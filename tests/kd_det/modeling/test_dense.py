@@ -157,6 +157,16 @@ def test_a_teacher_whose_anchors_are_not_the_students_is_refused_by_name(retinan
         model.load_teacher()
 
 
+def test_a_teachers_anchors_are_compared_once_and_those_of_a_new_teacher_again(retinanet, batch, storage):
+    model = retinanet(*KD)
+    model(batch)
+    del model.teacher.model.anchor_generator  # nothing else reads it
+    model(batch)
+    model.teachers = [Teacher(model.teacher.model)]
+    with pytest.raises(AttributeError, match="anchor_generator"):
+        model(batch)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
