@@ -114,6 +114,7 @@ class DistilledPanopticFPN(DistilledRCNN, PanopticFPN):
     ) -> None:
         super().__init__(**kwargs)
         self.pixels, self.box_weight, self.pixel_weight = pixels or PixelOptions(), box_weight, pixel_weight
+        self.pixel_loss = kwargs.get("loss")  # `loss` has a binary form where the boxes have sigmoids; pixels have none
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -159,7 +160,7 @@ class DistilledPanopticFPN(DistilledRCNN, PanopticFPN):
         """The loss of boxes, or of pixels, with its weight."""
         if isinstance(rows, PixelMap):
             kept = pixel_rows(rows, teacher_logits, self.pixels, self.sem_seg_head.ignore_value)
-            terms, weight = self.loss(*kept, self.progress()), self.pixel_weight
+            terms, weight = self.pixel_loss(*kept, self.progress()), self.pixel_weight
         else:
             terms, weight = super().row_loss(rows, teacher_logits), self.box_weight
         return {name: weight * term for name, term in terms.items()}

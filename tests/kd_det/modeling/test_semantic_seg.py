@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from helpers.tiny_detector import TINY_PANOPTIC, TINY_SEGMENTOR, make_labelled_batch
 from kd_core import DKDLoss, GDKDLoss, KDLoss
 from kd_core.utils.errors import UserError
-from kd_det import DistilledSemanticSegmentor, Teacher
+from kd_det import DistilledPanopticFPN, DistilledSemanticSegmentor, Teacher
 from kd_det.config import kd_defaults, merge_list
 from kd_det.config.student import student_config
 from kd_det.modeling.meta_arch.registry import plain_name
@@ -130,6 +130,22 @@ def test_each_distillation_of_a_panoptic_model_has_its_weight(cfg_of, storage):
     for term in ("tckd", "nckd"):
         assert_close(other[f"loss_kd_{term}"], 0.5 * one[f"loss_kd_{term}"])
         assert_close(other[f"loss_kd_{term}_pixels"], 3 * one[f"loss_kd_{term}_pixels"])
+
+
+def test_the_pixels_of_a_panoptic_model_have_a_softmax_where_its_boxes_have_sigmoids(cfg_of, storage):
+    found = []
+    for sigmoid in (False, True):
+        torch.manual_seed(0)
+        parts = DistilledPanopticFPN.from_config(cfg_of("panoptic", *DKD))
+        for heads in (parts["roi_heads"], parts["teacher"][0].model.roi_heads):
+            heads.box_predictor.use_sigmoid_ce = sigmoid  # as detectron2's main branch sets it
+        model = DistilledPanopticFPN(**parts).train()
+        torch.manual_seed(1)
+        found.append(model(labelled("panoptic")))
+    softmax, sigmoids = found
+    assert softmax["loss_kd_nckd"] != sigmoids["loss_kd_nckd"]
+    for term in ("loss_kd_tckd_pixels", "loss_kd_nckd_pixels"):
+        assert_close(sigmoids[term], softmax[term])
 
 
 @pytest.mark.parametrize("loss", [KDLoss(), DKDLoss(1.0, 2.0), GDKDLoss(1, 1, 2, k=3, temperature=1.0)], ids=repr)
