@@ -8,6 +8,8 @@ import torch
 from detectron2.engine import HookBase
 from torch import Tensor, nn
 
+from kd_det.engine.train_step import AsyncScalars
+
 logger = logging.getLogger(__name__)
 
 PERIOD = 20  # iterations between two checks, as detectron2's log
@@ -31,7 +33,8 @@ class WatchHealth(HookBase):
 
     def __init__(self, model: nn.Module, start: int = 0) -> None:
         self.model, self.start = model, start
-        self.pending: dict[str, Tensor] = {}
+        self.seen: dict[str, Tensor] = {}
+        self.pending: AsyncScalars | None = None  # what the last check has seen
         self.in_a_row: dict[str, int] = {}
         self.terms: dict[str, list[float]] = {}
         self.warned: set[str] = set()
@@ -48,21 +51,21 @@ class WatchHealth(HookBase):
             handle.remove()
         if self.handles:
             self.handles = []
-            self._look()
+            before, self.pending = self.pending, AsyncScalars(self.seen) if self.seen else None
+            self.seen = {}
+            self._look({} if before is None else {name: float(value) for name, value in before.read().items()})
 
     def _see_maps(self, module: nn.Module, inputs: tuple, maps: dict[str, Tensor]) -> None:
         if module.training and isinstance(maps, dict):
-            self.pending["maps"] = torch.stack([m.detach().float().std() for m in maps.values()]).max()
+            self.seen["maps"] = torch.stack([m.detach().float().std() for m in maps.values()]).max()
 
     def _see_scores(self, module: nn.Module, inputs: tuple, predictions: tuple[Tensor, Tensor]) -> None:
         scores = predictions[0].detach()
         if module.training and len(scores) > 1:
-            self.pending["scores"] = scores.float().std(0).max()
+            self.seen["scores"] = scores.float().std(0).max()
 
-    def _look(self) -> None:
+    def _look(self, seen: dict[str, float]) -> None:
         latest = {name: value for name, (value, _) in self.trainer.storage.latest().items()}
-        seen = {name: float(value) for name, value in self.pending.items()}
-        self.pending = {}
         right = latest.get("fast_rcnn/fg_cls_accuracy")
         self._count(
             "no foreground box is classified right",
@@ -81,8 +84,9 @@ class WatchHealth(HookBase):
             not large <= LARGE_MAPS,
             "set MODEL.FPN.NORM GN (maps of linear bottlenecks have no norm), or lower SOLVER.BASE_LR",
         )
+        two = getattr(self.model, "logit_classes", 0) == 2  # nothing is left to compare beside the target
         for name, value in latest.items():
-            if name.startswith("loss_kd_"):
+            if name.startswith("loss_kd_") and not (two and value == 0):
                 self._count_term(name, float(value))
 
     def _count_term(self, name: str, value: float) -> None:

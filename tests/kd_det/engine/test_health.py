@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from detectron2.engine.train_loop import SimpleTrainer
 
 from helpers.tiny_detector import make_batch
 from kd_det import DistilledRCNN
+from kd_det.config.student import student_config
 from kd_det.engine.hooks import health
 from kd_det.engine.hooks.health import WatchHealth
 
@@ -20,11 +22,17 @@ def train(tiny_cfg: Callable[..., CfgNode], monkeypatch, caplog) -> Callable[...
     """`train(make_sick, iterations)`: what is warned of in a training that looks at every second iteration."""
     monkeypatch.setattr(health, "PERIOD", 2)
 
-    def run(make_sick: Callable[[torch.nn.Module], object], iterations: int = 14, lr: float = 1e-4) -> list[str]:
+    def run(
+        make_sick: Callable[[torch.nn.Module], object], iterations: int = 14, lr: float = 1e-4, classes: int = 10
+    ) -> list[str]:
         torch.manual_seed(0)
-        model = DistilledRCNN(tiny_cfg("KD.LOSS.NAME", "dkd")).train()
+        cfg = tiny_cfg("KD.LOSS.NAME", "dkd", "MODEL.ROI_HEADS.NUM_CLASSES", classes)
+        Path(cfg.KD.TEACHER.CONFIG_FILE).write_text(student_config(cfg).dump())
+        model = DistilledRCNN(cfg).train()
         make_sick(model)
-        batches = (make_batch(seed=index) for index in range(iterations))
+        batches = [make_batch(seed=index) for index in range(iterations)]
+        for image in (image for batch in batches for image in batch):
+            image["instances"].gt_classes %= classes
         optimizer = torch.optim.SGD(model.parameters(), lr)
         trainer = SimpleTrainer(model, batches, optimizer)
         trainer.register_hooks([WatchHealth(model)])
@@ -55,11 +63,20 @@ def test_maps_that_explode_are_told_once(train):
     assert len(warnings) == 1
 
 
+@pytest.mark.parametrize(("iterations", "told"), [(8, False), (9, True)])
+def test_four_bad_checks_are_read_at_the_fifth(train, iterations, told):
+    assert any("standard deviation above 50" in w for w in train(let_maps_explode, iterations, lr=0.0)) == told
+
+
 def test_a_distillation_term_that_does_not_change_is_named(train):
     def weigh_nothing(model: torch.nn.Module) -> None:
         model.loss.beta = 0.0
 
     assert any("loss_kd_nckd has not changed" in w for w in train(weigh_nothing))
+
+
+def test_a_detector_of_one_class_hears_nothing_of_its_non_target_term_which_is_always_0(train):
+    assert not any("has not changed" in w for w in train(lambda model: None, classes=1))
 
 
 def test_a_sound_training_hears_nothing_of_dead_heads_or_maps(train):
