@@ -24,6 +24,8 @@ from kd_core.utils.config import read_yaml
 from kd_core.utils.errors import exit_on_user_error
 
 PREFIX = "part: "
+HEADS = ("roi_heads", "head", "sem_seg_head")
+TEACHERS_HEADS = ("box_pooler", "box_head", "cls_subnet", "predictor")  # in HEADS, whose forward a teacher may not run
 Parts = dict[str, nn.Module]
 
 
@@ -65,16 +67,20 @@ def detection_step(config: str, options: list[str]) -> Iterator[tuple[Callable[[
     choose_device(cfg, num_gpus=1)
     iteration = build_iteration(cfg)
     model = iteration.model
-    parts = {f"student {name}": getattr(model, name) for name in ("backbone", "proposal_generator", "roi_heads")}
-    for teacher in getattr(model, "teachers", ()):
-        heads = teacher.model.roi_heads
-        parts["teacher backbone"] = teacher.model.backbone
-        parts |= {
-            f"teacher {name}": getattr(heads, name) for name in ("box_pooler", "box_head") if hasattr(heads, name)
-        }
+    parts = parts_of(model, "student", "backbone", "proposal_generator", *HEADS)
+    teachers = [teacher.model for teacher in getattr(model, "teachers", ())]
+    for index, teacher in enumerate(teachers):
+        owner = f"teacher {index}" if len(teachers) > 1 else "teacher"
+        for part in (teacher, *parts_of(teacher, owner, *HEADS).values()):
+            parts |= parts_of(part, owner, "backbone", *TEACHERS_HEADS)
     if getattr(model, "loss", None) is not None:
         parts["distillation loss"] = model.loss
     yield iteration, parts
+
+
+def parts_of(module: nn.Module, owner: str, *names: str) -> Parts:
+    """Those modules of `names` that a module has."""
+    return {f"{owner} {name}": getattr(module, name) for name in names if hasattr(module, name)}
 
 
 @contextmanager

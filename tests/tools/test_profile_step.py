@@ -7,6 +7,8 @@ from types import ModuleType
 
 import pytest
 
+from helpers.tiny_detector import write_training
+
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["INPUT.MIN_SIZE_TRAIN", "(64,)", "SOLVER.IMS_PER_BATCH", "1", "DATALOADER.NUM_WORKERS", "0"]
 RANDOM = ["KD.TEACHER.ALLOW_RANDOM", "True", "KD.TEACHER.WEIGHTS", ""]
@@ -36,6 +38,22 @@ def test_a_detection_step_is_split_into_student_teacher_and_loss(
     assert parts["teacher backbone"] > 0 and parts["optimizer step"] > 0
     assert sum(parts.values()) == pytest.approx(2 * parts["step"], rel=1e-2)
     assert any("teacher backbone" in event.get("name", "") for event in json.loads(trace.read_text())["traceEvents"])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "head", "teachers_head"),
+    [("retinanet", "student head", "cls_subnet"), ("segmentation", "student sem_seg_head", "predictor")],
+)
+def test_a_step_without_roi_heads_and_with_two_teachers_is_too(
+    tool: ModuleType, tmp_path: Path, architecture: str, head: str, teachers_head: str
+) -> None:
+    config = write_training(tmp_path, architecture, "KD.LOSS.NAME", "dkd", "OUTPUT_DIR", tmp_path / "output")
+    taught = [str(tmp_path / "teacher.yaml"), ""]
+    words = ["--steps", "1", "--trace", str(tmp_path / "trace.json"), *SMALL, "SOLVER.ACCUMULATE_STEPS", "1"]
+    two = ["KD.TEACHER.CONFIG_FILE", "", "KD.TEACHERS", str([taught, taught])]
+    parts = milliseconds(tool.main([str(config), *words, *two]))
+    teachers = {f"teacher {index} {name}" for index in range(2) for name in ("backbone", teachers_head)}
+    assert {"student backbone", head, *teachers} <= set(parts)
 
 
 def test_a_classification_step_is_too(tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
