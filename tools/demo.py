@@ -25,6 +25,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from kd_core.utils.errors import UserError
+from kd_core.utils.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "Digits"
@@ -72,7 +73,7 @@ class Trainings:
         print(f"[demo] {name}: training into {output_dir}", flush=True)
         command = [sys.executable, str(ROOT / "tools" / "train_net.py"), "--config-file", str(CONFIGS / f"{name}.yaml")]
         self.run([*command, "--resume", "OUTPUT_DIR", str(output_dir), *options])
-        finished.write_text(settings, encoding="utf-8")
+        write_text(finished, settings)
 
     def run(self, command: list[str]) -> None:
         """`subprocess.run(check=True)` in a session of its own, so that Ctrl-C reaches this process alone."""
@@ -149,7 +150,7 @@ def main() -> None:
     runs = {"teacher": [report.read_run(teacher)]}
     for student in args.students:
         runs[TITLES.get(student, student)] = [report.read_run(output / f"{student}_seed{seed}") for seed in args.seeds]
-    (output / "table.md").write_text(report.table(runs) + "\n", encoding="utf-8")
+    write_text(output / "table.md", report.table(runs) + "\n")
     first = args.seeds[0]
     columns = {"teacher": teacher} | {TITLES.get(name, name): output / f"{name}_seed{first}" for name in args.students}
     draw_comparison(columns, "digits_val", output / "detections.png")

@@ -23,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from demo import CONFIGS, ROOT, Trainings, run_command, wait_for
 
+from kd_core.utils.files import write_text
+
 NO_MASK = ("KD.LOSS.TOPK.ENABLED", "False")
 # name → title, config in configs/Digits, overrides
 METHODS: dict[str, tuple[str, str, tuple[str, ...]]] = {
@@ -57,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
         for training in students:
             wait_for(training)
     text = report_table(args, output, iteration_times(args, words))
-    (output / "table.md").write_text(text + "\n", encoding="utf-8")
+    write_text(output / "table.md", text + "\n")
     print(f"\n{text}\n\nSeeds {args.seeds}. Also in {output / 'table.md'}")
     return text
 
