@@ -40,11 +40,14 @@ def test_an_interrupted_table_resumes_and_repeats_nothing(tmp_path: Path) -> Non
     text = said(tmp_path)
     assert interrupted.exitcode == 1 and "[table] interrupted; run the same command again" in text, text
     assert finished.is_file() and not (tmp_path / "deepkd_no_mask_seed0").exists()
-    trained = finished.stat().st_mtime_ns
+    trained, table, old = finished.stat().st_mtime_ns, tmp_path / "table.md", tmp_path / "old_table.md"
+    table.write_text("an older table")
+    old.hardlink_to(table)
     with started_table(tmp_path, *words) as resumed:
         resumed.join(240)
     text = said(tmp_path)
-    lines = (tmp_path / "table.md").read_text().splitlines()
+    lines = table.read_text().splitlines()
+    assert old.read_text() == "an older table"  # a whole new file has taken its place
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["teacher", "plain", "DeepKD (DKD), no mask"], text
     assert lines[3].split("|")[-2].strip() == "1.00" and float(lines[4].split("|")[-2]) > 1
     assert "[demo] teacher: finished before" in text and finished.stat().st_mtime_ns == trained
