@@ -55,8 +55,9 @@ def test_a_fork_is_the_command_with_its_words_variables_folder_and_exit_code(tmp
     assert (done.returncode, done.stderr) == (1, "bad\n")
 
 
-def be_interrupted_at_the_fork(script: str) -> None:
+def be_interrupted_at_the_fork(script: str, said: str) -> None:
     """A command whose SIGINT came between the fork and its first line."""
+    os.dup2(os.open(said, os.O_CREAT | os.O_WRONLY), 2)
     signal.pthread_sigmask(signal.SIG_BLOCK, forked.SIGNALS)
     os.kill(os.getpid(), signal.SIGINT)
     forked.go_on_as([script], {})
@@ -65,9 +66,10 @@ def be_interrupted_at_the_fork(script: str) -> None:
 def test_a_fork_that_is_interrupted_before_its_first_line_ends_by_the_signal_as_python_does(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with forked.started(be_interrupted_at_the_fork, str(script)) as process:
+    with forked.started(be_interrupted_at_the_fork, str(script), str(tmp_path / "said")) as process:
         process.join(60)
     assert process.exitcode == -signal.SIGINT and not (tmp_path / "ran").exists()
+    assert (tmp_path / "said").read_text() == ""  # Python has not started: no traceback
 
 
 def test_a_process_is_ended_by_an_interrupt() -> None:

@@ -109,7 +109,7 @@ def estimate(
         image,
         checkpoint,
         total_seconds=solver.MAX_ITER * images * seconds,
-        process_bytes=round(fixed + image * images / solver.ACCUMULATE_STEPS),
+        process_bytes=round(fixed + image * images / max(solver.ACCUMULATE_STEPS, 1)),  # 0 is a finding, not the end
         disk_bytes=checkpoint * (solver.MAX_ITER // solver.CHECKPOINT_PERIOD + 1) + best,
         epochs=None if stands_in else solver.MAX_ITER * solver.IMS_PER_BATCH / len(trainer.loader.dataset),
     )

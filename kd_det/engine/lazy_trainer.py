@@ -130,7 +130,7 @@ class LazyTrainer(DistillationTrainer):
 
     def describe(self) -> None:
         """Model, schedule and folder: the LazyConfig says what is trained."""
-        parameters, solver = sum(p.numel() for p in self.checkpointer.model.parameters()), self.cfg.SOLVER
+        parameters, solver = sum(p.numel() for p in self.student_parameters()), self.cfg.SOLVER
         config = with_common_keys(as_tree(self.lazy))
         say(
             {

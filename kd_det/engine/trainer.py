@@ -222,11 +222,15 @@ class DistillationTrainer(TrainerBase):
 
     def describe(self) -> None:
         """Tell the console what is trained, in a few lines."""
-        named = self.checkpointer.model.named_parameters()
-        parameters = [p for name, p in named if not name.startswith("feature.")]
+        parameters = self.student_parameters()
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         images = len(self.loader.dataset)
         describe(self.cfg, sum(p.numel() for p in parameters), trained, images, self.start_iter)
+
+    def student_parameters(self) -> list[nn.Parameter]:
+        """Those of the student's file: without the feature loss's, which train beside them."""
+        named = self.checkpointer.model.named_parameters()
+        return [p for name, p in named if not name.startswith("feature.")]
 
     def write_final(self) -> None:
         """Write `model_final.pth` where a training was killed after its last periodic checkpoint."""

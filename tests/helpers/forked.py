@@ -117,9 +117,10 @@ def go_on_as(words: list[str], env: Mapping[str, str]) -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))
     gc.enable()
-    code = 1
+    code, began = 1, False
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # one that came since the fork strikes here
+        began = True
         run_python(words, env)
         code = 0
     except SystemExit as end:
@@ -127,7 +128,8 @@ def go_on_as(words: list[str], env: Mapping[str, str]) -> None:
         if code and not isinstance(end.code, int):
             print(end.code, file=sys.stderr)
     except BaseException as error:
-        traceback.print_exc()
+        if began:  # a real command that is interrupted before Python runs it has no traceback, either
+            traceback.print_exc()
         code = -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
     finally:
         sys.stdout.flush()

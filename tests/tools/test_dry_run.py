@@ -101,6 +101,13 @@ def test_what_does_not_build_is_reported_as_such(dry_run, distilled, capsys):
     assert "it does not build or step: KeyError: 49" in capsys.readouterr().out
 
 
+def test_a_value_that_nothing_can_be_divided_by_is_one_finding_beside_the_estimate(dry_run, distilled, capsys):
+    assert dry_run.main([str(distilled), "SOLVER.ACCUMULATE_STEPS", "0"]) == 1
+    text = capsys.readouterr().out
+    assert "SOLVER.ACCUMULATE_STEPS is 0, expected a whole number ≥ 1" in text
+    assert "1 missing or wrong" in text and "memory: about" in text
+
+
 def test_a_config_that_is_not_there_ends_in_one_line(dry_run):
     with pytest.raises(SystemExit, match=r"^dry_run: --config-file: there is no file none.yaml"):
         dry_run.main(["none.yaml"])

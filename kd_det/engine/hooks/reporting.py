@@ -33,7 +33,6 @@ class Report(hooks.PeriodicWriter):
     def before_train(self) -> None:
         self.seen = getattr(self.trainer, "_last_eval_results", None)
         self.started = time.perf_counter()
-        named = self.trainer.checkpointer.model.named_parameters()
         write_run_info(
             self.cfg.OUTPUT_DIR,
             self.trainer.start_iter,
@@ -41,7 +40,7 @@ class Report(hooks.PeriodicWriter):
             device=self.cfg.MODEL.DEVICE,
             world_size=comm.get_world_size(),
             max_iter=self.trainer.max_iter,
-            parameters=sum(p.numel() for name, p in named if not name.startswith("feature.")),
+            parameters=sum(p.numel() for p in self.trainer.student_parameters()),
         )
 
     def after_step(self) -> None:
