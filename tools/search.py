@@ -8,6 +8,8 @@
    drawn at random, without repetition, from its grid. Judged by the metric on the search's images.
 2. Test. The best try of each method is trained on fresh seeds, untouched, and judged once on images that no search saw.
 
+"{seed}" in a value of TABLE is the training's seed: for a folder that only trainings of one seed share.
+
 A table with one try has no search: every method is trained as its config says, as for the papers' own tables.
 
 Interrupt it at any time: the same command skips what is finished and resumes the rest. So does --minutes, which ends
@@ -217,6 +219,7 @@ class Search:
             return
         print(f"[search] {training.key}: {' '.join(training.words)}", flush=True)
         words = (*words_of(self.table["options"]), *training.words, *self.args.options)
+        words = tuple(word.replace("{seed}", str(training.seed)) for word in words)
         taught = self.table["methods"][training.method].get("teacher", True)
         teacher = ("KD.TEACHER.WEIGHTS", str(self.teacher / self.weights)) if taught else ()
         folder = self.output / training.key

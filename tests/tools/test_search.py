@@ -16,7 +16,7 @@ TABLE = {
     "package": "classification",
     "tries": 2,
     "design_seed": 0,
-    "options": {"SOLVER.EPOCHS": 1},  # 2 iterations
+    "options": {"SOLVER.EPOCHS": 1, "KD.TEACHER.CACHE_DIR": "logits_{seed}"},  # 2 iterations
     "teacher": {"config": "configs/Digits/cls_teacher.yaml", "options": {"SOLVER.EPOCHS": 0.1}},
     "search": {"seed": 100, "options": {"DATA.HELD_OUT": 50}},
     "test": {"seeds": [0], "options": {}},
@@ -66,6 +66,7 @@ def test_a_search_stopped_in_time_and_interrupted_resumes_counts_a_failed_try_an
     assert weights.stat().st_mtime_ns == written
     assert (failed["training"], failed["value"], failed["exit"]) == ("search/DKD/try1_seed100", None, 1)
     assert (tested["training"], tested["config"]) == ("test/DKD/try0_seed0", "configs/Digits/cls_dkd.yaml")
+    assert "logits_100" in good["overrides"] and "logits_0" in tested["overrides"]
     assert "DATA.HELD_OUT" in good["overrides"] and "DATA.HELD_OUT" not in tested["overrides"]
     last = (tmp_path / "out" / tested["training"] / "metrics.json").read_text().splitlines()[-1]
     assert tested["value"] == json.loads(last)["val/top1"]
