@@ -31,7 +31,7 @@ from kd_cls.task.teacher import Teacher, build_teacher
 from kd_core.losses import DistillationLoss, SerializationLayer
 from kd_core.losses.config import build_kd_loss
 from kd_core.losses.feature_config import build_feature_loss, distils
-from kd_core.optim.config import build_auto_momenta
+from kd_core.optim.config import STREAM_OPTIMIZERS, build_auto_momenta
 from kd_core.utils.errors import UserError
 from kd_core.utils.state_dict import weights_digest
 
@@ -67,7 +67,7 @@ def build_trainer(cfg: CfgNode, process: Process, resumed: dict[str, Any] | None
     optimizer = build_optimizer(cfg, student, task.feature)
     scheduler = build_scheduler(cfg, optimizer, loaders.train.sampler.num_batches)
     named = chain(*(module.named_parameters() for module in filter(None, (student, task.feature))))
-    auto_momenta = build_auto_momenta(cfg.SOLVER, optimizer, named)
+    auto_momenta = build_auto_momenta(cfg.SOLVER, optimizer, named, task.streams.values())
     written = {"config": cfg.dump(), "config_hash": config_hash(cfg)}
     metadata = partial(describe, cfg, written, data.num_classes, stats)
     return Trainer(cfg, task, loaders, optimizer, scheduler, process, metadata, auto_momenta)
@@ -101,16 +101,14 @@ def check_mixed_labels(cfg: CfgNode, loss: DistillationLoss) -> None:
 
     KD needs none where its terms are only summed: the sum is the full KL.
     """
-    whole_kl = (
-        cfg.KD.LOSS.NAME == "kd"
-        and not cfg.KD.LOSS.TOPK.ENABLED
-        and cfg.SOLVER.OPTIMIZER not in ("dot_sgd", "deepkd_sgd")
-    )
+    is_summed = cfg.SOLVER.OPTIMIZER not in STREAM_OPTIMIZERS and cfg.SOLVER.MOMENTA != "auto"
+    whole_kl = cfg.KD.LOSS.NAME == "kd" and not cfg.KD.LOSS.TOPK.ENABLED and is_summed
     if loss.needs_target and not whole_kl:
         raise UserError(
             f"SOLVER.MIXUP mixes the labels of two images, and KD.LOSS.NAME {cfg.KD.LOSS.NAME!r} splits the classes by "
-            "one label: set ALPHA and CUTMIX_ALPHA to 0, or use gdkd, gdkd3, kd without TOPK "
-            "under sgd, or KD.LOSS.DKD.PARTITION teacher_top1"
+            "one label: set SOLVER.MIXUP.ALPHA and CUTMIX_ALPHA to 0, or use gdkd, gdkd3, dist, kd without TOPK and "
+            f"streams (SOLVER.OPTIMIZER none of {', '.join(STREAM_OPTIMIZERS)}, SOLVER.MOMENTA empty), or dkd with "
+            "KD.LOSS.DKD.PARTITION teacher_top1"
         )
 
 

@@ -34,7 +34,7 @@ def evaluate(
         evaluator.update(logits, target)
         if confusions is not None:
             places = (target * confusions.shape[1] + logits.argmax(1)).to(confusions.device)
-            confusions += places.bincount(minlength=confusions.numel()).view_as(confusions)
+            confusions.view(-1).index_add_(0, places, torch.ones_like(places))  # bincount would wait for the device
     metrics = dict(evaluator.compute(distributed=dist.is_initialized()))
     count = evaluator.counts[0].clone()
     if dist.is_initialized():

@@ -79,7 +79,10 @@ class DistillationLoss(nn.Module):
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"warmup is a share of training progress, in [0, 1], not {warmup}: divide it by max_iter")
         if topk is not None and not self.takes_topk:
-            raise ValueError(f"{type(self).__name__} has no non-target term for a top-k mask: leave topk out")
+            raise ValueError(
+                f"{type(self).__name__} has no non-target term for a top-k mask: leave topk out "
+                "(in a config: KD.LOSS.TOPK.ENABLED False)"
+            )
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, not {reduction!r}")
 

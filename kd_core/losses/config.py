@@ -171,7 +171,7 @@ def build_loss(cfg: Any, num_classes: int | None = None, views: int | None = Non
     if views is not None and wanted != views:
         raise UserError(
             f"LOSS.NAME {cfg.NAME!r} compares {wanted} view(s) of each image, but there are {views} here: "
-            "mlkd and crld train classifiers with two views, the other losses take one"
+            "mlkd and crld train classifiers with DATA.VIEWS 2, the other losses take DATA.VIEWS 1"
         )
     if cfg.COMPILE and isinstance(loss, DistillationLoss):  # the parts of gdkds have come through here
         loss.compile()

@@ -86,10 +86,15 @@ def build_stream_optimizer(solver: CfgNode, groups: list[dict[str, Any]]) -> Str
 
 
 def build_auto_momenta(
-    solver: CfgNode, optimizer: StreamOptimizer, named_parameters: Iterable[tuple[str, Tensor]]
+    solver: CfgNode,
+    optimizer: StreamOptimizer,
+    named_parameters: Iterable[tuple[str, Tensor]],
+    streams: Collection[str],
 ) -> AutoMomenta | None:
     """What `solver.MOMENTA` auto asks for, None otherwise.
 
+    Args:
+        streams: those that the losses have.
     Raises:
         UserError: a window with fewer than two samples, or momenta outside [0, 1).
     """
@@ -98,7 +103,10 @@ def build_auto_momenta(
     gsnr = solver.GSNR
     try:
         return AutoMomenta(
-            optimizer, named_parameters, gsnr.WINDOW, gsnr.PERIOD, gsnr.SAMPLE, solver.MOMENTUM, gsnr.SPAN
+            optimizer, named_parameters, gsnr.WINDOW, gsnr.PERIOD, gsnr.SAMPLE, solver.MOMENTUM, gsnr.SPAN, streams
         )
     except ValueError as error:
-        raise UserError(f"SOLVER.GSNR: {error}") from error
+        raise UserError(
+            f"SOLVER.GSNR.WINDOW {gsnr.WINDOW} (warmup), PERIOD {gsnr.PERIOD} (every), SAMPLE {gsnr.SAMPLE}, SPAN "
+            f"{gsnr.SPAN}, SOLVER.MOMENTUM {solver.MOMENTUM} (base): {error}"
+        ) from error

@@ -3,7 +3,7 @@
 import logging
 import math
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -147,12 +147,12 @@ class GradientSNR:
         return {"count": self.count, "mean": self._mean, "squares": self._squares}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises ValueError where the state has other streams or other sampled elements."""
+        """Raises ValueError where the state lacks a stream, or has other sampled elements; it may have more streams."""
         sizes = {stream: [t.shape for t in tensors] for stream, tensors in self._mean.items()}
-        if sizes != {stream: [t.shape for t in tensors] for stream, tensors in state["mean"].items()}:
+        if sizes != {stream: [t.shape for t in state["mean"].get(stream, ())] for stream in sizes}:
             raise ValueError("this GSNR state has other streams, parameters or another sample= than was asked for")
-        for stream, count in state["count"].items():
-            self._counts[stream].fill_(count)
+        for stream, count in self._counts.items():
+            count.fill_(state["count"][stream])
         for mine, saved in ((self._mean, state["mean"]), (self._squares, state["squares"])):
             for stream, tensors in mine.items():
                 torch._foreach_copy_(tensors, saved[stream])
@@ -208,6 +208,7 @@ class AutoMomenta:
         warmup: momenta are set at the first sampling iteration from here on that finds two samples of every stream.
         every, sample: as in `GradientSNR`.
         base, span: as in `suggest_momenta`.
+        streams: those that the losses have, by default all of the optimizer's. The others keep their momenta.
     Raises:
         ValueError: fewer than two samples fit into the warm-up; what `GradientSNR` and `suggest_momenta` refuse.
     """
@@ -221,12 +222,14 @@ class AutoMomenta:
         sample: float = 1.0,
         base: float = 0.9,
         span: float = 0.075,
+        streams: Collection[str] | None = None,
     ) -> None:
         if warmup <= every:
             raise ValueError(f"warmup {warmup} holds fewer than two samples at every {every} iterations: lengthen it")
         suggest_momenta({}, base, span)
         self.optimizer, self.warmup, self.base, self.span = optimizer, warmup, base, span
-        self.gsnr = GradientSNR(named_parameters, optimizer.param_groups[0][MOMENTA], every, sample)
+        measured = [s for s in optimizer.param_groups[0][MOMENTA] if streams is None or s in streams]
+        self.gsnr = GradientSNR(named_parameters, measured, every, sample)
         self.momenta: dict[str, float] | None = None  # once they are set
 
     def observe(self, losses: Mapping[str, Tensor | None], iteration: int, scale: Tensor | float = 1.0) -> None:
@@ -245,9 +248,9 @@ class AutoMomenta:
         if sums.isnan().any():
             return False  # a stream, on some rank, has fewer than two samples yet
         gsnr = {stream: ratio(*row) for stream, row in zip(self.gsnr.count, sums.tolist(), strict=True)}
-        self.momenta = suggest_momenta(gsnr, self.base, self.span)
+        self.momenta = self.optimizer.param_groups[0][MOMENTA] | suggest_momenta(gsnr, self.base, self.span)
         self.optimizer.set_momenta(self.momenta)
-        found = ", ".join(f"{s}: GSNR {gsnr[s]:.4g}, momentum {m:.4g}" for s, m in self.momenta.items())
+        found = ", ".join(f"{s}: GSNR {value:.4g}, momentum {self.momenta[s]:.4g}" for s, value in gsnr.items())
         logger.info("Momenta set at iteration %d from %s samples (%s)", iteration, max(self.gsnr.count.values()), found)
         return True
 

@@ -147,8 +147,9 @@ def build_step(cfg: CfgNode, model: nn.Module, data_loader: Any, optimizer: Opti
     if solver.AMP.ENABLED:
         pool_in_float32(plain)
     dtype = getattr(torch, solver.AMP.DTYPE) if solver.AMP.ENABLED else None
-    step = TrainStep(optimizer, dtype, clip, build_auto_momenta(solver, optimizer, plain.named_parameters()))
     streams = plain.streams() if isinstance(plain, Distilled) else {}
+    auto_momenta = build_auto_momenta(solver, optimizer, plain.named_parameters(), {"tog", *streams.values()})
+    step = TrainStep(optimizer, dtype, clip, auto_momenta)
     return StreamTrainer(model, data_loader, step, streams, solver.ACCUMULATE_STEPS)
 
 

@@ -38,6 +38,7 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def teacher_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of a teacher of 100 other classes."""
+    torch.manual_seed(0)  # made before the test is seeded
     path = tmp_path_factory.mktemp("weights") / "teacher.pth"
     torch.save(timm.create_model("cifar_resnet14").state_dict(), path)
     return path

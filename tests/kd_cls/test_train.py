@@ -273,7 +273,16 @@ def test_the_keys_are_listed_with_their_values(tiny_yaml: Path, capsys: pytest.C
         (["KD.LOSS.NAME", "kd", "KD.LOSS.TEMPERATURE", 0], r"KD.LOSS kd: .*temperature"),
         (["KD.LOSS.NAME", "gdkd", "KD.LOSS.GDKD.K", 10], r"KD.LOSS gdkd: .*k"),
         (["KD.LOSS.NAME", "gdkds"], r"gdkds is a mix for foreground and background"),
-        (["KD.LOSS.NAME", "dkd", "SOLVER.MIXUP.ALPHA", 0.2], r"SOLVER.MIXUP mixes the labels.*'dkd'"),
+        (["KD.LOSS.NAME", "dkd", "SOLVER.MIXUP.ALPHA", 0.2], r"SOLVER.MIXUP mixes the labels.*'dkd'.* gdkd3, dist, kd"),
+        *(
+            (["KD.LOSS.NAME", "kd", "SOLVER.MIXUP.ALPHA", 0.2, *streams], r"SOLVER.MIXUP mixes the labels.*'kd'")
+            for streams in (["SOLVER.OPTIMIZER", "stream_adamw"], ["SOLVER.MOMENTA", "auto"])
+        ),
+        (
+            ["KD.LOSS.NAME", "gdkd", "KD.LOSS.TOPK.ENABLED", True],
+            r"KD.LOSS gdkd: .* no non-target term .*KD.LOSS.TOPK.ENABLED False",
+        ),
+        (["KD.LOSS.NAME", "kd", "DATA.VIEWS", 2], r"KD.LOSS.NAME 'kd' compares 1 view.* take DATA.VIEWS 1"),
         (["KD.LOSS.NAME", "kd", "KD.LOSS.WARMUP", 0.1, "KD.LOSS.WARMUP_EPOCHS", 1], r"set one of them"),
         (
             ["KD.LOSS.NAME", "kd", "SOLVER.OPTIMIZER", "deepkd_sgd", "SOLVER.DEEPKD.DELTA_TOG", 0.2],

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kd_cls.build import build_trainer
 from kd_cls.distributed import Process
 from kd_cls.engine.cuda_graph import WARM_UP, GraphedStep
+from kd_cls.engine.evaluation import evaluate
 from kd_cls.engine.solver import build_optimizer, build_scheduler
 from kd_cls.engine.trainer import Trainer
 
@@ -249,6 +250,23 @@ def test_what_reads_by_design_is_known_by_name(tiny: Callable, process: Process)
     adamw = build_trainer(tiny("KD.LOSS.NAME", "dkd", "SOLVER.OPTIMIZER", "stream_adamw", *FP16), process)
     lamb = build_trainer(tiny("SOLVER.OPTIMIZER", "lamb", "SOLVER.AMP.ENABLED", True), process)
     assert (readers(adamw) | readers(lamb)) - ON_THE_CPU_ALONE == BY_DESIGN
+
+
+def test_an_evaluation_that_counts_confusions_reads_nothing_before_its_last_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class AllBatchesSeen(Exception):
+        pass
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(2):
+            yield torch.empty(4, 10, device="cuda"), torch.empty(4, dtype=torch.int64, device="cuda")
+        raise AllBatchesSeen
+
+    with data_free_cuda(monkeypatch):
+        confusions = torch.zeros(10, 10, dtype=torch.int64, device="cuda")
+        with pytest.raises(AllBatchesSeen):
+            evaluate(lambda images: images, batches(), Process(torch.device("cuda")), confusions=confusions)
 
 
 @pytest.mark.gpu

@@ -256,8 +256,21 @@ def test_momenta_auto_sets_them_from_the_measured_ratio(tiny: Callable, process:
     for bad in (["SOLVER.OPTIMIZER", "adamw"], ["KD.LOSS.NAME", "none"]):
         with pytest.raises(ValueError, match=r"SOLVER.MOMENTA auto compares the gradient streams"):
             check_config(tiny(*options, *bad), process)
-    with pytest.raises(ValueError, match=r"SOLVER.GSNR: warmup 1 holds fewer than two samples"):
+    with pytest.raises(ValueError, match=r"SOLVER.GSNR.WINDOW 1 .*: warmup 1 holds fewer than two samples"):
         build_trainer(tiny(*options, "SOLVER.GSNR.WINDOW", 1), process)
+
+
+@pytest.mark.parametrize("method", [["KD.LOSS.NAME", "dist"], ["KD.FEATURE.NAME", "review"]])
+def test_momenta_auto_are_set_where_the_losses_feed_two_streams_of_three(
+    method: list, tiny: Callable, process: Process
+) -> None:
+    options = [*method, "SOLVER.MOMENTA", "auto", "SOLVER.GSNR.PERIOD", 1, "SOLVER.GSNR.WINDOW", 4]
+    trainer = build_trainer(tiny(*options, "SOLVER.OPTIMIZER", "deepkd_sgd"), process)
+    before = trainer.optimizer.param_groups[0]["momenta"]["tcg"]
+    trainer.run()
+    measured = suggest_momenta(trainer.auto_momenta.gsnr.overall(), 0.9, 0.075)
+    assert set(measured) == {"tog", "ncg"}
+    assert trainer.optimizer.param_groups[0]["momenta"] == {**measured, "tcg": before}
 
 
 def test_a_compiler_that_fails_is_named_and_done_without(caplog: pytest.LogCaptureFixture) -> None:

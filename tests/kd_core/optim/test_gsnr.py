@@ -195,6 +195,28 @@ def test_auto_momenta_wait_for_a_stream_that_starts_late() -> None:
         assert (auto.momenta is not None) == (iteration >= 24)
 
 
+def test_a_stream_without_a_loss_keeps_its_momentum_and_the_others_do_not_wait_for_it() -> None:
+    p = nn.Parameter(torch.zeros(1000))
+    optimizer = StreamSGD([p], 1e-3, {"tog": 0.9, "tcg": 0.5, "ncg": 0.9})
+    auto = AutoMomenta(optimizer, [("p", p)], warmup=10, every=2, streams={"tog", "ncg"})
+    for iteration in range(12):
+        losses = noisy_streams(p)
+        auto.observe({"tog": losses["tog"], "ncg": losses["tcg"]}, iteration)
+    measured = suggest_momenta(auto.gsnr.overall())
+    assert measured["tog"] > measured["ncg"]
+    assert optimizer.param_groups[0]["momenta"] == auto.momenta == {**measured, "tcg": 0.5}
+
+
+def test_a_state_of_more_streams_is_loaded() -> None:
+    p = nn.Parameter(torch.zeros(8))
+    saved, gsnr = GradientSNR([("p", p)]), GradientSNR([("p", p)], ["tog", "ncg"])
+    for _ in range(3):
+        saved.update({"tog": (p * torch.randn(8)).sum(), "ncg": (p * torch.randn(8)).sum()})
+    gsnr.load_state_dict(saved.state_dict())
+    assert gsnr.count == {"tog": 3, "ncg": 3}
+    assert gsnr.overall() == {stream: saved.overall()[stream] for stream in ("tog", "ncg")}
+
+
 def test_a_warmup_without_two_samples_is_refused() -> None:
     p = nn.Parameter(torch.zeros(2))
     with pytest.raises(ValueError, match="warmup 200 holds fewer than two samples at every 200 iterations"):
