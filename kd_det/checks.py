@@ -12,12 +12,12 @@ from detectron2.utils import comm
 from torch import nn
 
 from kd_core.losses.feature_config import check_feature, distils
-from kd_core.utils.config import lookup
+from kd_core.utils.config import flatten, lookup
 from kd_core.utils.errors import UserError
 from kd_core.utils.wandb import import_wandb
 from kd_det.checkpoint.checkpointer import check_local_file, misfit_of
 from kd_det.compat import NO_DEEPLAB
-from kd_det.config import build_box_loss
+from kd_det.config import build_box_loss, kd_defaults
 from kd_det.data import check_dataset, check_same_classes, register_datasets
 from kd_det.data.loader import check_sampler
 from kd_det.data.two_sizes import check_scale
@@ -72,7 +72,7 @@ def training_checks(cfg: CfgNode, world_size: int = 1, resume: bool = False) -> 
     Args:
         cfg: the training's config.
         world_size: number of processes.
-        resume: the student's weights come from a checkpoint, so what it would start from is not checked.
+        resume: the run was checked when it began, and its weights come from a checkpoint: neither is checked again.
     """
     kd, weights = cfg.KD, cfg.MODEL.WEIGHTS
     yield Check("SOLVER", partial(check_solver, cfg))
@@ -91,6 +91,7 @@ def training_checks(cfg: CfgNode, world_size: int = 1, resume: bool = False) -> 
     if cfg.WANDB.ENABLED:
         yield Check("WANDB.ENABLED", import_wandb)
     if not resume:
+        yield Check("KD", partial(check_unread, cfg))
         yield Check("MODEL.BACKBONE.FREEZE_AT", partial(check_frozen_stem, cfg))
     yield from data_checks(cfg, ("TRAIN", "TEST"))
     if not resume:
@@ -167,6 +168,38 @@ def check_architecture_options(cfg: CfgNode) -> None:
     architecture = distilled_architecture(cfg.MODEL.META_ARCHITECTURE)
     if architecture is not None:
         architecture.check_config(cfg)
+
+
+def check_unread(cfg: CfgNode) -> None:
+    """Refuse values that somebody chose and nothing reads, because of the value of another key.
+
+    A baseline (KD.LOSS none) may keep the keys of distillation.
+    """
+    solver, sampler = cfg.SOLVER, f"DATALOADER.SAMPLER_TRAIN {cfg.DATALOADER.SAMPLER_TRAIN}"
+    optimizer, model = f"SOLVER.OPTIMIZER {solver.OPTIMIZER}", f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE}"
+    repeats = cfg.DATALOADER.SAMPLER_TRAIN == "RepeatFactorTrainingSampler"
+    # Key or group of keys → (whether it is read, what decides that).
+    readers = {f"DATALOADER.{key}": (repeats, sampler) for key in ("REPEAT_THRESHOLD", "REPEAT_SQRT")}
+    architecture = distilled_architecture(cfg.MODEL.META_ARCHITECTURE)
+    if distils(cfg.KD) and architecture is not None:
+        known = dict.fromkeys(key for name in distilled_names() for key in distilled_architecture(name).option_keys)
+        readers |= {key: (key in architecture.option_keys, model) for key in known} | {
+            "SOLVER.STEP": (solver.OPTIMIZER in ("dot_sgd", "deepkd_sgd"), optimizer),
+            "SOLVER.NESTEROV": (solver.OPTIMIZER != "stream_adamw", optimizer),
+            "SOLVER.DOT": (solver.OPTIMIZER == "dot_sgd", optimizer),
+            "SOLVER.DEEPKD": (solver.OPTIMIZER in ("deepkd_sgd", "stream_adamw"), optimizer),
+        }
+        if "KD.ROWS" in architecture.option_keys:
+            readers["KD.BACKGROUND_WEIGHT"] = (cfg.KD.ROWS == "weighted", f"KD.ROWS {cfg.KD.ROWS}")
+    values, defaults = flatten(cfg), flatten(kd_defaults())
+    unread = [
+        f"{key} is {value!r}, which {reader} does not read: set it to {defaults[key]!r}"
+        for group, (is_read, reader) in readers.items()
+        for key, value in values.items()
+        if not is_read and f"{key}.".startswith(f"{group}.") and value != defaults.get(key, value)
+    ]
+    if unread:
+        raise UserError("; ".join(unread))
 
 
 def check_backbone(cfg: CfgNode) -> None:

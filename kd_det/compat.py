@@ -1,7 +1,7 @@
 """What differs between detectron2 0.5, 0.6 and main, and between the versions of torch under them."""
 
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from inspect import signature
 from typing import Any
@@ -10,6 +10,7 @@ import detectron2
 import numpy as np
 import torch
 from detectron2.config import CfgNode
+from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.evaluation import coco_evaluation
 from detectron2.solver.build import get_default_optimizer_params
 from detectron2.utils import comm
@@ -54,6 +55,17 @@ def merged_parameter_groups(model: nn.Module, **options: Any) -> list[dict[str, 
         key = tuple(sorted((name, value) for name, value in group.items() if name != "params"))
         merged.setdefault(key, []).extend(group["params"])
     return [{"params": params, **dict(key)} for key, params in merged.items()]
+
+
+def repeat_factors(loader: CfgNode, dicts: Iterable[dict]) -> Tensor:
+    """How often `RepeatFactorTrainingSampler` shows each image in an epoch (DATALOADER.REPEAT_THRESHOLD).
+
+    main: REPEAT_SQRT, whether factors are square roots. 0.5, 0.6: they always are.
+    """
+    options = {"sqrt": loader.REPEAT_SQRT} if "REPEAT_SQRT" in loader else {}
+    return RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+        dicts, loader.REPEAT_THRESHOLD, **options
+    )
 
 
 def uses_sigmoid_loss(predictor: nn.Module) -> bool:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from kd_core.utils.errors import UserError
 from kd_core.utils.rng import mix_seed_32, preserved_rng, seed_rng
+from kd_det.compat import repeat_factors
 from kd_det.data.bad_images import BadImage, NamedBadImages
 from kd_det.data.two_sizes import build_train_mapper
 from kd_det.modeling.meta_arch.registry import PIXEL_CLASSES, class_keys
@@ -178,8 +179,7 @@ def build_sampler(cfg: CfgNode, dicts: Iterable[dict], seed: int | None) -> Samp
     check_sampler(cfg.DATALOADER.SAMPLER_TRAIN)
     if cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler":
         return TrainingSampler(len(dicts), seed=seed)
-    factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(dicts, cfg.DATALOADER.REPEAT_THRESHOLD)
-    return RepeatFactorTrainingSampler(factors, seed=seed)
+    return RepeatFactorTrainingSampler(repeat_factors(cfg.DATALOADER, dicts), seed=seed)
 
 
 def check_sampler(name: str) -> None:

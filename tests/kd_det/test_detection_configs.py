@@ -21,7 +21,7 @@ import kd_det.config.defaults as det_config
 from helpers import config_walk
 from kd_core.optim.config import build_stream_optimizer
 from kd_core.utils.errors import UserError
-from kd_det.checks import check_backbone, check_frozen_stem, check_meta_architecture
+from kd_det.checks import check_backbone, check_frozen_stem, check_meta_architecture, check_unread
 from kd_det.compat import add_deeplab_config
 from kd_det.config import kd_defaults, lookup, merge_file
 from kd_det.solver import check_solver
@@ -48,7 +48,7 @@ def read(path: Path) -> CfgNode:
 @pytest.mark.parametrize("path", EVERY, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_a_config_names_a_loss_and_an_optimizer_that_can_be_built(path):
     cfg = read(path)
-    for check in (check_solver, check_meta_architecture, check_backbone, check_frozen_stem):
+    for check in (check_solver, check_meta_architecture, check_backbone, check_frozen_stem, check_unread):
         check(cfg)
     architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
     loss = architecture.build_loss(cfg)

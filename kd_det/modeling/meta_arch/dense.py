@@ -46,6 +46,7 @@ class DenseDistilled(Distilled):
     """
 
     class_keys = ("MODEL.RETINANET.NUM_CLASSES",)
+    option_keys = ("KD.DENSE",)
     sigmoid: ClassVar[bool] = True
 
     @configurable

@@ -54,6 +54,7 @@ class Distilled:
     distils: ClassVar[bool] = True
     # Config keys of the number of classes, in which student and teacher must agree; a loss is built for the first.
     class_keys: ClassVar[tuple[str, ...]] = BOX_CLASSES
+    option_keys: ClassVar[tuple[str, ...]] = ()  # keys of KD that not every architecture reads, and groups of them
     background: ClassVar[int] = 1  # classes that the logits have besides
     teacher_types: ClassVar[tuple[type, ...]] = (nn.Module,)  # plain classes whose models can teach
     sigmoid = False  # whether every class is a distribution of its own

@@ -49,6 +49,7 @@ class DistilledRCNN(Distilled, GeneralizedRCNN):
         UserError: a loss without a teacher, or an unknown value of an option.
     """
 
+    option_keys = ("KD.PROPOSALS", "KD.ROWS", "KD.BACKGROUND_WEIGHT")
     teacher_types = (GeneralizedRCNN,)
 
     @configurable

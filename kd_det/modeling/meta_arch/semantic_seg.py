@@ -44,6 +44,7 @@ class DistilledSemanticSegmentor(Distilled, SemanticSegmentor):
     """
 
     class_keys = (PIXEL_CLASSES,)
+    option_keys = ("KD.PIXELS",)
     background = 0
     teacher_types = (SemanticSegmentor, PanopticFPN)
 
@@ -101,6 +102,7 @@ class DistilledPanopticFPN(DistilledRCNN, PanopticFPN):
     """
 
     class_keys = (*DistilledRCNN.class_keys, PIXEL_CLASSES)
+    option_keys = (*DistilledRCNN.option_keys, "KD.PIXELS", "KD.PANOPTIC")
     teacher_types = (PanopticFPN,)
 
     @configurable

@@ -115,6 +115,42 @@ def test_what_cannot_train_is_refused_before_training(tiny_cfg, overrides, messa
     assert re.search(message, "\n".join(failures(training_checks(tiny_cfg(*overrides)))))
 
 
+RETINANET = ("MODEL.META_ARCHITECTURE", "DistilledRetinaNet")
+REPEATS = ("DATALOADER.REPEAT_THRESHOLD", 0.1)
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "reader", "default"),
+    [
+        ((*RETINANET, "KD.ROWS", "foreground"), "KD.ROWS is 'foreground'", RETINANET, "'all'"),
+        ((*RETINANET, "KD.PROPOSALS", "student+teacher"), "KD.PROPOSALS is 'student+teacher'", RETINANET, "'student'"),
+        (("KD.BACKGROUND_WEIGHT", 0.1), "KD.BACKGROUND_WEIGHT is 0.1", ("KD.ROWS", "all"), "0.333"),
+        (("KD.DENSE.GAMMA", 2.0), "KD.DENSE.GAMMA is 2.0", ("MODEL.META_ARCHITECTURE", "DistilledRCNN"), "1.0"),
+        (("SOLVER.STEP", "matched"), "SOLVER.STEP is 'matched'", ("SOLVER.OPTIMIZER", "sgd"), "'paper'"),
+        (REPEATS, "DATALOADER.REPEAT_THRESHOLD is 0.1", ("DATALOADER.SAMPLER_TRAIN", "TrainingSampler"), "0.0"),
+    ],
+)
+def test_a_key_that_nothing_reads_is_refused_with_what_ignores_it(tiny_cfg, words, key, reader, default):
+    cfg = tiny_cfg("KD.LOSS.NAME", "dkd", *words)
+    found = "\n".join(failures(training_checks(cfg)))
+    assert f"{key}, which {' '.join(reader)} does not read: set it to {default}" in found
+    assert key not in "\n".join(failures(training_checks(cfg, resume=True)))  # nothing changes for an old run
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("KD.LOSS.NAME", "dkd", "KD.ROWS", "weighted", "KD.BACKGROUND_WEIGHT", 0.1),
+        ("KD.LOSS.NAME", "dkd", "SOLVER.OPTIMIZER", "dot_sgd", "SOLVER.STEP", "matched"),
+        ("KD.LOSS.NAME", "none", "KD.DENSE.GAMMA", 2.0, "SOLVER.STEP", "matched"),
+        ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler", *REPEATS),
+    ],
+    ids=["rows", "optimizer", "baseline", "sampler"],
+)
+def test_a_key_that_something_reads_and_those_of_distillation_in_a_baseline_are_taken(tiny_cfg, words):
+    assert "does not read" not in "\n".join(failures(training_checks(tiny_cfg(*words))))
+
+
 def test_a_yaml_that_would_run_code_is_refused(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("OUTPUT_DIR: !!python/object/apply:os.getcwd []\n")

@@ -9,6 +9,7 @@ import torch
 from detectron2.data.samplers import TrainingSampler
 from torch.utils.data import Dataset
 
+from kd_det.compat import repeat_factors
 from kd_det.data.loader import GroupedBatches, PositionedDataset, TrainLoader, build_train_loader, seeded
 
 
@@ -76,6 +77,15 @@ def test_seeded_leaves_the_generators_where_they_were():
     assert np.array_equal(np.random.get_state()[1], before[1]) and torch.equal(torch.get_rng_state(), before[2])
     with seeded(1, 2):
         assert drawn == (random.random(), np.random.rand(), torch.rand(1).item())
+
+
+def test_rare_classes_repeat_by_the_root_of_their_rarity_and_by_the_rarity_itself_where_the_root_is_off(tiny_cfg):
+    loader = tiny_cfg("DATALOADER.REPEAT_THRESHOLD", 0.5).DATALOADER
+    dicts = [{"annotations": [{"category_id": 0}]}] * 7 + [{"annotations": [{"category_id": 1}]}]
+    assert repeat_factors(loader, dicts).tolist() == [1.0] * 7 + [2.0]
+    if "REPEAT_SQRT" in loader:  # main
+        loader.REPEAT_SQRT = False
+        assert repeat_factors(loader, dicts).tolist() == [1.0] * 7 + [4.0]
 
 
 def test_a_batch_size_that_the_processes_cannot_share_is_refused(tiny_cfg):
