@@ -17,6 +17,7 @@ from kd_cls.checks import mixes
 from kd_cls.config import config_hash
 from kd_cls.data import DataSets, Loaders
 from kd_cls.data.build import augmentation, build_data, build_loaders
+from kd_cls.data.sampler import EpochSampler
 from kd_cls.data.statistics import InputStats
 from kd_cls.distributed import Process, broadcast_weights, seed_step
 from kd_cls.engine.evaluation import evaluate
@@ -53,7 +54,7 @@ def build_trainer(cfg: CfgNode, process: Process, resumed: dict[str, Any] | None
     loaders = build_loaders(cfg, data, stats, process)
     teacher = attach_teacher(cfg, data, stats, process) if distils(cfg.KD) else None
     criterion = create_classification_loss(smoothing=cfg.SOLVER.LABEL_SMOOTHING, soft_targets=mixes(cfg))
-    features = build_features(cfg, model, stats, teacher)
+    features = build_features(cfg, model, stats, teacher, loaders.train.sampler)
     amp_dtype, device = autocast_dtype(cfg), process.device
     task = DistillationTask(
         student, teacher, loss, criterion, cfg.KD.TASK_WEIGHT, amp_dtype, device, cfg.DATA.VIEWS, **features,
@@ -86,14 +87,27 @@ def build_distillation_loss(cfg: CfgNode, num_classes: int) -> DistillationLoss 
     return loss
 
 
-def build_features(cfg: CfgNode, model: nn.Module, stats: InputStats, teacher: Teacher | None) -> dict[str, Any]:
+def build_features(
+    cfg: CfgNode, model: nn.Module, stats: InputStats, teacher: Teacher | None, sampler: EpochSampler
+) -> dict[str, Any]:
     """The feature loss of KD.FEATURE and the readers of its maps, as `DistillationTask` takes them; {} without one."""
     if cfg.KD.FEATURE.NAME == "none":
         return {}
+    check_last_batch(cfg, sampler)
     readers = build_readers(cfg, model, stats.size, teacher.model, teacher.stats.size)
     channels = (reader.channels for reader in readers)
     loss = build_feature_loss(cfg.KD.FEATURE, *channels, "WARMUP_EPOCHS", cfg.SOLVER.EPOCHS)
     return {"feature": loss, "readers": readers}
+
+
+def check_last_batch(cfg: CfgNode, sampler: EpochSampler) -> None:
+    """Refuse a feature loss where the last batch of an epoch is one image."""
+    if sampler.num_samples % sampler.batch_size == 1:
+        raise UserError(
+            f"KD.FEATURE.NAME {cfg.KD.FEATURE.NAME} does not go with a last batch of one image, as {sampler.size} "
+            f"images leave with SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH}: BatchNorm of a 1×1 map needs two. Set "
+            f"DATA.TRAIN_IMAGES {sampler.size - sampler.world_size}, or another SOLVER.IMS_PER_BATCH"
+        )
 
 
 def check_mixed_labels(cfg: CfgNode, loss: DistillationLoss) -> None:

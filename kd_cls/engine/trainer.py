@@ -131,8 +131,10 @@ class Trainer:
         """
         if self.mixup is not None:
             images, target = self.mixup(images, target)
-        size = -(-len(images) // self.cfg.SOLVER.ACCUMULATE_STEPS)
-        columns = [tensor.split(size) for tensor in (images, target, indices) if tensor is not None]
+        steps = self.cfg.SOLVER.ACCUMULATE_STEPS
+        least = min(self.loaders.train.sampler.batch_size // steps, 2)  # images: BatchNorm of a 1×1 map needs two
+        parts = max(min(steps, len(images) // least), 1)
+        columns = [tensor.tensor_split(parts) for tensor in (images, target, indices) if tensor is not None]
 
         def losses_of(part: tuple[Tensor, ...]) -> dict[str, Tensor]:
             images_part, target_part, *places = part

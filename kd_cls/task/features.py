@@ -45,9 +45,19 @@ class MapReader:
     def __call__(self, network: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         with tapped(network, self.taps) as seen:
             last, maps = network.forward_intermediates(images, indices=list(self.indices))
-        pooled = network.forward_head(last, pre_logits=True)
+        logits, pooled = run_head(network, last)
         maps = [seen.get(index, found) for index, found in zip(self.indices, maps, strict=True)]
-        return network.forward_head(last), [*maps, pooled[:, :, None, None]]
+        return logits, [*maps, pooled[:, :, None, None]]
+
+
+def run_head(network: nn.Module, last: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits (N, C) of a network's last map, and the pooled feature (N, D) that reaches the classifier."""
+    seen: list[Tensor] = []
+    hook = network.get_classifier().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(1)))
+    try:
+        return network.forward_head(last), seen[0]
+    finally:
+        hook.remove()
 
 
 @contextmanager
@@ -150,10 +160,10 @@ def read_stages(network: nn.Module, size: int, before_activation: bool, name: st
         finally:
             for hook in hooks:
                 hook.remove()
-        logits, pooled = network.forward_head(last), network.forward_head(last, pre_logits=True)
-        if pooled.ndim != 2 or any(m.ndim != 4 for m in maps) or not torch.allclose(logits, network(image), atol=1e-4):
+        logits, pooled = run_head(network, last)
+        if any(m.ndim != 4 for m in maps) or not torch.allclose(logits, network(image), atol=1e-4):
             raise TypeError("they do not lead to its logits")
-    except (AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+    except (AttributeError, IndexError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         raise UserError(
             f"KD.FEATURE.NAME: the {name}'s network {type(network).__name__} gives no feature maps through timm's "
             f"forward_intermediates ({one_line(error)}): use another network, or KD.FEATURE.NAME none"

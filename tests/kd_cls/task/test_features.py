@@ -78,6 +78,12 @@ def test_a_teacher_with_folded_norms_has_the_same_maps() -> None:
         torch.testing.assert_close(maps, reader(model, formula_images(32))[1], rtol=1e-6, atol=1e-6)
 
 
+def test_the_last_map_is_what_the_classifier_gets_in_training_too() -> None:
+    model = timm.create_model("cifar_resnet8", num_classes=10, drop_rate=0.5).train()
+    logits, maps = read_stages(model, 32, False, "student")(model, torch.randn(2, 3, 32, 32))
+    torch.testing.assert_close(logits, model.get_classifier()(maps[-1].flatten(1)))  # one head, one dropout
+
+
 @pytest.mark.parametrize("name", ["lcnet_035", "tf_mobilenetv3_small_minimal_100"])
 def test_a_norm_that_holds_its_activation_is_folded_and_its_map_is_still_read(name: str) -> None:
     model = timm.create_model(name, num_classes=5).double().eval().requires_grad_(False)
@@ -176,6 +182,18 @@ def test_what_a_feature_loss_cannot_be_trained_with_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         check_config(tiny(*REVIEW, *words), process)
+
+
+def test_a_last_batch_with_fewer_images_than_micro_batches_trains_in_pairs(run: Callable) -> None:
+    last = run(*REVIEW, "DATA.TRAIN_IMAGES", 19, "SOLVER.EPOCHS", 1, "SOLVER.ACCUMULATE_STEPS", 8)
+    assert last["metadata"]["finished"]
+
+
+def test_a_last_batch_of_one_image_is_refused_before_training(tiny: Callable, process: Process) -> None:
+    message = r"review does not go with a last batch of one image, as 33 .* Set DATA.TRAIN_IMAGES 32"
+    with pytest.raises(ValueError, match=message):
+        build_trainer(tiny(*REVIEW, "DATA.TRAIN_IMAGES", 33), process)
+    build_trainer(tiny("DATA.TRAIN_IMAGES", 33), process)  # without a feature loss it trains
 
 
 def test_the_students_files_hold_no_weight_of_the_feature_loss(run: Callable, tmp_path: Path) -> None:
