@@ -1,4 +1,6 @@
-"""Every detection config here trains, saves and resumes; every key in it is read, and every key of ours explained."""
+"""The detection configs train, save and resume, one of each kind; every key in every one of them is read, and every key
+of ours explained.
+"""
 
 import ast
 import inspect
@@ -19,6 +21,7 @@ import kd_core.losses.config as loss_config
 import kd_core.losses.feature_config as feature_config
 import kd_det.config.defaults as det_config
 from helpers import config_walk
+from kd_core.losses.feature_config import distils
 from kd_core.optim.config import build_stream_optimizer
 from kd_core.utils.errors import UserError
 from kd_det.checks import check_backbone, check_frozen_stem, check_meta_architecture, check_unread
@@ -77,42 +80,73 @@ def walked(tmp_path_factory) -> Callable[[Path], set[str]]:
         yield cache(lambda path: config_walk.walk(path, folder, entries[80 if path in COCO else 10], path in resumed()))
 
 
-# With a feature loss one pair is walked: the others differ in a base, which other methods walk.
-OTHER_PAIRS = [path for path in COCO if "review" in path.stem and "r18" not in path.stem]
-WALKED = [path for path in EVERY if path not in OTHER_PAIRS]
+def bases_of(path: Path) -> list[Path]:
+    """Every file that `path` includes, directly or not."""
+    name = yaml.safe_load(path.read_text()).get("_BASE_")
+    return [] if name is None else [path.parent / name, *bases_of(path.parent / name)]
+
+
+@cache
+def parts_of(path: Path) -> tuple[tuple[object, ...], tuple[object, ...]]:
+    """What decides which keys a training reads: its model, and its method of distillation."""
+    try:
+        cfg = read(path)
+    except UserError:  # which the tests of this config tell
+        return (path,), (path,)
+    architecture = cfg.MODEL.META_ARCHITECTURE
+    model = (cfg.MODEL.BACKBONE.NAME, cfg.MODEL.ROI_HEADS.NAME, cfg.MODEL.MASK_ON, distils(cfg.KD))
+    method = (cfg.KD.LOSS.NAME, cfg.KD.FEATURE.NAME, cfg.SOLVER.OPTIMIZER)
+    return ("model", architecture, *model), ("method", architecture, *method)
+
+
+@cache
+def trained() -> list[Path]:
+    """Configs that together have every model, every method and every base; the small ones before those of COCO."""
+    seen, chosen = set(), []
+    for path in (*DIGITS, *CAMVID, *CITYSCAPES, *COCO):
+        new = {*parts_of(path), *(base for base in bases_of(path) if base in BASES)} - seen
+        if new:
+            chosen.append(path)
+            seen |= new
+    return chosen
 
 
 @cache
 def resumed() -> list[Path]:
-    """One config of each kind of checkpoint, and one that includes each base."""
-    backwards = WALKED[::-1]  # of several the first is kept
-    of_kinds = {kind_of(path): path for path in backwards}
-    of_bases = {base: path for path in backwards for base in bases_of(path)}
-    return list(dict.fromkeys([*of_kinds.values(), *of_bases.values()]))
+    """Of these one for each set of states that a checkpoint holds."""
+    kinds = {}
+    for path in trained():
+        (_, architecture, _, *model), (*_, loss, feature, optimizer) = parts_of(path)
+        kinds.setdefault((architecture, *model, loss == "aekt", feature, optimizer), path)
+    return list(kinds.values())
 
 
-def kind_of(path: Path) -> tuple[object, ...]:
-    """Its folder, and what decides which states a checkpoint holds."""
-    try:
-        cfg = read(path)
-    except UserError:  # which the tests of this config tell
-        return (path,)
-    model = (cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.BACKBONE.NAME, cfg.MODEL.ROI_HEADS.NAME, cfg.MODEL.MASK_ON)
-    distilled = (cfg.KD.LOSS.NAME == "none", cfg.KD.LOSS.NAME == "aekt", cfg.KD.FEATURE.NAME)
-    return path.parent, *model, *distilled, cfg.SOLVER.OPTIMIZER
-
-
-@pytest.mark.parametrize("path", WALKED, ids=lambda path: f"{path.parent.name}-{path.stem}")
+@pytest.mark.parametrize("path", trained(), ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_a_config_steps_and_saves_and_one_of_each_kind_resumes_and_is_evaluated(path, walked):
     reads = walked(path)
     unread = [key for key in keys_in(path) if key not in reads]
     assert unread == [], f"{path.relative_to(ROOT)} sets keys that nothing reads"
 
 
+OTHERS = [path for path in EVERY if path not in trained()]
+
+
+@pytest.mark.parametrize("path", OTHERS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_key_of_another_config_is_read_where_its_model_or_its_method_is_trained(path, walked):
+    model, method = parts_of(path)
+
+    def read(key: str) -> bool:
+        part = method if key.startswith(("KD.", "SOLVER.")) else model
+        return any(key in walked(other) for other in trained() if part in parts_of(other))
+
+    unread = [key for key in keys_in(path) if not read(key)]
+    assert unread == [], f"{path.relative_to(ROOT)} sets keys that nothing reads"
+
+
 @pytest.mark.parametrize("base", BASES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_a_key_in_a_base_config_is_read_by_one_that_includes_it(base, walked):
     # Whichever test comes first has walked them.
-    reads = set().union(*(walked(path) for path in resumed() if base in bases_of(path)))
+    reads = set().union(*(walked(path) for path in trained() if base in bases_of(path)))
     assert [key for key in keys_in(base) if key not in reads] == []
 
 
@@ -133,12 +167,6 @@ def keys_in(path: Path) -> list[str]:
     """Dotted keys that a yaml file sets itself, without those of its `_BASE_`."""
     own = yaml.safe_load(path.read_text())
     return [key for key in leaves(CfgNode(own), None) if key not in ("_BASE_", "VERSION")]
-
-
-def bases_of(path: Path) -> list[Path]:
-    """Every file that `path` includes, directly or not."""
-    name = yaml.safe_load(path.read_text()).get("_BASE_")
-    return [] if name is None else [path.parent / name, *bases_of(path.parent / name)]
 
 
 def leaves(node: CfgNode, known: CfgNode | None, prefix: str = "") -> list[str]:
