@@ -54,6 +54,7 @@ def in_a_session(mark: str, target: Callable[..., None], *args: Any) -> None:
     os.environ[MARK] = mark
     gc.freeze()  # what the server has imported need not be looked through again
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    multiprocessing.set_start_method(None, force=True)  # the fork server's children would start servers of their own
     target(*args)
 
 
