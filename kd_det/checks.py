@@ -173,10 +173,11 @@ def check_architecture_options(cfg: CfgNode) -> None:
 def check_unread(cfg: CfgNode) -> None:
     """Refuse values that somebody chose and nothing reads, because of the value of another key.
 
-    A baseline (KD.LOSS none) may keep the keys of distillation.
+    A baseline (KD.LOSS none) may keep the keys of distillation, and plain sgd those of a stream optimizer, so that one
+    word on the command line is enough to compare with them.
     """
-    solver, sampler = cfg.SOLVER, f"DATALOADER.SAMPLER_TRAIN {cfg.DATALOADER.SAMPLER_TRAIN}"
-    optimizer, model = f"SOLVER.OPTIMIZER {solver.OPTIMIZER}", f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE}"
+    sampler = f"DATALOADER.SAMPLER_TRAIN {cfg.DATALOADER.SAMPLER_TRAIN}"
+    model = f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE}"
     repeats = cfg.DATALOADER.SAMPLER_TRAIN == "RepeatFactorTrainingSampler"
     # Key or group of keys → (whether it is read, what decides that).
     readers = {f"DATALOADER.{key}": (repeats, sampler) for key in ("REPEAT_THRESHOLD", "REPEAT_SQRT")}
@@ -184,10 +185,8 @@ def check_unread(cfg: CfgNode) -> None:
     if distils(cfg.KD) and architecture is not None:
         known = dict.fromkeys(key for name in distilled_names() for key in distilled_architecture(name).option_keys)
         readers |= {key: (key in architecture.option_keys, model) for key in known} | {
-            "SOLVER.STEP": (solver.OPTIMIZER in ("dot_sgd", "deepkd_sgd"), optimizer),
-            "SOLVER.NESTEROV": (solver.OPTIMIZER != "stream_adamw", optimizer),
-            "SOLVER.DOT": (solver.OPTIMIZER == "dot_sgd", optimizer),
-            "SOLVER.DEEPKD": (solver.OPTIMIZER in ("deepkd_sgd", "stream_adamw"), optimizer),
+            f"SOLVER.{key}": (cfg.SOLVER.OPTIMIZER != "stream_adamw", f"SOLVER.OPTIMIZER {cfg.SOLVER.OPTIMIZER}")
+            for key in ("STEP", "NESTEROV")
         }
         if "KD.ROWS" in architecture.option_keys:
             readers["KD.BACKGROUND_WEIGHT"] = (cfg.KD.ROWS == "weighted", f"KD.ROWS {cfg.KD.ROWS}")

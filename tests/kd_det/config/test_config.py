@@ -117,6 +117,7 @@ def test_what_cannot_train_is_refused_before_training(tiny_cfg, overrides, messa
 
 RETINANET = ("MODEL.META_ARCHITECTURE", "DistilledRetinaNet")
 REPEATS = ("DATALOADER.REPEAT_THRESHOLD", 0.1)
+ADAMW = ("SOLVER.OPTIMIZER", "stream_adamw")
 
 
 @pytest.mark.parametrize(
@@ -126,7 +127,7 @@ REPEATS = ("DATALOADER.REPEAT_THRESHOLD", 0.1)
         ((*RETINANET, "KD.PROPOSALS", "student+teacher"), "KD.PROPOSALS is 'student+teacher'", RETINANET, "'student'"),
         (("KD.BACKGROUND_WEIGHT", 0.1), "KD.BACKGROUND_WEIGHT is 0.1", ("KD.ROWS", "all"), "0.333"),
         (("KD.DENSE.GAMMA", 2.0), "KD.DENSE.GAMMA is 2.0", ("MODEL.META_ARCHITECTURE", "DistilledRCNN"), "1.0"),
-        (("SOLVER.STEP", "matched"), "SOLVER.STEP is 'matched'", ("SOLVER.OPTIMIZER", "sgd"), "'paper'"),
+        ((*ADAMW, "SOLVER.STEP", "matched"), "SOLVER.STEP is 'matched'", ADAMW, "'paper'"),
         (REPEATS, "DATALOADER.REPEAT_THRESHOLD is 0.1", ("DATALOADER.SAMPLER_TRAIN", "TrainingSampler"), "0.0"),
     ],
 )
@@ -141,7 +142,7 @@ def test_a_key_that_nothing_reads_is_refused_with_what_ignores_it(tiny_cfg, word
     "words",
     [
         ("KD.LOSS.NAME", "dkd", "KD.ROWS", "weighted", "KD.BACKGROUND_WEIGHT", 0.1),
-        ("KD.LOSS.NAME", "dkd", "SOLVER.OPTIMIZER", "dot_sgd", "SOLVER.STEP", "matched"),
+        ("KD.LOSS.NAME", "dkd", "SOLVER.OPTIMIZER", "sgd", "SOLVER.STEP", "matched", "SOLVER.DEEPKD.DELTA_NCG", 0.05),
         ("KD.LOSS.NAME", "none", "KD.DENSE.GAMMA", 2.0, "SOLVER.STEP", "matched"),
         ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler", *REPEATS),
     ],
