@@ -40,9 +40,8 @@ def test_plain_torch_learns(printed) -> None:
 
 
 def test_accelerate_trains_in_two_processes_and_resumes_to_the_same_weights() -> None:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-    done = forked.run([*launcher, EXAMPLES / "accelerate_two_processes.py"])
-    assert done.returncode == 0, done.stderr
+    done, other = forked.run_ranks(2, [EXAMPLES / "accelerate_two_processes.py"])
+    assert done.returncode == other.returncode == 0, done.stderr + other.stderr
     assert "2 processes" in done.stdout and "the same weights: True" in done.stdout, done.stdout
     assert min(numbers(done.stdout)) > 0.85
 

@@ -88,7 +88,7 @@ def test_a_plain_loop_over_timms_task_api_trains_the_task(tiny: Callable, proces
 def test_the_loss_of_a_batch_falls(method: str, tiny: Callable, process: Process) -> None:
     options, terms, _ = METHODS[method]
     rate = 0.003 if method in ("stream_adamw", "timm's lamb") else 0.02
-    once = ["DATA.TRAIN_IMAGES", 16, "DATA.AUGMENTATION", "none", "SOLVER.EPOCHS", 15, "SOLVER.EVAL_PERIOD", 15]
+    once = ["DATA.TRAIN_IMAGES", 16, "DATA.AUGMENTATION", "none", "SOLVER.EPOCHS", 8, "SOLVER.EVAL_PERIOD", 8]
     trainer = build_trainer(tiny(*options, *once, "SOLVER.BASE_LR", rate), process)
     assert set(trainer.task.streams) == {"task"} | terms
     images, target, *_ = first_batch(trainer)
