@@ -14,6 +14,7 @@ from kd_cls.config import load_cfg
 from kd_cls.distributed import start_process
 from kd_cls.evaluate import open_checkpoint
 from kd_core.utils.errors import UserError
+from kd_core.utils.latency import clock
 from kd_core.utils.report.agreement import agreement_table, by_class, percent
 from kd_core.utils.report.curves import MAP_CLASSES, confusion_map, reliability
 from kd_core.utils.report.page import Gallery, Page, Section
@@ -23,7 +24,6 @@ from kd_core.utils.report.sections import (
     curves_section,
     origin_section,
     results_section,
-    seconds_text,
     seeds_section,
 )
 from kd_core.utils.report.tables import Cell, Metric, Number, Table
@@ -41,7 +41,7 @@ ACCURACY = [
 COST = [
     Metric("parameters", value=lambda run: run.info.get("parameters"), show=lambda count: f"{count / 1e6:.2f} M"),
     Metric("images per second in training (last)", "img/s", digits=0),
-    Metric("training time", value=lambda run: run.info.get("training_seconds"), show=seconds_text),
+    Metric("training time", value=lambda run: run.info.get("training_seconds"), show=clock),
 ]
 CURVES = {
     "Accuracy": r"val/(ema_)?top[15]|top1",

@@ -15,7 +15,7 @@ import kd_det.data  # noqa: F401  (registers the digits)
 from helpers.few_digits import few_digits
 from helpers.processes import run
 from kd_core.utils.config import find_config
-from kd_det.modeling.teacher.lazy import lazy_path
+from kd_det.modeling.teacher.lazy import config_path
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("kd_core", "kd_det", "kd_cls", "tools", "configs", "setup.py", "pyproject.toml", "README.md")
@@ -90,7 +90,7 @@ def test_configs_are_found_by_the_names_that_a_wheel_gives_them(tmp_path, monkey
     assert Path(find_config("Digits/teacher.yaml")) == Path(find_config("configs/Digits/teacher.yaml")) == expected
     assert find_config("Digits/none.yaml") == "Digits/none.yaml"
     lazy = ROOT / "configs" / "LazyCOCO" / "deepkd_r18_vitdet_b.py"
-    assert Path(lazy_path("LazyCOCO/deepkd_r18_vitdet_b.py", "--config-file")) == lazy
+    assert Path(config_path("LazyCOCO/deepkd_r18_vitdet_b.py", "--config-file")) == lazy
     (tmp_path / "Digits").mkdir()
     (tmp_path / "Digits" / "teacher.yaml").write_text(yaml.safe_dump({"SEED": 1}))
     assert find_config("Digits/teacher.yaml") == "Digits/teacher.yaml"  # a file of one's own goes first

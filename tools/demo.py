@@ -26,6 +26,7 @@ from pathlib import Path
 
 from kd_core.utils.errors import UserError
 from kd_core.utils.files import write_text
+from kd_core.utils.latency import clock
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "Digits"
@@ -157,7 +158,7 @@ def main() -> None:
     students = [output / f"{name}_seed{seed}" for name in args.students for seed in args.seeds]
     write_report([teacher, *students], output / "report.html", "The demo: teacher, plain student, distilled students")
     print(
-        f"\n{report.table(runs)}\n\nSeeds {args.seeds}; {report.clock(time.time() - start)} in all this time. "
+        f"\n{report.table(runs)}\n\nSeeds {args.seeds}; {clock(time.time() - start)} in all this time. "
         f"Table: {output / 'table.md'}, picture: {output / 'detections.png'}, all of it: {output / 'report.html'}"
     )
 

@@ -56,5 +56,8 @@ def wait_for_device(model: nn.Module) -> None:
 
 
 def clock(seconds: float) -> str:
-    """Minutes and seconds."""
-    return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
+    """45 s, 12 min 05 s, 3 h 07 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -15,11 +15,9 @@ LOGGERS = ("fvcore", "detectron2", "kd_det", "kd_core")
 logger = logging.getLogger(__name__)
 
 
-class OnlyWarnings(logging.Filter):
-    """Lets warnings through, and the lines of `describe`."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.WARNING or record.name == __name__
+def only_warnings(record: logging.LogRecord) -> bool:
+    """A filter that lets warnings through, and the lines of `describe`."""
+    return record.levelno >= logging.WARNING or record.name == __name__
 
 
 def open_logs(output_dir: str) -> None:
@@ -43,15 +41,13 @@ def console_handlers() -> list[logging.Handler]:
 def quiet_console() -> None:
     """Keep config, environment and model off the console until `restore_console`."""
     for handler in console_handlers():
-        if not any(isinstance(one, OnlyWarnings) for one in handler.filters):
-            handler.addFilter(OnlyWarnings())
+        handler.addFilter(only_warnings)
 
 
 def restore_console() -> None:
     """End `quiet_console`."""
     for handler in console_handlers():
-        for one in [one for one in handler.filters if isinstance(one, OnlyWarnings)]:
-            handler.removeFilter(one)
+        handler.removeFilter(only_warnings)
 
 
 def describe(cfg: CfgNode, parameters: int, trained: int, images: int, start_iter: int) -> None:

@@ -13,7 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -25,9 +24,9 @@ from kd_core.utils.config import changes_as_yaml, lookup, merge_list, set_values
 from kd_core.utils.data_check import summary
 from kd_core.utils.errors import UserError
 from kd_core.utils.files import write_text
+from kd_core.utils.latency import COST_HEADERS, Cost, clock, cost_cells, measure_cost
 from kd_core.utils.resume import remember_request
 from kd_det.analysis.cost import measure
-from kd_det.analysis.latency import COST_HEADERS, Cost, cost_cells, inference_cost
 from kd_det.checkpoint.checkpointer import WholeCheckpointer, check_local_file
 from kd_det.config.defaults import kd_defaults
 from kd_det.config.derive import METHODS, Request, default_weights, derive_student
@@ -37,7 +36,8 @@ from kd_det.data.check import FATAL, check_coco
 from kd_det.data.voc import VocDataset, to_coco
 from kd_det.engine.launch import choose_device
 from kd_det.engine.trainer import DistillationTrainer
-from kd_det.evaluation.report import clock, read_run
+from kd_det.evaluation.report import read_run
+from kd_det.evaluation.visualize import Detector
 from kd_det.export import read_student, save_plain, save_torchscript
 from kd_det.modeling.backbone.spread import map_spread, suggest_fpn_norm
 from kd_det.modeling.meta_arch.registry import PIXEL_CLASSES, class_keys
@@ -221,18 +221,8 @@ def has_weights(cfg: CfgNode) -> bool:
 
 def example_images(model: nn.Module, cfg: CfgNode, records: list[dict[str, Any]]) -> torch.Tensor:
     """Normalised training images in one batch, as the student sees them."""
-    inputs = [{"image": read_at_test_size(cfg, record)} for record in records]
-    return model.preprocess_image(inputs).tensor
-
-
-def read_at_test_size(cfg: CfgNode, record: dict[str, Any]) -> torch.Tensor:
-    """An image (3, H, W) at the size of the evaluation."""
-    from detectron2.data import transforms as T
-    from detectron2.data.detection_utils import read_image
-
-    image = read_image(record["file_name"], cfg.INPUT.FORMAT)
-    resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
-    return torch.as_tensor(np.ascontiguousarray(resize.get_transform(image).apply_image(image).transpose(2, 0, 1)))
+    student = Detector("student", model, cfg)
+    return model.preprocess_image([student.read(record["file_name"]) for record in records]).tensor
 
 
 def without_teacher(cfg: CfgNode) -> CfgNode:
@@ -254,14 +244,14 @@ def on_cpu(cfg: CfgNode, loss: str) -> CfgNode:
 def forecast(cfg: CfgNode, processes: int, baseline: bool) -> dict[str, Cost]:
     """Say what will come out, and how long it will take; returns the costs of teacher and student."""
     register_datasets(cfg)
-    record = DatasetCatalog.get(cfg.DATASETS.TEST[0])[0]
+    path = DatasetCatalog.get(cfg.DATASETS.TEST[0])[0]["file_name"]
     teacher_cfg = teacher_config(cfg)
     with quiet():
         teacher = teacher_builders(cfg)[0]()
         student = build_model(on_device(cfg))
         costs = {
-            "teacher": inference_cost(teacher, read_at_test_size(teacher_cfg, record)),
-            "student": inference_cost(student, read_at_test_size(cfg, record)),
+            "teacher": measure_cost(teacher, [Detector("teacher", teacher, teacher_cfg).read(path)]),
+            "student": measure_cost(student, [Detector("student", student, cfg).read(path)]),
         }
         del teacher, student
         step = measure(cfg, processes, stands_in=False)

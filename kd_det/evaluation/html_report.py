@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, median
 
+from kd_core.utils.latency import clock
 from kd_core.utils.report.page import Page, Section
 from kd_core.utils.report.runs import Run, complete_groups, finite, lookup, read_run
 from kd_core.utils.report.sections import (
@@ -13,7 +14,6 @@ from kd_core.utils.report.sections import (
     curves_section,
     origin_section,
     results_section,
-    seconds_text,
     seeds_section,
 )
 from kd_core.utils.report.tables import Cell, Metric, Number, Table, group_cell
@@ -169,5 +169,5 @@ COST = [
     Metric("GFLOPs (multiply-adds of an image)", value=lambda run: run.info.get("gflops"), digits=1),
     Metric("latency of an image, ms", value=lambda run: (s := latency(run)) and 1000 * s, digits=1),
     Metric("seconds per iteration (median)", value=iteration_seconds, digits=3),
-    Metric("training time, in iterations", value=training_seconds, show=seconds_text),
+    Metric("training time, in iterations", value=training_seconds, show=clock),
 ]

@@ -1,11 +1,9 @@
 """The figures of finished trainings, from metrics.json and student.yaml, in a table."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode, get_cfg
@@ -13,6 +11,8 @@ from detectron2.modeling import build_model
 from tabulate import tabulate
 
 from kd_core.utils.errors import UserError
+from kd_core.utils.latency import clock
+from kd_core.utils.report.runs import read_lines
 from kd_core.utils.report.tables import mean_std
 from kd_det.config import add_timm_config
 
@@ -35,7 +35,7 @@ def read_run(output_dir: Path) -> Run:
     Raises:
         UserError: the folder holds no finished, evaluated training.
     """
-    lines = read_metrics(output_dir / "metrics.json")
+    lines = read_lines(output_dir / "metrics.json")
     results = [line for line in lines if "bbox/AP" in line]
     times = [line["time"] for line in lines if "time" in line]
     if not results or not times:
@@ -52,11 +52,6 @@ def read_run(output_dir: Path) -> Run:
         mean(times) * iterations,
         count_parameters(output_dir),
     )
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The entries of a metrics.json, one per logged iteration."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
 def read_student(output_dir: Path) -> CfgNode:
@@ -88,7 +83,3 @@ def table(runs: dict[str, list[Run]]) -> str:
         for name, group in runs.items()
     ]
     return tabulate(rows, header, tablefmt="github", disable_numparse=True)
-
-
-def clock(seconds: float) -> str:
-    return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"

@@ -28,7 +28,7 @@ from kd_det.config import all_keys, kd_defaults, merge_file, merge_list
 from kd_det.data import prepare_digits
 from kd_det.engine.trainer import DistillationTrainer
 from kd_det.modeling.meta_arch.registry import PIXEL_CLASSES, class_keys
-from kd_det.modeling.teacher.build import config_path
+from kd_det.modeling.teacher.lazy import config_path
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGES = {"train": 6, "val": 1}

@@ -122,11 +122,3 @@ def head_of_log(run: Run) -> str:
 def first_match(pattern: str, text: str) -> str:
     found = re.search(pattern, text, re.MULTILINE)
     return found[1] if found else ""
-
-
-def seconds_text(seconds: float) -> str:
-    """45 s, 12 min 05 s, 3 h 07 min."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.0f} s"

@@ -14,8 +14,8 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
 from PIL import Image
 
+from kd_core.utils.latency import clock
 from kd_core.utils.report.live import logged, status_line, write_live_report
-from kd_core.utils.report.sections import seconds_text
 from kd_core.utils.run_info import write_run_info
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class Report(hooks.PeriodicWriter):
         done = self.trainer.iter + 1
         if done == self.trainer.start_iter + self._period:
             each = (time.perf_counter() - self.started) / self._period
-            left = seconds_text(each * (self.trainer.max_iter - done))
+            left = clock(each * (self.trainer.max_iter - done))
             logger.info("About %s to go at %.2f s per iteration, evaluations not counted", left, each)
         if done % self._period == 0 and done < self.trainer.max_iter:
             results = getattr(self.trainer, "_last_eval_results", None)

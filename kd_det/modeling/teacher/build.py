@@ -1,25 +1,22 @@
 """Builds the teachers that a student's config names, and checks their configs and weights."""
 
 import logging
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
 import torch
-from detectron2 import model_zoo
 from detectron2.config import CfgNode, instantiate
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone, build_model
-from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from kd_core.utils.config import find_config, lookup
+from kd_core.utils.config import lookup
 from kd_core.utils.errors import UserError
 from kd_det.checkpoint.checkpointer import check_local_file, load_all_weights
 from kd_det.config import kd_defaults, merge_file
 from kd_det.modeling.meta_arch.registry import class_keys, plain_name
-from kd_det.modeling.teacher.lazy import as_yacs, build_lazy, is_lazy, load_lazy
+from kd_det.modeling.teacher.lazy import as_yacs, build_lazy, config_path, is_lazy, load_lazy
 from kd_det.modeling.teacher.view import convert_channels, square_size
 
 Result = TypeVar("Result")
@@ -113,20 +110,6 @@ def yacs_teacher(name: str) -> CfgNode:
     teacher.MODEL.TIMM.PRETRAINED, teacher.MODEL.TIMM.WEIGHTS = False, ""
     teacher.MODEL.META_ARCHITECTURE = plain_name(teacher.MODEL.META_ARCHITECTURE)
     return teacher
-
-
-def config_path(name: str) -> str:
-    """A file as it is, else the model zoo's file of that name."""
-    name = find_config(name)
-    if PathManager.isfile(name):
-        return PathManager.get_local_path(name)
-    try:
-        return model_zoo.get_config_file(name)
-    except RuntimeError:
-        raise UserError(
-            f"KD.TEACHER.CONFIG_FILE: {name} is neither a file nor a name in detectron2's model zoo "
-            f"(relative paths start at the working folder, {os.getcwd()})"
-        ) from None
 
 
 def build_teacher(cfg: CfgNode) -> nn.Module:

@@ -9,6 +9,7 @@ from typing import Any
 
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, LazyConfig, instantiate
+from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -40,7 +41,7 @@ def load_lazy(
     Raises:
         UserError: no such file; it fails when it is run; it has no `model`; an override that does not fit.
     """
-    path = lazy_path(name, key)
+    path = config_path(name, key)
     try:
         cfg = LazyConfig.load(path)
     except Exception as error:  # it is code: it may raise anything
@@ -55,11 +56,11 @@ def load_lazy(
     return cfg
 
 
-def lazy_path(name: str, key: str = KEY) -> str:
-    """A file as it is, else the shipped config or the model zoo's file of that name."""
+def config_path(name: str, key: str = KEY) -> str:
+    """A yaml or a LazyConfig: a file as it is, else the shipped config or the model zoo's file of that name."""
     name = find_config(name)
-    if os.path.isfile(name):
-        return name
+    if PathManager.isfile(name):
+        return PathManager.get_local_path(name)
     try:
         return model_zoo.get_config_file(name)
     except RuntimeError:

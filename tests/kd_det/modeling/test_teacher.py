@@ -7,7 +7,8 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
 from kd_det.config.student import copy_shared
-from kd_det.modeling.teacher.build import build_teacher, config_path
+from kd_det.modeling.teacher.build import build_teacher
+from kd_det.modeling.teacher.lazy import config_path
 from kd_det.modeling.teacher.teacher import Teacher
 from kd_det.modeling.teacher.view import convert_channels
 
