@@ -55,7 +55,7 @@ from kd_cls.engine.derive import (
     without_teacher,
 )
 from kd_cls.engine.evaluation import evaluate
-from kd_cls.engine.forecast import COST_HEADERS, Cost, clock, cost_cells, inference_costs, on_trial, training_seconds
+from kd_cls.engine.forecast import inference_costs, on_trial, training_seconds
 from kd_cls.models.factory import build_student, create_network, input_stats, trained_statistics
 from kd_cls.task.head import fit_head
 from kd_cls.task.teacher import build_teacher
@@ -63,6 +63,7 @@ from kd_cls.train import train
 from kd_core.utils.config import changes_as_yaml, find_config, merge_list
 from kd_core.utils.errors import UserError, exit_on_user_error
 from kd_core.utils.files import write_text
+from kd_core.utils.latency import COST_HEADERS, Cost, clock, cost_cells
 from kd_core.utils.packaged_weights import PACKAGED
 from kd_core.utils.resume import remember_request
 

@@ -12,9 +12,8 @@ from kd_cls.data.build import build_data
 from kd_cls.distributed import Process
 from kd_cls.models.factory import build_student, input_stats
 from kd_cls.task.teacher import build_teacher
-from kd_core.utils.latency import COST_HEADERS, Cost, clock, cost_cells, measure_cost, wait_for_device
+from kd_core.utils.latency import Cost, measure_cost, wait_for_device
 
-__all__ = ["COST_HEADERS", "Cost", "clock", "cost_cells", "inference_costs", "on_trial", "training_seconds"]
 STEPS = 3  # measured
 
 
