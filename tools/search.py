@@ -15,11 +15,11 @@ A table with one try has no search: every method is trained as its config says, 
 Interrupt it at any time: the same command skips what is finished and resumes the rest. So does --minutes, which ends
 it in time. Everything is in OUTPUT (by default output/search/TABLE): a folder for each training, results.json, and
 report.md, which is drawn from the former. A training that fails, such as one that diverges, counts as a try without a
-result.
+result. TABLE may grow: new methods and seeds are trained beside what is there. With a results.json from elsewhere in
+OUTPUT, only the teacher and what is missing are trained.
 """
 
 import argparse
-import hashlib
 import itertools
 import json
 import math
@@ -99,6 +99,17 @@ class Results:
                 raise UserError(f"{self.path} is of another {name}: remove its folder, or choose another --output")
         self.entries = {entry["training"]: entry for entry in found["trainings"]}
 
+    def check(self, key: str, config: str, words: Sequence[str]) -> None:
+        """The entry of a training, where there is one, is of this config and these overrides.
+
+        Raises:
+            UserError: it is of others.
+        """
+        entry = self.entries.get(key)
+        if entry and (entry["config"], pairs(entry["overrides"])) != (config, pairs(words)):
+            raise UserError(f"{self.path}: {key} was trained with other options than the table has now; remove this "
+                            "entry and its folder, or choose another --output")  # fmt: skip
+
     def add(self, entry: dict[str, Any]) -> None:
         with self.lock:
             self.entries[entry["training"]] = entry
@@ -125,6 +136,11 @@ def words_of(options: dict[str, Any]) -> tuple[str, ...]:
     return tuple(str(word) for pair in options.items() for word in pair)
 
 
+def pairs(words: Sequence[str]) -> dict[str, str]:
+    """What a command line's KEY VALUE words set: the last of equal keys counts."""
+    return dict(zip(words[::2], words[1::2], strict=True))
+
+
 def read_table(path: Path) -> dict[str, Any]:
     """A table's yaml.
 
@@ -148,14 +164,16 @@ class Search:
         self.table, self.args, self.output = table, args, output
         self.command, self.metric, self.weights = PACKAGES[table["package"]]
         self.teacher = output / "teacher"
-        digest = hashlib.sha256(args.table.read_bytes()).hexdigest()
-        self.results = Results(output / "results.json", {"table": args.table.name, "sha256 of the table": digest,
-                                                         "command line options": args.options})  # fmt: skip
+        identity = {"table": args.table.name, "command line options": args.options}
+        self.results = Results(output / "results.json", identity)
         self.results.read()
         self.tries = {
             name: design(method["grid"], table["tries"], table["design_seed"], name)
             for name, method in table["methods"].items()
         }
+        self.results.check("teacher", table["teacher"]["config"], self.teacher_words)
+        for training in (*self.searches(), *self.tests()):
+            self.results.check(training.key, training.config, self.words(training))
 
     def training(self, name: str, phase: str, number: int, seed: int) -> Training:
         method = self.table["methods"][name]
@@ -179,6 +197,16 @@ class Search:
     def names(self) -> list[str]:
         return self.args.methods or list(self.table["methods"])
 
+    @property
+    def teacher_words(self) -> tuple[str, ...]:
+        """The teacher's overrides."""
+        return (*words_of(self.table["teacher"]["options"]), *self.args.options)
+
+    def words(self, training: Training) -> tuple[str, ...]:
+        """A student's overrides, but for the teacher's file."""
+        words = (*words_of(self.table["options"]), *training.words, *self.args.options)
+        return tuple(word.replace("{seed}", str(training.seed)) for word in words)
+
     def value(self, training: Training) -> float | None:
         """The metric of a training; None where it failed or is not finished."""
         return self.results.entries.get(training.key, {}).get("value")
@@ -194,32 +222,37 @@ class Search:
 
     def run(self, trainings: Trainings) -> None:
         """Train whatever is missing: the teacher, every try, and the best of each method on the fresh seeds."""
-        teacher = self.table["teacher"]
-        words = (*words_of(teacher["options"]), *self.args.options)
-        finished, identity = self.teacher / "finished", json.dumps(self.results.identity)
-        if not finished.is_file():
-            command = self.command_of(teacher["config"], self.teacher, 0, words)
-            wait_for(trainings.pool.submit(trainings.run, command))
-            found = evaluations(self.teacher / "metrics.json", self.metric)
-            self.results.add({"training": "teacher", **found} | self.origin(0, teacher["config"], words))
-            write_text(finished, identity)
-        elif finished.read_text(encoding="utf-8") != identity:
-            raise UserError(f"{self.teacher} is of another table: remove it, or choose another --output")
         for phase in (self.searches, self.tests):
-            for future in [trainings.pool.submit(self.train, trainings, training) for training in phase()]:
+            if missing := [training for training in phase() if training.key not in self.results.entries]:
+                self.train_teacher(trainings)
+            for future in [trainings.pool.submit(self.train, trainings, training) for training in missing]:
                 wait_for(future)
+
+    def train_teacher(self, trainings: Trainings) -> None:
+        """Train the teacher, unless this folder has it.
+
+        Raises:
+            UserError: the folder has another.
+        """
+        config, words = self.table["teacher"]["config"], self.teacher_words
+        finished, identity = self.teacher / "finished", json.dumps([config, *words])
+        if finished.is_file():
+            if finished.read_text(encoding="utf-8") != identity:
+                raise UserError(f"{self.teacher} is of another table: remove it, or choose another --output")
+            return
+        wait_for(trainings.pool.submit(trainings.run, self.command_of(config, self.teacher, 0, words)))
+        found = evaluations(self.teacher / "metrics.json", self.metric)
+        self.results.add({"training": "teacher", **found} | self.origin(0, config, words))
+        write_text(finished, identity)
 
     def command_of(self, config: str, folder: Path, seed: int, words: Sequence[str]) -> list[str]:
         options = ("OUTPUT_DIR", str(folder), "SEED", str(seed), *words)
         return [sys.executable, *self.command, "--config-file", config, "--resume", *options]
 
     def train(self, trainings: Trainings, training: Training) -> None:
-        """Train, unless it is finished, and add its entry."""
-        if training.key in self.results.entries:
-            return
+        """Train, and add its entry."""
         print(f"[search] {training.key}: {' '.join(training.words)}", flush=True)
-        words = (*words_of(self.table["options"]), *training.words, *self.args.options)
-        words = tuple(word.replace("{seed}", str(training.seed)) for word in words)
+        words = self.words(training)
         taught = self.table["methods"][training.method].get("teacher", True)
         teacher = ("KD.TEACHER.WEIGHTS", str(self.teacher / self.weights)) if taught else ()
         folder = self.output / training.key
@@ -309,7 +342,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="stop after so long; the same command resumes")
     parser.add_argument("--report", action="store_true", help="only draw report.md from results.json")
     parser.add_argument("options", nargs="*", metavar="KEY VALUE", help="config keys to override, in every training")
-    return parser.parse_intermixed_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
+    args.threads = max((os.cpu_count() or 1) // args.jobs, 1)
+    return args
 
 
 def main(arguments: Sequence[str] | None = None) -> str:
@@ -318,7 +353,6 @@ def main(arguments: Sequence[str] | None = None) -> str:
     table = read_table(args.table)
     if unknown := set(args.methods or ()) - set(table["methods"]):
         raise UserError(f"--methods {', '.join(sorted(unknown))}: {args.table} has {', '.join(table['methods'])}")
-    args.threads = max((os.cpu_count() or 1) // args.jobs, 1)
     search = Search(table, args, (args.output or ROOT / "output" / "search" / args.table.stem).resolve())
     search.output.mkdir(parents=True, exist_ok=True)
     if args.minutes:

@@ -35,6 +35,13 @@ def read_results(folder: Path) -> list[dict]:
     return json.loads((folder / "out" / "results.json").read_text())["trainings"]
 
 
+def add(search, training, value: float) -> None:
+    """The entry of a training that has ended with `value`."""
+    search.results.add(
+        {"training": training.key, "value": value} | search.origin(0, training.config, search.words(training))
+    )
+
+
 def has_trained_a_student(folder: Path) -> bool:
     return (folder / "out" / "results.json").is_file() and len(read_results(folder)) > 1
 
@@ -95,11 +102,11 @@ def test_the_try_with_the_highest_search_result_is_chosen_whatever_the_test_says
     args = tool.parse([str(path), "--output", str(tmp_path)])
     search = tool.Search(tool.read_table(path), args, tmp_path)
     for training, value in zip(search.searches(), (50.0, 70.0, 70.0), strict=True):
-        search.results.add({"training": training.key, "value": value})
+        add(search, training, value)
     assert search.best("DKD") == 1
     assert [training.key for training in search.tests()] == ["test/DKD/try1_seed0", "test/DKD/try1_seed1"]
     for training, value in zip(search.tests(), (60.0, 62.0), strict=True):
-        search.results.add({"training": training.key, "value": value})
+        add(search, training, value)
     assert "61.00 ± 1.41" in search.report() and "70.00" in search.report()
     assert tool.Search(tool.read_table(path), args, tmp_path).report() == search.report()
 
@@ -115,13 +122,46 @@ def test_a_design_starts_at_the_config_repeats_nothing_and_is_that_of_its_seed(l
         tool.design(grid, 8, 0, "DKD")
 
 
+def test_a_table_may_grow_but_a_result_of_other_options_is_refused(load_tool, tmp_path: Path) -> None:
+    tool = load_tool("search")
+
+    def search_of(**changes: object):
+        path = write_table(tmp_path, test={"seeds": [0, 1], "options": {}}, **changes)
+        return tool.Search(tool.read_table(path), tool.parse([str(path)]), tmp_path)
+
+    dkd = TABLE["methods"]["DKD"]
+    first = search_of(tries=1)
+    for training in first.tests():
+        add(first, training, 60.0)
+    grown = {"DKD": dkd, "KD": {"config": "configs/Digits/cls_kd.yaml", "grid": {}}}
+    second = search_of(tries=1, methods=grown)
+    assert [second.value(training) for training in second.tests()] == [60.0, None, 60.0, None]
+
+    message = r"results.json: test/DKD/try0_seed0 was trained with other options than the table has now"
+    for changes in (
+        {"methods": {"DKD": dkd | {"config": "configs/Digits/cls_kd.yaml"}}},
+        {"methods": {"DKD": {**dkd, "grid": {"SOLVER.BASE_LR": [0.1]}}}},
+        {"options": {"SOLVER.EPOCHS": 2}},
+    ):
+        with pytest.raises(ValueError, match=message):
+            search_of(tries=1, **changes)
+    first.results.add({"training": "teacher", "value": 70.0} | first.origin(0, "configs/Digits/cls_teacher.yaml", ()))
+    with pytest.raises(ValueError, match=r"results.json: teacher was trained with other options"):
+        search_of(tries=1)
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "finished").write_text('["configs/Digits/cls_kd.yaml"]')
+    with pytest.raises(ValueError, match=r"teacher is of another table: remove it, or choose another --output"):
+        second.train_teacher(None)
+
+
 def test_results_of_another_table_or_with_other_options_are_not_mixed(load_tool, tmp_path: Path) -> None:
     tool = load_tool("search")
     (tmp_path / "out").mkdir()
-    identity = {"table": "table.yaml", "sha256 of the table": "another", "command line options": []}
-    (tmp_path / "out" / "results.json").write_text(json.dumps({**identity, "trainings": []}))
-    with pytest.raises(ValueError, match=r"results.json is of another sha256 of the table"):
-        tool.main([str(write_table(tmp_path)), "--output", str(tmp_path / "out"), "--report"])
+    for table, options, name in (("other.yaml", [], "table"), ("table.yaml", ["SEED", "1"], "command line options")):
+        found = {"table": table, "command line options": options, "trainings": []}
+        (tmp_path / "out" / "results.json").write_text(json.dumps(found))
+        with pytest.raises(ValueError, match=f"results.json is of another {name}"):
+            tool.main([str(write_table(tmp_path)), "--output", str(tmp_path / "out"), "--report"])
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "Search").glob("*.yaml")), ids=lambda path: path.stem)
