@@ -59,14 +59,14 @@ class KeepRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, kept: Tensor) -> Tensor:
         ctx.save_for_backward(kept)
-        ctx.strides = logits.stride() if 0 not in logits.stride() else None  # expanded: its elements share memory
+        # Those of the logits, or of a dense tensor where these have gaps or share memory, as an expanded tensor does.
+        ctx.strides = torch.empty_like(logits, device="meta").stride()
         return logits[kept]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (kept,) = ctx.saved_tensors
         shape = (*kept.shape, gradient.shape[-1])
-        empty = gradient.new_empty_strided(shape, ctx.strides) if ctx.strides else gradient.new_empty(shape)
-        full = empty.zero_()
+        full = gradient.new_empty_strided(shape, ctx.strides).zero_()
         full[kept] = gradient
         return full, None

@@ -39,9 +39,13 @@ class TopKSchedule:
     ) -> None:
         if not 0 <= start <= plateau <= 1:
             raise ValueError(f"a top-k schedule needs 0 <= start <= plateau <= 1, not start {start}, plateau {plateau}")
-        if len(phases) != 3 or min(phases) < 0 or sum(phases) > 1 + 1e-6:
-            raise ValueError(f"phases must be three lengths >= 0 that add up to 1 or less, not {list(phases)}")
-        self.start, self.plateau, self.phases = float(start), float(plateau), tuple(float(length) for length in phases)
+        try:
+            easy, transition, hard = map(float, phases)
+        except (TypeError, ValueError):
+            easy = transition = hard = math.nan
+        if not (min(easy, transition, hard) >= 0 and easy + transition + hard <= 1 + 1e-6):
+            raise ValueError(f"phases must be three lengths >= 0 that add up to 1 or less, not {phases}")
+        self.start, self.plateau, self.phases = float(start), float(plateau), (easy, transition, hard)
 
     def share(self, progress: float | None) -> float:
         """The admitted share of the non-target classes; None is the end of training."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kd_core.losses.checks import as_count, as_number, check_finite, check_inputs
+from kd_core.losses.checks import as_count, as_number, check_finite, check_inputs, is_inference
 from kd_core.losses.chunks import chunked_row_terms
 from kd_core.losses.standardize import standardize_logits
 from kd_core.schedules import warmup
@@ -160,7 +160,7 @@ class DistillationLoss(nn.Module):
         now = warmup(progress, self.warmup) if warmup_weight is None else warmup_weight
         if self.compiled_terms is not None and self.warmup > 0 and warmup_weight is None:
             now = torch.full((), now, dtype=torch.float64, device=student_logits.device)
-        target = target.long() if self.needs_target else None
+        target = target.to(torch.int64, copy=is_inference(target)) if self.needs_target else None
         inputs = (
             student_logits,
             teacher_logits.detach(),

@@ -18,6 +18,11 @@ def as_number(value: Any, name: str) -> float:
     return number
 
 
+def is_inference(t: Tensor) -> bool:
+    """Whether a tensor was made under `torch.inference_mode`: autograd refuses to save it for a backward pass."""
+    return not torch.compiler.is_compiling() and t.is_inference()
+
+
 def as_count(value: Any, name: str, least: int = 1) -> int:
     """`value`; a ValueError names it where it is not a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -71,7 +76,7 @@ def check_target(target: Tensor | None, num_rows: int, num_classes: int, can_loo
     if target.is_floating_point() or target.dtype == torch.bool:
         raise ValueError(f"target must hold class indices of an integer type, not {target.dtype}")
     if can_look and target.device.type == "cpu" and num_rows:
-        low, high = (int(bound) for bound in target.aminmax())
+        low, high = (int(bound) for bound in target.long().aminmax())
         if low < 0 or high >= num_classes:
             wrong = low if low < 0 else high
             raise ValueError(f"target has class {wrong}, but the logits have classes 0 to {num_classes - 1}")

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from kd_core.losses.checks import is_inference
+
 RowTerms = Callable[[Tensor, Tensor, Tensor | None], dict[str, Tensor]]
 
 
@@ -43,7 +45,8 @@ class _Chunked(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         chunks = [row_terms(*rows) for rows in _split(student, teacher, target, chunk_rows)]
         names += chunks[0]
-        ctx.save_for_backward(student, teacher, target)
+        ctx.teacher = teacher if is_inference(teacher) else None
+        ctx.save_for_backward(student, teacher if ctx.teacher is None else None, target)
         ctx.row_terms, ctx.chunk_rows = row_terms, chunk_rows
         ctx.set_materialize_grads(False)
         return tuple(torch.cat([chunk[name] for chunk in chunks]) for name in names)
@@ -52,6 +55,7 @@ class _Chunked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         student, teacher, target = ctx.saved_tensors
+        teacher = ctx.teacher if teacher is None else teacher
         wanted = [number for number, grad in enumerate(grads) if grad is not None]
         gradient = torch.empty_like(student) if wanted else torch.zeros_like(student)
         parts = [grads[number].split(ctx.chunk_rows) for number in wanted]

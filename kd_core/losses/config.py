@@ -207,6 +207,8 @@ def share_of_training(node: Any, key: str, warmup_key: str, training_length: flo
         UserError: the node, called `key` in the config, has both.
     """
     length = getattr(node, warmup_key)
+    if length < 0:
+        raise UserError(f"{key}.{warmup_key} is {length}, the length of the warm-up: it must be 0 or more")
     if length and node.WARMUP:
         raise UserError(
             f"{key}.{warmup_key} {length} and {key}.WARMUP {node.WARMUP} both give the length of the warm-up: set "

@@ -55,6 +55,24 @@ def test_expanded_logits_get_the_gradient_of_every_kept_row_once() -> None:
     assert logits.grad.tolist() == [8.0, 8.0]
 
 
+def test_overlapping_windows_get_the_gradient_of_every_kept_row() -> None:
+    series = torch.randn(10, requires_grad=True)
+    windows, teacher = series.unfold(0, 4, 1), torch.randn(7, 4)
+    target = torch.arange(7) % 4
+    gradients = []
+    for rows in ((windows, teacher, target), flatten_rows(windows, teacher, target, ignore_index=255)):
+        gradients.append(torch.autograd.grad(sum(KDLoss()(*rows).values()), series)[0])
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_map_keeps_the_memory_format_of_its_gradient() -> None:
+    student = torch.randn(2, 5, 3, 4).to(memory_format=torch.channels_last).requires_grad_()
+    target = torch.randint(5, (2, 3, 4))
+    rows = flatten_rows(student, torch.randn(2, 5, 3, 4), target, ignore_index=255)
+    sum(KDLoss()(*rows).values()).backward()
+    assert student.grad.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_without_a_target_all_rows_stay() -> None:
     student, teacher = torch.randn(2, 2, 6, 3, 3).unbind()
     rows = flatten_rows(student, teacher, ignore_index=255)

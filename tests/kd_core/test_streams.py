@@ -241,6 +241,20 @@ def test_one_factor_on_all_of_p_grad_is_followed_by_every_stream(change, momenta
         torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_several_factors_in_a_row_are_recognised_where_one_element_is_the_largest_by_far(dtype: torch.dtype) -> None:
+    for seed in range(5):
+        torch.manual_seed(seed)
+        p = nn.Parameter(torch.zeros(20_000, dtype=dtype))
+        optimizer = deepkd_sgd([p], lr=0.1)
+        noise = torch.randn(2, 20_000, dtype=dtype)
+        noise[0, 0] = 1e4 * (1 + seed / 7)
+        backward_streams({"tog": (p * noise[0]).sum(), "tcg": (p * noise[1]).sum()}, optimizer)
+        for max_norm in (300.0, 7.0, 1.0):
+            nn.utils.clip_grad_norm_([p], max_norm)
+        optimizer.step()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_clipping_by_torch_is_recognised_in_every_type(dtype: torch.dtype) -> None:
     torch.manual_seed(0)

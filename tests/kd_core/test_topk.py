@@ -54,9 +54,12 @@ def test_k_never_falls_and_all_classes_are_in_when_the_phases_are_over(phases: t
     [
         ({"start": 0.6}, "0 <= start <= plateau <= 1, not start 0.6, plateau 0.5"),
         ({"plateau": 1.2}, "0 <= start <= plateau <= 1, not start 0.05, plateau 1.2"),
-        ({"phases": (0.5, 0.5)}, r"three lengths >= 0 that add up to 1 or less, not \[0.5, 0.5\]"),
-        ({"phases": (0.5, 0.5, 0.5)}, r"three lengths >= 0 that add up to 1 or less, not \[0.5, 0.5, 0.5\]"),
-        ({"phases": (-0.1, 0.5, 0.5)}, r"three lengths >= 0 that add up to 1 or less, not \[-0.1, 0.5, 0.5\]"),
+        ({"phases": (0.5, 0.5)}, r"three lengths >= 0 that add up to 1 or less, not \(0.5, 0.5\)"),
+        ({"phases": (0.5, 0.5, 0.5)}, r"three lengths >= 0 that add up to 1 or less, not \(0.5, 0.5, 0.5\)"),
+        ({"phases": (-0.1, 0.5, 0.5)}, r"three lengths >= 0 that add up to 1 or less, not \(-0.1, 0.5, 0.5\)"),
+        ({"phases": (0.3, float("nan"), 0.3)}, r"three lengths >= 0 that add up to 1 or less, not \(0.3, nan, 0.3\)"),
+        ({"phases": ["1/3", "1/3", "1/3"]}, r"three lengths >= 0 .*, not \['1/3', '1/3', '1/3'\]"),
+        ({"phases": 0.3}, r"three lengths >= 0 that add up to 1 or less, not 0.3"),
     ],
 )
 def test_a_schedule_that_makes_no_sense_is_refused(options: dict, message: str) -> None:

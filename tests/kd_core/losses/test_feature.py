@@ -83,6 +83,7 @@ def test_a_loss_of_ones_own_is_a_registered_class() -> None:
         ({"WARMUP": 2.0}, r"KD.FEATURE: warmup is a share of training progress, in \[0, 1\], not 2.0"),
         ({"STREAM": "task"}, r"KD.FEATURE: stream must be one of tog, tcg, ncg, not 'task'"),
         ({"WARMUP": 0.5, "WARMUP_EPOCHS": 3.0}, r"KD.FEATURE.WARMUP_EPOCHS 3.0 and KD.FEATURE.WARMUP 0.5 both give"),
+        ({"WARMUP_EPOCHS": -3.0}, r"KD.FEATURE.WARMUP_EPOCHS is -3.0, the length of the warm-up: it must be 0 or more"),
     ],
 )
 def test_a_value_that_no_feature_loss_takes_is_refused_by_its_key(values: dict, message: str) -> None:

@@ -279,6 +279,26 @@ def test_without_reduction_every_row_has_its_terms_whose_mean_is_the_loss(name: 
 
 
 @every_loss
+@pytest.mark.parametrize("chunk_rows", [None, 3])
+def test_a_teacher_and_a_target_may_come_from_inference_mode(name: str, chunk_rows: int | None) -> None:
+    student, teacher, target = batch()
+    loss = LOSSES[name](chunk_rows=chunk_rows)
+    expected = gradient_of(loss(student, teacher, target), student)
+    with torch.inference_mode():
+        inferred = teacher.clone(), target.clone()
+    assert torch.equal(gradient_of(loss(student, *inferred), student), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32])
+def test_a_target_of_any_integer_type_is_checked_and_used(dtype: torch.dtype) -> None:
+    student, teacher, target = batch()
+    terms, expected = (DKDLoss()(student, teacher, t) for t in (target.to(dtype), target))
+    assert terms.keys() == expected.keys() and all(torch.equal(terms[name], expected[name]) for name in terms)
+    with pytest.raises(ValueError, match="target has class 7, but the logits have classes 0 to 6"):
+        DKDLoss()(student, teacher, (target + 1).to(dtype))
+
+
+@every_loss
 @pytest.mark.parametrize("chunk_rows", [1, 3, 100])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_chunks_of_rows_give_the_same_values_and_gradients(name: str, chunk_rows: int, reduction: str) -> None:

@@ -206,6 +206,24 @@ def test_gradients_zeroed_in_place_take_the_next_scaled_backward_pass(build, mom
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("init_scale", [1024.0, 2.0**127], ids=["", "infinite at first"])
+def test_gradients_that_the_model_zeroes_in_place_take_the_next_scaled_backward_pass(
+    build, momenta: dict[str, float], init_scale: float
+) -> None:
+    models = net(), net()
+    for model, set_to_none in zip(models, (True, False), strict=True):
+        optimizer, scaler = build(model.parameters(), momenta), torch.amp.GradScaler("cpu", init_scale=init_scale)
+        for step in range(12):
+            losses = {stream: 8 * loss for stream, loss in streams(model, step).items()}
+            backward_streams(losses, optimizer, scaler=scaler)
+            scaler.step(optimizer)
+            scaler.update()
+            model.zero_grad(set_to_none=set_to_none)
+    assert scaler.get_scale() == 1024 or 1024 < scaler.get_scale() < 2.0**127
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
 def test_plain_backward_with_one_stream_works_with_a_scaler_as_in_torch() -> None:
     model, plain = net(), net()
     optimizers = [StreamSGD(model.parameters(), 0.1, {"tog": 0.9}), torch.optim.SGD(plain.parameters(), 0.1, 0.9)]
