@@ -19,6 +19,7 @@ from kd_det.checkpoint.checkpointer import check_local_file, misfit_of
 from kd_det.compat import NO_DEEPLAB
 from kd_det.config import build_box_loss, kd_defaults
 from kd_det.data import check_dataset, check_same_classes, register_datasets
+from kd_det.data.bad_images import check_on_bad_image
 from kd_det.data.loader import check_sampler
 from kd_det.data.two_sizes import check_scale
 from kd_det.modeling.meta_arch.registry import PIXEL_CLASSES, class_keys, distilled_architecture, distilled_names
@@ -88,6 +89,7 @@ def training_checks(cfg: CfgNode, world_size: int = 1, resume: bool = False) -> 
     yield Check("KD.TEACHER.DTYPE", partial(TeacherSpeed.from_config, cfg))
     yield Check("KD.TEACHER.IMAGE_SCALE", partial(check_scale, kd.TEACHER.IMAGE_SCALE))
     yield Check("DATALOADER.SAMPLER_TRAIN", partial(check_sampler, cfg.DATALOADER.SAMPLER_TRAIN))
+    yield Check("DATASETS.BAD_IMAGES", partial(check_on_bad_image, cfg.DATASETS.BAD_IMAGES))
     if cfg.WANDB.ENABLED:
         yield Check("WANDB.ENABLED", import_wandb)
     if not resume:

@@ -43,7 +43,7 @@ def read_student(source: str | os.PathLike, config_file: str | None = None, aver
     """Load the student in `source`, every weight of it.
 
     Args:
-        source: an OUTPUT_DIR (its `model_final.pth`, or else its last checkpoint), or a checkpoint.
+        source: an OUTPUT_DIR (its last checkpoint), or a checkpoint.
         config_file: of the training, or plain detectron2's; by default the one beside the checkpoint.
         average: load the moving average of the weights (SOLVER.EMA) from the checkpoint.
     Raises:
@@ -66,7 +66,8 @@ def find_weights(source: Path) -> Path:
     if source.is_file():
         return source
     last = source / "last_checkpoint"
-    names = ["model_final.pth", *([last.read_text(encoding="utf-8").strip()] if last.is_file() else [])]
+    # The last checkpoint first: model_final.pth may be left from an earlier run in this folder.
+    names = [*([last.read_text(encoding="utf-8").strip()] if last.is_file() else []), "model_final.pth"]
     for name in names:
         if (source / name).is_file():
             return source / name

@@ -78,6 +78,12 @@ def derive_student(teacher: CfgNode, request: Request) -> CfgNode:
     cfg.MODEL.META_ARCHITECTURE = distilled_name(teacher.MODEL.META_ARCHITECTURE) or "DistilledRCNN"
     cfg.MODEL.WEIGHTS = ""
     if request.student.endswith((".yaml", ".yml")):
+        given = {"--scale": request.scale != 1, "--width": request.width != 1, "--student-weights": request.weights}
+        if names := [name for name, is_given in given.items() if is_given]:
+            raise UserError(
+                f"{', '.join(names)} with --student {request.student}, which is a whole config: set its sizes and "
+                "MODEL.WEIGHTS there"
+            )
         merge_file(cfg, request.student)
     else:
         set_network(cfg, request)

@@ -15,6 +15,12 @@ logger = logging.getLogger(__name__)
 ON_BAD_IMAGE = ("error", "skip")
 
 
+def check_on_bad_image(value: str) -> None:
+    """Raise a UserError for a DATASETS.BAD_IMAGES that is none of `ON_BAD_IMAGE`."""
+    if value not in ON_BAD_IMAGE:
+        raise UserError(f"DATASETS.BAD_IMAGES is {value!r}: expected {' or '.join(ON_BAD_IMAGE)}")
+
+
 @dataclass(frozen=True)
 class BadImage:
     """What a worker sends in the place of a sample; an exception would reach the user as its forty-line traceback."""

@@ -28,6 +28,7 @@ from kd_core.utils.latency import COST_HEADERS, Cost, clock, cost_cells, measure
 from kd_core.utils.resume import remember_request
 from kd_det.analysis.cost import measure
 from kd_det.checkpoint.checkpointer import WholeCheckpointer, check_local_file
+from kd_det.checks import check_named, training_checks
 from kd_det.config.defaults import kd_defaults
 from kd_det.config.derive import METHODS, Request, default_weights, derive_student
 from kd_det.config.files import merge_file
@@ -57,7 +58,7 @@ def distill(args: argparse.Namespace) -> None:
     """
     warnings.simplefilter("ignore")
     output = Path(args.output)
-    changeable = ("output", "num_gpus", "baseline")
+    changeable = ("output", "num_gpus", "baseline", "resume", "like_teacher")
     config_file, baseline_file = output / "distill.yaml", output / "baseline.yaml"
     request = {key: value for key, value in vars(args).items() if key not in changeable}
     remember_request(output / "distill.json", request, config_file)
@@ -116,6 +117,9 @@ def build_config(args: argparse.Namespace, output: Path) -> CfgNode:
     cfg.OUTPUT_DIR = str(output / "student")
     set_neck(cfg)
     merge_list(cfg, args.options)
+    check_named(cfg, "TEST")
+    for check in training_checks(cfg, max(args.num_gpus, 1)):
+        check.run()
     return cfg
 
 
@@ -273,7 +277,7 @@ def on_device(cfg: CfgNode) -> CfgNode:
 
 
 def evaluate_teacher(cfg: CfgNode, output: Path) -> dict[str, float]:
-    """The teacher's AP on the student's test data, evaluated once."""
+    """The teacher's AP on the student's test data, the first set of several, evaluated once."""
     path = output / "teacher" / "results.json"
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
@@ -283,6 +287,8 @@ def evaluate_teacher(cfg: CfgNode, output: Path) -> dict[str, float]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with quiet():
         results = DistillationTrainer.test(config, teacher_builders(cfg)[0]())
+    if len(cfg.DATASETS.TEST) > 1:
+        results = results[cfg.DATASETS.TEST[0]]
     found = {f"bbox/{key}": float(value) for key, value in results.get("bbox", {}).items()}
     write_text(path, json.dumps(found))
     say(f"teacher: {found.get('bbox/AP', float('nan')):.2f} AP")

@@ -33,6 +33,7 @@ from kd_det.config.lazy import (
     plain_model,
     write_lazy_student,
 )
+from kd_det.data.bad_images import check_on_bad_image
 from kd_det.data.loader import TrainLoader, make_train_loader
 from kd_det.engine.console import say
 from kd_det.engine.launch import choose_device, prepare_output
@@ -64,6 +65,7 @@ class LazyTrainer(DistillationTrainer):
     @classmethod
     def check(cls, cfg: CfgNode, world_size: int) -> None:
         check_values(cfg.SOLVER)
+        check_on_bad_image(cfg.DATASETS.BAD_IMAGES)
         check_images(cfg.SOLVER.IMS_PER_BATCH, world_size, cfg.SOLVER.ACCUMULATE_STEPS)
 
     @classmethod

@@ -1,5 +1,7 @@
 """detectron2's evaluators, by the type of the data set; they say what is wrong with a model or a label map."""
 
+import contextlib
+import io
 import logging
 import os
 from importlib.util import find_spec
@@ -19,6 +21,7 @@ from detectron2.evaluation import (
 )
 from detectron2.utils.file_io import PathManager
 from PIL import Image
+from pycocotools.coco import COCO
 
 from kd_core.utils.errors import UserError
 from kd_det.compat import evaluating_with
@@ -35,6 +38,7 @@ class BoxEvaluator(COCOEvaluator):
 
     def __init__(self, dataset_name: str, **kwargs: Any) -> None:
         super().__init__(dataset_name, use_fast_impl=False, **kwargs)
+        complete(self._coco_api)
 
     def _eval_predictions(self, predictions: list[dict[str, Any]], *args: Any, **kwargs: Any) -> None:
         if not any(len(p["instances"]) for p in predictions):
@@ -60,6 +64,22 @@ class LabelMapEvaluator(SemSegEvaluator):
                 raise UserError(f"{path} is {labels.shape[1]} × {labels.shape[0]} and its image {size[1]} × {size[0]}")
             check_labels(labels, self._num_classes, self._ignore_label, path)
         super().process(inputs, outputs)
+
+
+def complete(truth: COCO) -> None:
+    """Give annotations what COCOeval reads and training does not need: `iscrowd`, `area`, and ids that are not 0.
+
+    COCOeval takes a match with the id 0 for none.
+    """
+    annotations = truth.dataset.get("annotations", [])
+    for one in annotations:
+        one.setdefault("iscrowd", 0)
+        one.setdefault("area", one["bbox"][2] * one["bbox"][3])
+    if any(not one["id"] for one in annotations):
+        for number, one in enumerate(annotations, 1):
+            one["id"] = number
+        with contextlib.redirect_stdout(io.StringIO()):
+            truth.createIndex()
 
 
 def coco_eval_class() -> type:

@@ -16,6 +16,8 @@ from kd_core.utils.report.runs import read_lines
 from kd_core.utils.report.tables import mean_std
 from kd_det.config import add_timm_config
 
+KEYS = ("AP", "AP50", "AP75")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -30,20 +32,21 @@ class Run:
 
 
 def read_run(output_dir: Path) -> Run:
-    """The figures of the training in `output_dir`.
+    """The figures of the training in `output_dir`, on the first of its test sets.
 
     Raises:
         UserError: the folder holds no finished, evaluated training.
     """
-    lines = read_lines(output_dir / "metrics.json")
-    results = [line for line in lines if "bbox/AP" in line]
+    lines, tested = read_lines(output_dir / "metrics.json"), read_student(output_dir).DATASETS.TEST
+    group = "bbox" if len(tested) < 2 else f"{tested[0]}/bbox"
+    results = [line for line in lines if f"{group}/AP" in line]
     times = [line["time"] for line in lines if "time" in line]
     if not results or not times:
-        raise UserError(f"{output_dir} holds no finished training: metrics.json has no bbox/AP")
+        raise UserError(f"{output_dir} holds no finished training: metrics.json has no {group}/AP")
     last = results[-1]
     iterations = last["iteration"]  # the results are written after the last iteration
     # detectron2 reports NaN where there are no detections: an AP of 0
-    ap, ap50, ap75 = (0.0 if math.isnan(last[key]) else last[key] for key in ("bbox/AP", "bbox/AP50", "bbox/AP75"))
+    ap, ap50, ap75 = (0.0 if math.isnan(last[f"{group}/{key}"]) else last[f"{group}/{key}"] for key in KEYS)
     return Run(
         ap,
         ap50,

@@ -65,9 +65,10 @@ def run(words: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def test_two_files_become_an_exported_student_and_a_second_call_trains_nothing(line, tmp_path):
-    words = ("--student", "resnet18", "--width", 0.125, "--baseline", "--batch", 2)
-    printed = run(line(*words)).stdout
     out = tmp_path / f"out_{tmp_path.name}"  # its name is in those of the data sets, which detectron2 keeps
+    words = ("--student", "resnet18", "--width", 0.125, "--baseline", "--batch", 2)
+    words += ("DATASETS.TEST", f"('{out.name}_val', '{out.name}_train')")  # the first of two is in the table
+    printed = run(line(*words)).stdout
     assert "resnet18 starts from scratch" in printed and f"two trainings of {ITERATIONS} iterations" in printed
     results = json.loads((out / "results.json").read_text())
     assert set(results["results"]) == {"teacher", "student", "baseline"}
@@ -89,7 +90,7 @@ def test_two_files_become_an_exported_student_and_a_second_call_trains_nothing(l
     assert torch.allclose(scores, found.scores, atol=1e-3)
 
     before = (out / "student" / "metrics.json").read_bytes()
-    assert "is finished" in run(line(*words)).stdout
+    assert "is finished" in run(line("--resume", *words)).stdout
     assert (out / "student" / "metrics.json").read_bytes() == before
     other = forked.run(["tools/distill.py", *line("--student", "resnet34", "--width", 0.125, "--batch", 2)])
     assert other.returncode == 1
@@ -123,9 +124,13 @@ def test_a_wrong_word_is_told_before_anything_is_trained(command, words, message
         command(*words)
 
 
-def test_a_wrong_word_may_be_corrected_in_the_same_folder(command):
+def test_a_wrong_word_may_be_corrected_in_the_same_folder(command, tmp_path):
     with pytest.raises(SystemExit, match="did you mean resnet18"):
         command("--student", "resnet1818")
+    with pytest.raises(SystemExit, match=r"SOLVER\.OPTIMIZER is 'deepkdsgd'"):
+        command("--student", "resnet18", "SOLVER.OPTIMIZER", "deepkdsgd")
+    with pytest.raises(SystemExit, match=r"DATASETS\.TEST is empty"):
+        command("--student", "resnet18", "DATASETS.TEST", "()")
     with pytest.raises(SystemExit, match="--method kdd"):
         command("--student", "resnet18", "--method", "kdd")
 

@@ -61,6 +61,15 @@ def test_plain_detectron2_and_plain_torch_detect_what_the_student_does(run, tmp_
         assert classes == expected.pred_classes.tolist()
 
 
+def test_the_last_checkpoint_is_taken_and_not_the_end_of_an_earlier_run_in_the_same_folder(run, tmp_path):
+    state = torch.load(run / "model_final.pth", weights_only=True)
+    changed = {name: value + 1 if value.is_floating_point() else value for name, value in state["model"].items()}
+    torch.save(state | {"model": changed}, run / "model_0000004.pth")
+    assert read_student(run).source == run / "model_final.pth"
+    (run / "last_checkpoint").write_text("model_0000004.pth")
+    assert read_student(run).source == run / "model_0000004.pth"
+
+
 def test_a_checkpoint_of_another_name_and_the_moving_average_are_taken(run, tmp_path, export_student):
     state = torch.load(run / "model_final.pth", weights_only=True)
     state["ema"] = {name: value + 1 if value.is_floating_point() else value for name, value in state["model"].items()}

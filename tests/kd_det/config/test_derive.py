@@ -128,6 +128,7 @@ def test_the_written_yaml_reads_back_as_the_same_config(method, teacher, tmp_pat
         (Request("resnet18", scale=0), r"--scale is 0"),
         (Request("resnet18", iterations=5, epochs=1), r"--iterations and --epochs"),
         (Request("resnet18", iterations=0), r"0 iterations"),
+        (Request("my.yaml", scale=0.5, width=2, weights="w.pth"), r"--scale, --width, --student-weights with --stud"),
     ],
 )
 def test_a_request_that_means_nothing_is_told_in_one_sentence(request_, message, teacher):

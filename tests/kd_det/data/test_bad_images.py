@@ -10,6 +10,7 @@ from detectron2.config import CfgNode
 from PIL import Image
 
 from kd_core.utils.errors import UserError
+from kd_det.checks import check_before_training
 from kd_det.data import register_datasets
 from kd_det.data.loader import build_train_loader
 
@@ -86,3 +87,9 @@ def test_data_without_a_readable_image_end_the_training(broken_cfg):
         path.write_bytes(b"nothing")
     with pytest.raises(UserError, match="not one of the 4 images can be decoded"):
         batches(cfg, 1)
+
+
+def test_a_word_that_is_neither_error_nor_skip_is_refused(broken_cfg):
+    message = "DATASETS.BAD_IMAGES is 'stop': expected error or skip"
+    with pytest.raises(UserError, match=message):
+        check_before_training(broken_cfg("DATASETS.BAD_IMAGES", "stop"), resume=False)

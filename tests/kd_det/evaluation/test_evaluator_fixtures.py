@@ -90,3 +90,22 @@ def test_the_implementation_chosen_gives_all_twelve_known_figures(fixtures: Path
     evaluation.summarize()
     figures = [value for key, value in expected.items() if key != "source"]
     assert [round(float(value), 6) for value in evaluation.stats[:12]] == figures
+
+
+def test_annotations_without_what_training_does_not_need_and_with_the_id_0_are_evaluated(tmp_path: Path):
+    """The truth as detections has an AP of 100; COCOeval takes a match with the id 0 for none."""
+    boxes = [[5, 5, 20, 20], [40, 8, 15, 30], [10, 60, 50, 12]]
+    annotations = [{"id": i, "image_id": 1, "category_id": 3, "bbox": box} for i, box in enumerate(boxes)]
+    image = {"id": 1, "file_name": "1.jpg", "height": 100, "width": 100}
+    content = {"images": [image], "annotations": annotations, "categories": [{"id": 3, "name": "thing"}]}
+    path, name = tmp_path / "truth.json", f"plain_{tmp_path.name}"
+    path.write_text(json.dumps(content))
+    register_coco_instances(name, {}, str(path), str(tmp_path))
+    record = DatasetCatalog.get(name)[0]
+    cfg = get_cfg()
+    cfg.OUTPUT_DIR = str(tmp_path)
+    evaluator = build_evaluator(cfg, name)
+    evaluator.reset()
+    detections = [{"bbox": box, "category_id": 0, "score": 0.9} for box in boxes]
+    evaluator.process([record], [{"instances": as_instances(record, detections)}])
+    assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(100)
