@@ -20,7 +20,8 @@ def label_map_records(image_root: str | Path, label_root: str | Path) -> list[di
     Folders below them are searched, too. Only the files' headers are read.
 
     Raises:
-        UserError: no image; an image without a label map; a label map of another size than its image.
+        UserError: no image; an image without a label map; a label map of another size than its image, or with a
+            palette.
     """
     image_root, label_root = Path(image_root), Path(label_root)
     records = []
@@ -28,7 +29,7 @@ def label_map_records(image_root: str | Path, label_root: str | Path) -> list[di
         labels = (label_root / path.relative_to(image_root)).with_suffix(".png")
         if not labels.is_file():
             raise UserError(f"{path} has no label map: there is no {labels}")
-        (width, height), size = (image_size(file) for file in (path, labels))
+        (width, height), size = image_size(path), label_map_size(labels)
         if size != (width, height):
             raise UserError(
                 f"{labels} is {size[0]} × {size[1]} and its image {width} × {height}: a label map has the image's size"
@@ -40,13 +41,29 @@ def label_map_records(image_root: str | Path, label_root: str | Path) -> list[di
     return records
 
 
-def image_size(path: Path) -> tuple[int, int]:
+def image_size(path: str | Path) -> tuple[int, int]:
     """Width and height, from the file's header."""
     try:
         with Image.open(path) as image:
             return image.size
     except OSError as error:
         raise UserError(f"{path} cannot be read as an image: {error}") from error
+
+
+def label_map_size(path: str | Path) -> tuple[int, int]:
+    """Width and height of a label map.
+
+    Raises:
+        UserError: it has a palette whose colours detectron2 would read in the place of the ids.
+    """
+    size = image_size(path)
+    with Image.open(path) as image:
+        if image.mode == "P" and (np.asarray(image) != np.asarray(image.convert("L"))).any():
+            raise UserError(
+                f"{path} is a png with a palette, whose colours detectron2 reads in the place of the class ids: write "
+                "the ids as grey values, PIL.Image.fromarray(numpy.array(PIL.Image.open(path))).save(path)"
+            )
+    return size
 
 
 def check_labels(labels: np.ndarray | Tensor, num_classes: int, ignored: int, path: str) -> None:
@@ -74,7 +91,7 @@ class CheckedLabels:
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
         path = record["sem_seg_file_name"]
-        size, expected = image_size(path), (record.get("width"), record.get("height"))
+        size, expected = label_map_size(path), (record.get("width"), record.get("height"))
         if None not in expected and size != expected:
             raise UserError(
                 f"{path} is {size[0]} × {size[1]} and its image {expected[0]} × {expected[1]}: a label map has the "

@@ -23,7 +23,7 @@ from kd_core.utils.rng import mix_seed_32, preserved_rng, seed_rng
 from kd_det.compat import repeat_factors
 from kd_det.data.bad_images import BadImage, NamedBadImages
 from kd_det.data.two_sizes import build_train_mapper
-from kd_det.modeling.meta_arch.registry import PIXEL_CLASSES, class_keys
+from kd_det.modeling.meta_arch.registry import BOX_CLASSES, PIXEL_CLASSES, class_keys
 
 SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler")
 
@@ -132,12 +132,18 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict] | None = Non
         raise UserError(
             f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} must be a positive multiple of the {world_size} processes"
         )
-    dicts = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN,
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
-        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-    )
+    try:
+        dicts = get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
+            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+        )
+    except AssertionError as error:  # of detectron2, where nothing is left
+        raise UserError(
+            f"DATASETS.TRAIN: {error}: images count that have a box of no crowd (or, with MODEL.KEYPOINT_ON, enough "
+            "keypoints), unless DATALOADER.FILTER_EMPTY_ANNOTATIONS is False"
+        ) from error
     seed = cfg.SEED if cfg.SEED >= 0 else None
     return make_train_loader(cfg, dicts, mapper or build_train_mapper(cfg), build_sampler(cfg, dicts, seed))
 
@@ -155,23 +161,24 @@ def make_train_loader(
 
 
 def check_annotated(cfg: CfgNode, dicts: list[dict]) -> None:
-    """Refuse records without the label maps, or the masks of things, that the meta-architecture learns from."""
+    """Refuse records without the label maps, masks or keypoints that the meta-architecture learns from."""
     name, keys = cfg.MODEL.META_ARCHITECTURE, class_keys(cfg.MODEL.META_ARCHITECTURE)
-    if PIXEL_CLASSES not in keys:
-        return
-    bare = next((d["file_name"] for d in dicts if "sem_seg_file_name" not in d), None)
-    if bare is not None:
+    if PIXEL_CLASSES in keys and (bare := next((d for d in dicts if "sem_seg_file_name" not in d), None)):
         raise UserError(
-            f"DATASETS.TRAIN: {bare} has no label map, from which {name} learns: name a data set that has them "
-            "(DATASETS.REGISTER_SEM_SEG for your own)"
+            f"DATASETS.TRAIN: {bare['file_name']} has no label map, from which {name} learns: name a data set that has "
+            "them (DATASETS.REGISTER_SEM_SEG for your own)"
         )
-    if len(keys) > 1 and cfg.MODEL.MASK_ON:
-        without = (d["file_name"] for d in dicts if not all("segmentation" in a for a in d.get("annotations", [{}])))
-        if (bare := next(without, None)) is not None:
+    for key, field, what in (("MASK_ON", "segmentation", "masks"), ("KEYPOINT_ON", "keypoints", "keypoints")):
+        if cfg.MODEL[key] and BOX_CLASSES[0] in keys and (bare := next((d for d in dicts if lacks(d, field)), None)):
             raise UserError(
-                f"DATASETS.TRAIN: {bare} has things without masks, from which {name} learns: give every annotation a "
-                "segmentation"
+                f"DATASETS.TRAIN: {bare['file_name']} has things without {what}, from which {name} learns: give every "
+                f"annotation its {field}, or set MODEL.{key} False"
             )
+
+
+def lacks(record: dict[str, Any], field: str) -> bool:
+    """Whether an annotation of a record, other than of a crowd, is without `field`."""
+    return any(field not in one for one in record.get("annotations", [{}]) if not one.get("iscrowd"))
 
 
 def build_sampler(cfg: CfgNode, dicts: Iterable[dict], seed: int | None) -> Sampler:

@@ -34,6 +34,7 @@ from kd_det.config.derive import METHODS, Request, default_weights, derive_stude
 from kd_det.config.files import merge_file
 from kd_det.data import register_datasets
 from kd_det.data.check import FATAL, check_coco
+from kd_det.data.loader import check_annotated
 from kd_det.data.voc import VocDataset, to_coco
 from kd_det.engine.launch import choose_device
 from kd_det.engine.trainer import DistillationTrainer
@@ -120,6 +121,8 @@ def build_config(args: argparse.Namespace, output: Path) -> CfgNode:
     check_named(cfg, "TEST")
     for check in training_checks(cfg, max(args.num_gpus, 1)):
         check.run()
+    for name in cfg.DATASETS.TRAIN:
+        check_annotated(cfg, DatasetCatalog.get(name))
     return cfg
 
 

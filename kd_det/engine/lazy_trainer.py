@@ -11,7 +11,7 @@ from detectron2.config import CfgNode, instantiate
 from detectron2.data import build_detection_train_loader
 from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import HookBase, hooks
-from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, inference_on_dataset, print_csv_format
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
@@ -95,7 +95,7 @@ class LazyTrainer(DistillationTrainer):
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: Optimizer) -> LRMultiplier:
-        return LRMultiplier(optimizer, instantiate(cls.lazy.lr_multiplier), cfg.SOLVER.MAX_ITER)
+        return LRMultiplier(optimizer, build_node(cls.lazy, "lr_multiplier"), cfg.SOLVER.MAX_ITER)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
@@ -109,26 +109,32 @@ class LazyTrainer(DistillationTrainer):
         cfg = cfg.clone()
         cfg.defrost()
         cfg.SOLVER.IMS_PER_BATCH //= cfg.SOLVER.ACCUMULATE_STEPS
-        dicts = instantiate(node.dataset)
-        sampler = instantiate(node.get("sampler")) or TrainingSampler(len(dicts))
+        dicts = build_node(cls.lazy, "dataloader.train.dataset")
+        sampler = build_node(cls.lazy, "dataloader.train.sampler") or TrainingSampler(len(dicts))
         if cfg.SEED >= 0:
             sampler._seed = cfg.SEED  # detectron2's samplers draw one otherwise, and a resumed run would draw another
-        return make_train_loader(cfg, dicts, instantiate(node.mapper), sampler)
+        return make_train_loader(cfg, dicts, build_node(cls.lazy, "dataloader.train.mapper"), sampler)
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
         """The results of `model` under `dataloader.evaluator` on `dataloader.test`; {} without an evaluator."""
         if "evaluator" not in cls.lazy.dataloader:
             return {}
-        node = deepcopy(cls.lazy.dataloader.evaluator)
+        results = inference_on_dataset(model, build_node(cls.lazy, "dataloader.test"), cls.build_evaluator(cfg))
+        if comm.is_main_process():
+            print_csv_format(results)
+        return results
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str = "") -> DatasetEvaluator:
+        """`dataloader.evaluator`, whose data set it names itself."""
+        lazy = deepcopy(cls.lazy)
+        node = lazy.dataloader.evaluator
         if name_of(node.get("_target_")).rpartition(".")[2] == COCOEvaluator.__name__:
             node._target_ = BoxEvaluator  # it needs no compiled code
             node.output_dir = node.get("output_dir") or str(Path(cfg.OUTPUT_DIR, "inference"))
             node.pop("use_fast_impl", None)
-        results = inference_on_dataset(model, instantiate(cls.lazy.dataloader.test), instantiate(node))
-        if comm.is_main_process():
-            print_csv_format(results)
-        return results
+        return build_node(lazy, "dataloader.evaluator")
 
     def describe(self) -> None:
         """Model, schedule and folder: the LazyConfig says what is trained."""
@@ -160,6 +166,18 @@ class LazyTrainer(DistillationTrainer):
             if isinstance(hook, hooks.PeriodicCheckpointer):
                 hook.max_to_keep = select(self.lazy, "train.checkpointer.max_to_keep")
         return found
+
+
+def build_node(lazy: DictConfig, key: str) -> Any:
+    """What the call under a dotted key makes; None where there is no such key.
+
+    Raises:
+        UserError: an argument that it does not take.
+    """
+    try:
+        return instantiate(OmegaConf.select(lazy, key))
+    except TypeError as error:
+        raise UserError(f"{key} cannot be built ({type(error).__name__}: {error})") from error
 
 
 def refuse_random_frozen(model: nn.Module, weights: str) -> None:
@@ -205,6 +223,8 @@ def main(args: argparse.Namespace) -> Any:
         trainer_class = LazyTrainer.of(lazy)
         if args.eval_only:
             return trainer_class.evaluate_only(cfg, resume=args.resume)
+        if "evaluator" in lazy.dataloader:
+            trainer_class.build_evaluator(cfg)  # before hours are spent, and not after them
         trainer = trainer_class(cfg)
         trainer.resume_or_load(resume=args.resume)
         return trainer.train()

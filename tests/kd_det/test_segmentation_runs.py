@@ -130,6 +130,10 @@ def spoil(entry: list[str], how: str) -> None:
     elif how == "class":
         labels[50:] = 7
         Image.fromarray(labels).save(path)
+    elif how == "palette":  # as PASCAL VOC's: index and colour differ
+        image = Image.fromarray(labels)
+        image.putpalette(bytes(range(255, -1, -1)) * 3)
+        image.save(path)
     else:
         path.unlink()
 
@@ -142,6 +146,7 @@ def spoil(entry: list[str], how: str) -> None:
             "class",
             r"town/1\.png holds the class id 7: ids are 0 … 2 for the 3 classes \(MODEL.SEM_SEG_HEAD.NUM_CLASSES\)",
         ),
+        ("palette", r"town/1\.png is a png with a palette, whose colours detectron2 reads in the place of"),
         ("gone", r"town/1\.jpg has no label map: there is no .*town/1\.png"),
     ],
 )

@@ -171,6 +171,10 @@ def test_a_start_without_resume_forgets_the_last_checkpoint_of_an_earlier_run_in
         (["train.init_checkpoint=no.pth"], "lazyconfig_train_net: train.init_checkpoint: there is no file no.pth"),
         (["model.teacher.allow_random=False"], "lazyconfig_train_net: model.teacher.weights is empty: name the"),
         (["model.backbone.bottom_up.freeze_at=2"], "lazyconfig_train_net: train.init_checkpoint is empty and "),
+        (["lr_multiplier.warmup_lenght=0.1"], "lazyconfig_train_net: lr_multiplier cannot be built (TypeError"),
+        (["dataloader.train.mapper.foo=1"], "lazyconfig_train_net: dataloader.train.mapper cannot be built (TypeError"),
+        (["dataloader.evaluator.foo=1"], "lazyconfig_train_net: dataloader.evaluator cannot be built (TypeError"),
+        (["train.bad_images=stop"], "lazyconfig_train_net: train.bad_images is 'stop': expected error or skip"),
         (["dataloader.train.shuffle=True"], "lazyconfig_train_net: dataloader.train.shuffle is not read"),
     ],
 )

@@ -6,9 +6,11 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.samplers import TrainingSampler
 from torch.utils.data import Dataset
 
+from kd_core.utils.errors import UserError
 from kd_det.compat import repeat_factors
 from kd_det.data.loader import GroupedBatches, PositionedDataset, TrainLoader, build_train_loader, seeded
 
@@ -91,3 +93,46 @@ def test_rare_classes_repeat_by_the_root_of_their_rarity_and_by_the_rarity_itsel
 def test_a_batch_size_that_the_processes_cannot_share_is_refused(tiny_cfg):
     with pytest.raises(ValueError, match=r"SOLVER.IMS_PER_BATCH 0 must be a positive multiple of the 1 processes"):
         build_train_loader(tiny_cfg("DATASETS.TRAIN", "('digits_train',)", "SOLVER.IMS_PER_BATCH", 0))
+
+
+@pytest.fixture
+def cfg_of(tiny_cfg, tmp_path):
+    """`cfg_of(annotation, …)`: a config whose training set is one image with these annotations."""
+    name = f"one_{tmp_path.name}"
+
+    def build(*annotations: dict, **model: object):
+        box = {"bbox": [1, 1, 9, 9], "bbox_mode": 1, "category_id": 0}
+        record = {"file_name": "a.jpg", "height": 20, "width": 20, "annotations": [box | one for one in annotations]}
+        DatasetCatalog.register(name, lambda: [record])
+        MetadataCatalog.get(name).set(thing_classes=["thing"], keypoint_names=["nose"], keypoint_flip_map=[])
+        cfg = tiny_cfg("DATASETS.TRAIN", (name,), "SOLVER.IMS_PER_BATCH", 1)
+        cfg.MODEL.update(model)
+        return cfg
+
+    yield build
+    DatasetCatalog.remove(name)
+    MetadataCatalog.pop(name)
+
+
+MASK = {"segmentation": [[1, 1, 9, 1, 9, 9]]}
+
+
+@pytest.mark.parametrize(
+    ("annotations", "model", "message"),
+    [
+        ([MASK, {}], {"MASK_ON": True}, r"a\.jpg has things without masks, .* or set MODEL\.MASK_ON False"),
+        ([{"keypoints": [5, 5, 2]}, {}], {"KEYPOINT_ON": True}, r"things without keypoints, .* set MODEL\.KEYPOINT_ON"),
+        ([{"iscrowd": 1}], {}, r"DATASETS\.TRAIN: No valid data found in .*: images count that have a box of no crowd"),
+    ],
+)
+def test_data_that_a_head_cannot_learn_from_are_refused(cfg_of, annotations, model, message):
+    with pytest.raises(UserError, match=message):
+        build_train_loader(cfg_of(*annotations, **model))
+
+
+def test_a_crowd_needs_no_mask(cfg_of):
+    assert len(build_train_loader(cfg_of(MASK, {"iscrowd": 1}, MASK_ON=True)).dataset) == 1
+
+
+def test_a_detector_of_boxes_needs_no_mask(cfg_of):
+    assert len(build_train_loader(cfg_of({})).dataset) == 1
