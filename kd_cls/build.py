@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import math
+from copy import deepcopy
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -54,7 +55,8 @@ def build_trainer(cfg: CfgNode, process: Process, resumed: dict[str, Any] | None
     loaders = build_loaders(cfg, data, stats, process)
     teacher = attach_teacher(cfg, data, stats, process) if distils(cfg.KD) else None
     criterion = create_classification_loss(smoothing=cfg.SOLVER.LABEL_SMOOTHING, soft_targets=mixes(cfg))
-    features = build_features(cfg, model, stats, teacher, loaders.train.sampler)
+    check_last_batch(cfg, model, stats, loaders.train.sampler)
+    features = build_features(cfg, model, stats, teacher)
     amp_dtype, device = autocast_dtype(cfg), process.device
     task = DistillationTask(
         student, teacher, loss, criterion, cfg.KD.TASK_WEIGHT, amp_dtype, device, cfg.DATA.VIEWS, **features,
@@ -88,26 +90,48 @@ def build_distillation_loss(cfg: CfgNode, num_classes: int) -> DistillationLoss 
 
 
 def build_features(
-    cfg: CfgNode, model: nn.Module, stats: InputStats, teacher: Teacher | None, sampler: EpochSampler
+    cfg: CfgNode, model: nn.Module, stats: InputStats, teacher: Teacher | None
 ) -> dict[str, Any]:
     """The feature loss of KD.FEATURE and the readers of its maps, as `DistillationTask` takes them; {} without one."""
     if cfg.KD.FEATURE.NAME == "none":
         return {}
-    check_last_batch(cfg, sampler)
     readers = build_readers(cfg, model, stats.size, teacher.model, teacher.stats.size)
     channels = (reader.channels for reader in readers)
     loss = build_feature_loss(cfg.KD.FEATURE, *channels, "WARMUP_EPOCHS", cfg.SOLVER.EPOCHS)
     return {"feature": loss, "readers": readers}
 
 
-def check_last_batch(cfg: CfgNode, sampler: EpochSampler) -> None:
-    """Refuse a feature loss where the last batch of an epoch is one image."""
-    if sampler.num_samples % sampler.batch_size == 1:
-        raise UserError(
-            f"KD.FEATURE.NAME {cfg.KD.FEATURE.NAME} does not go with a last batch of one image, as {sampler.size} "
-            f"images leave with SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH}: BatchNorm of a 1×1 map needs two. Set "
-            f"DATA.TRAIN_IMAGES {sampler.size - sampler.world_size}, or another SOLVER.IMS_PER_BATCH"
-        )
+def check_last_batch(cfg: CfgNode, model: nn.Module, stats: InputStats, sampler: EpochSampler) -> None:
+    """Refuse a batch, or a micro-batch, of one image for a network that has a BatchNorm of a 1×1 map."""
+    batch, steps = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE_STEPS
+    if sampler.batch_size == steps:
+        cause = f"micro-batches of one image (SOLVER.IMS_PER_BATCH {batch}, SOLVER.ACCUMULATE_STEPS {steps})"
+        fix = "fewer SOLVER.ACCUMULATE_STEPS"
+    elif sampler.num_samples % sampler.batch_size == 1:
+        cause = f"a last batch of one image, as {sampler.size} images leave with SOLVER.IMS_PER_BATCH {batch}"
+        fix = f"DATA.TRAIN_IMAGES {sampler.size - sampler.world_size}"
+    else:
+        return
+    if cfg.KD.FEATURE.NAME != "none":
+        name = f"KD.FEATURE.NAME {cfg.KD.FEATURE.NAME}"
+    elif not trains_on_one_image(model, stats.size):
+        name = f"MODEL.NAME {cfg.MODEL.NAME} at {stats.size} px"
+    else:
+        return
+    raise UserError(
+        f"{name} does not go with {cause}: BatchNorm of a 1×1 map needs two. Set {fix}, or another SOLVER.IMS_PER_BATCH"
+    )
+
+
+def trains_on_one_image(model: nn.Module, size: int) -> bool:
+    """Whether a copy of a network takes one image in training mode."""
+    copy = deepcopy(model).train()
+    try:
+        with torch.no_grad():
+            copy(torch.zeros(1, 3, size, size))
+    except ValueError:  # torch's own of BatchNorm
+        return False
+    return True
 
 
 def check_mixed_labels(cfg: CfgNode, loss: DistillationLoss) -> None:
@@ -175,8 +199,10 @@ def build_cache(cfg: CfgNode, data: DataSets, teacher: Teacher, view: int = 0) -
 
 
 def fingerprint(dataset: Any) -> str:
-    """Sixteen hex digits that identify a data set: from its length and a few evenly spaced images with their labels."""
+    """Sixteen hex digits that identify a data set: its length, file names, labels and a few evenly spaced images."""
     sha = hashlib.sha256(str(len(dataset)).encode())
+    for path, target in getattr(dataset, "samples", ()):
+        sha.update(f"{Path(path).parent.name}/{Path(path).name} {target}\n".encode())
     transform, dataset.transform = dataset.transform, None
     for index in range(0, len(dataset), max(len(dataset) // 16, 1)):
         image, target = dataset[index]

@@ -32,7 +32,7 @@ def at_least(least: float) -> tuple[Callable[[Any], bool], str]:
 ABOVE_0 = ((lambda value: value > 0), "a number above 0")
 SHARE = ((lambda value: 0 <= value < 1), "a number in [0, 1)")
 OPTIMIZER = (
-    lambda value: value in (*STREAM_OPTIMIZERS, *list_optimizers()),
+    lambda value: value in (*STREAM_OPTIMIZERS, *list_optimizers()) and value != "adahessian",  # needs create_graph
     f"sgd, {', '.join(STREAM_OPTIMIZERS)} or a name of timm's optimizers",
 )
 RISING = (
@@ -56,6 +56,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "KD.FEATURE.WARMUP_EPOCHS": at_least(0),
     "KD.FEATURE.PREACT": one_of(*PREACT),
     "KD.TEACHER.CACHE": one_of("none", "full", "topk"),
+    "KD.TEACHER.INPUT_SIZE": at_least(0),
     "KD.TEACHER.DTYPE": one_of("float32", "bfloat16", "float16"),
     "SOLVER.OPTIMIZER": OPTIMIZER,
     "SOLVER.BASE_LR": at_least(0),
@@ -66,6 +67,9 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "SOLVER.ACCUMULATE_STEPS": at_least(1),
     "SOLVER.SCHEDULE.NAME": one_of(*SCHEDULES),
     "SOLVER.SCHEDULE.MILESTONES": RISING,
+    "SOLVER.SCHEDULE.GAMMA": at_least(0),
+    "SOLVER.SCHEDULE.DECAY_EPOCHS": ABOVE_0,
+    "SOLVER.SCHEDULE.MIN_LR": at_least(0),
     "SOLVER.SCHEDULE.WARMUP_EPOCHS": at_least(0),
     "SOLVER.SCHEDULE.WARMUP_LR": at_least(0),
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": ABOVE_0,

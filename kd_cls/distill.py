@@ -201,7 +201,9 @@ def teacher_keys(args: argparse.Namespace, classes: int, size: int, folder: Path
         check_published(args.teacher, "--teacher")
     keys["KD.TEACHER.NAME"] = args.teacher
     if not knows_classes(args.teacher, weights, args.name, classes):
-        size = args.teacher_size or size
+        published = timm.get_pretrained_cfg(args.teacher)
+        fixed = published.input_size[-1] if published and published.fixed_input_size else 0
+        size = args.teacher_size or fixed or size
         return keys | {"KD.TEACHER.WEIGHTS": str(folder / "head.pth"), "KD.TEACHER.INPUT_SIZE": size}
     if weights == "timm":
         return keys | {"KD.TEACHER.PRETRAINED": True}

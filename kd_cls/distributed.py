@@ -37,6 +37,10 @@ def start_process(device: str) -> Iterator[Process]:
         UserError: the device does not exist here.
     """
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        torch.device(kind)
+    except RuntimeError as error:
+        raise UserError(f"DEVICE is {device!r}, expected auto, cpu or cuda") from error
     if kind.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"DEVICE is {device!r}, but torch finds no CUDA device: use DEVICE cpu or auto")
     if dist.is_initialized():

@@ -21,6 +21,7 @@ from kd_cls.build import build_trainer
 from kd_cls.checkpoint.checkpoint import LAST, read_checkpoint, read_metadata
 from kd_cls.checks import check_config
 from kd_cls.config import load_cfg
+from kd_cls.data.build import augmentation
 from kd_cls.distributed import Process, broadcast_object, start_process
 from kd_cls.engine.cli import option_parser, run_command
 from kd_cls.engine.writers import setup_logging
@@ -96,6 +97,8 @@ def train_seeds(cfg: CfgNode, process: Process, resume: bool = False) -> dict[st
     for seed in cfg.SEEDS:
         own = cfg.clone()
         own.SEED, own.SEEDS, own.OUTPUT_DIR = seed, [], str(Path(cfg.OUTPUT_DIR, f"seed_{seed}"))
+        if cfg.KD.TEACHER.CACHE_DIR and augmentation(cfg) != "none":  # each seed augments otherwise
+            own.KD.TEACHER.CACHE_DIR = str(Path(cfg.KD.TEACHER.CACHE_DIR, f"seed_{seed}"))
         results.append(train(own, process, resume))
     summary = {name: summarise([result[name] for result in results]) for name in results[0]}
     if process.is_main:

@@ -51,3 +51,17 @@ def check_resumable(checkpoint: dict[str, Any], cfg: CfgNode) -> None:
         )
     saved = yaml.safe_load(checkpoint["metadata"]["config"])
     check_same_run(saved, cfg, get_cfg(), IGNORED_ON_RESUME, f"the run in OUTPUT_DIR {cfg.OUTPUT_DIR}")
+
+
+def check_same_data(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to resume on other images than a run began with, by the metadata of its checkpoint and of this run.
+
+    Raises:
+        UserError: another number of classes, or of iterations under the same config.
+    """
+    for name, what in (("num_classes", "classes"), ("max_iter", "iterations")):
+        if saved.get(name, now[name]) != now[name]:
+            raise UserError(
+                f"--resume: the run was started with {saved[name]} {what}, now there are {now[name]}: the images under "
+                "DATA.ROOT have changed. Start a new run in another OUTPUT_DIR"
+            )

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from timm.data import create_dataset
 from torch.utils.data import Dataset
@@ -29,12 +30,26 @@ def read_rgb(path: str | Path) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL raises SyntaxError for a broken PNG
+            return eight_bits(image).convert("RGB")
+    # PIL raises SyntaxError for a broken PNG, ValueError for a broken PPM.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split())
         raise UnreadableImage(
             f"{path} is not a readable image ({reason}): replace or remove it, or set DATA.BAD_IMAGES skip"
         ) from error
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """An image of 16 bits per pixel scaled to 8: PIL's own conversion would cut all above 255 off, and leave white.
+
+    Raises:
+        ValueError: pixels of 32 bits, whose range is unknown.
+    """
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of 32 bits, mode {image.mode}: save it with 8 or 16 bits")
+    return image
 
 
 class ImageList(Dataset):

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from kd_cls.checkpoint.checkpoint import BEST, LAST, save_checkpoint
-from kd_cls.checkpoint.resume import check_resumable
+from kd_cls.checkpoint.resume import check_resumable, check_same_data
 from kd_cls.checks import mixes
 from kd_cls.data import Loaders, set_epoch
 from kd_cls.distributed import Process, seed_step
@@ -277,6 +277,7 @@ class Trainer:
             ValueError: it is of another run, or holds weights only.
         """
         check_resumable(checkpoint, self.cfg)
+        check_same_data(checkpoint["metadata"], self.describe(self.iteration, self.max_iter, self.metrics))
         state = checkpoint["training"]
         self.iteration, self.best, self.metrics = state["iteration"], state["best"], state["metrics"]
         self.seconds = state["seconds"]

@@ -2,9 +2,12 @@
 
 import difflib
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
+import numpy as np
 import timm
+import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
@@ -66,7 +69,6 @@ def input_stats(cfg: CfgNode, model: nn.Module, resumed: dict[str, Any] | None =
     Raises:
         UserError: a mean or std that is not three numbers, or a std of 0.
     """
-    own = model.pretrained_cfg
     if resumed:
         mean, std = resumed["mean"], resumed["std"]
     elif cfg.MODEL.PRETRAINED or cfg.MODEL.WEIGHTS:
@@ -75,7 +77,35 @@ def input_stats(cfg: CfgNode, model: nn.Module, resumed: dict[str, Any] | None =
         mean, std = dataset_statistics(cfg.DATA.NAME)
     mean, std = cfg.MODEL.MEAN or mean, cfg.MODEL.STD or std
     check_stats(mean, std, "MODEL")
-    return InputStats(tuple(mean), tuple(std), cfg.DATA.INPUT_SIZE or own["input_size"][-1])
+    size = cfg.DATA.INPUT_SIZE or own_size(model, cfg.MODEL.KWARGS)
+    check_size(model, cfg.MODEL.KWARGS, size, "MODEL", "DATA.INPUT_SIZE")
+    return InputStats(tuple(mean), tuple(std), size)
+
+
+def own_size(model: nn.Module, kwargs: str) -> int:
+    """Side of the images that a network is made for: `img_size` of its KWARGS, else that of timm's pretrained_cfg."""
+    given = parse_mapping(kwargs, "KWARGS").get("img_size")
+    return model.pretrained_cfg["input_size"][-1] if given is None else list(np.ravel(given))[-1]
+
+
+def check_size(model: nn.Module, kwargs: str, size: int, key: str, size_key: str) -> None:
+    """Refuse images of another size than a network's own, such as a ViT's, where it cannot take them.
+
+    Args:
+        key: MODEL or KD.TEACHER.
+        size_key: that sets its images' size.
+    """
+    own = own_size(model, kwargs)
+    if size == own or not model.pretrained_cfg.get("fixed_input_size"):
+        return
+    try:
+        with torch.no_grad():
+            deepcopy(model).eval()(torch.zeros(1, 3, size, size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{key}: this network takes images of {own} px, not {size} ({one_line(error)}): set {size_key} {own}, or "
+            f'{key}.KWARGS "{{img_size: {size}}}" where the network has this argument'
+        ) from error
 
 
 def trained_statistics(model: nn.Module, weights: str) -> tuple[Sequence[float], Sequence[float]]:

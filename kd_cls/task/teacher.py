@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from kd_cls.checkpoint.checkpoint import LAST, URL, fetch, load_weights, read_metadata
 from kd_cls.config import load_cfg
 from kd_cls.data.statistics import InputStats, check_stats
-from kd_cls.models.factory import create_network
+from kd_cls.models.factory import check_size, create_network, own_size
 from kd_cls.task.acceleration import FastTeacher, TeacherSpeed
 from kd_cls.task.features import MapReader
 from kd_cls.task.logit_cache import LogitCache
@@ -178,7 +178,8 @@ def build_teacher(
             "KD.TEACHER.WEIGHTS is empty: name the teacher's weights, or set KD.TEACHER.PRETRAINED True for timm's "
             "(KD.TEACHER.ALLOW_RANDOM True for tests)"
         )
-    stats = teacher_stats(node, model, own, metadata, student_stats)
+    stats = teacher_stats(node, model, kwargs, own, metadata, student_stats)
+    check_size(model, kwargs, stats.size, "KD.TEACHER", "KD.TEACHER.INPUT_SIZE")
     return Teacher(model, stats, student_stats, caches, TeacherSpeed.from_config(cfg))
 
 
@@ -210,7 +211,7 @@ def check_trained(weights: str, is_own: bool, metadata: dict[str, Any], config_f
 
 
 def teacher_stats(
-    node: CfgNode, model: nn.Module, own: CfgNode | None, metadata: dict[str, Any], student: InputStats
+    node: CfgNode, model: nn.Module, kwargs: str, own: CfgNode | None, metadata: dict[str, Any], student: InputStats
 ) -> InputStats:
     """The teacher's input: from KD.TEACHER, else its checkpoint, else its config, else timm's `pretrained_cfg`.
 
@@ -219,7 +220,7 @@ def teacher_stats(
     written, timms = metadata.get("input", {}), model.pretrained_cfg
     mean = node.MEAN or written.get("mean") or (own and own.MODEL.MEAN) or timms["mean"]
     std = node.STD or written.get("std") or (own and own.MODEL.STD) or timms["std"]
-    fixed = timms["input_size"][-1] if timms.get("fixed_input_size") else 0
+    fixed = own_size(model, kwargs) if timms.get("fixed_input_size") else 0
     size = node.INPUT_SIZE or written.get("size") or (own and own.DATA.INPUT_SIZE) or fixed or student.size
     check_stats(mean, std, "KD.TEACHER")
     return InputStats(tuple(mean), tuple(std), size)

@@ -22,6 +22,7 @@ from kd_cls.distributed import Process
 from kd_cls.engine.cli import run_command
 from kd_cls.evaluate import evaluate_checkpoint
 from kd_cls.train import main, train
+from kd_core.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -120,6 +121,14 @@ def test_seeds_run_in_turn_and_end_in_mean_and_std(tiny_yaml: Path, tmp_path: Pa
     assert main([*words, "--resume"])["top1"] == summary["top1"]  # both have finished: nothing is trained again
 
 
+def test_every_seed_has_a_cache_of_its_own_where_images_are_augmented(tiny_yaml: Path, tmp_path: Path) -> None:
+    words = ["--config-file", str(tiny_yaml), "OUTPUT_DIR", str(tmp_path), "SEEDS", "[1, 2]", "SOLVER.EPOCHS", "1"]
+    words += ["KD.LOSS.NAME", "kd", "KD.TEACHER.NAME", "cifar_resnet8", "KD.TEACHER.ALLOW_RANDOM", "True"]
+    cache = ["KD.TEACHER.CACHE", "full", "KD.TEACHER.CACHE_DIR", str(tmp_path / "cache")]
+    main([*words, *cache, "DATA.AUGMENTATION", "digits"])
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["seed_1", "seed_2"]
+
+
 def test_a_missing_teacher_is_trained_first_and_only_once(
     tiny: Callable, tiny_yaml: Path, tmp_path: Path, process: Process
 ) -> None:
@@ -202,6 +211,11 @@ def test_bad_input_ends_the_command_with_one_sentence(
         run_command(lambda: main(words))
 
 
+def test_an_unknown_device_is_named(tiny_yaml: Path) -> None:
+    with pytest.raises(UserError, match="DEVICE is 'gpu', expected auto, cpu or cuda"):
+        main(["--config-file", str(tiny_yaml), "DEVICE", "gpu"])
+
+
 def test_a_file_in_the_way_and_an_interrupt_end_the_command_with_one_sentence(tiny_yaml: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     words = ["--config-file", str(tiny_yaml), "OUTPUT_DIR", str(tmp_path / "file")]
@@ -235,6 +249,11 @@ def test_the_keys_are_listed_with_their_values(tiny_yaml: Path, capsys: pytest.C
         (["SOLVER.EPOCHS", 0], r"SOLVER.EPOCHS is 0.0, expected a number above 0"),
         (["SOLVER.SCHEDULE.MILESTONES", "[180, 150, 210]"], r"MILESTONES is \[180, 150, 210\], expected .* order"),
         (["SOLVER.SCHEDULE.WARMUP_EPOCHS", -1], r"SOLVER.SCHEDULE.WARMUP_EPOCHS is -1.0, expected a number ≥ 0"),
+        (["SOLVER.SCHEDULE.DECAY_EPOCHS", 0], r"SOLVER.SCHEDULE.DECAY_EPOCHS is 0.0, expected a number above 0"),
+        (["SOLVER.SCHEDULE.MIN_LR", -1], r"SOLVER.SCHEDULE.MIN_LR is -1.0, expected a number ≥ 0"),
+        (["SOLVER.SCHEDULE.GAMMA", -1], r"SOLVER.SCHEDULE.GAMMA is -1.0, expected a number ≥ 0"),
+        (["KD.TEACHER.INPUT_SIZE", -3], r"KD.TEACHER.INPUT_SIZE is -3, expected a number ≥ 0"),
+        (["SOLVER.OPTIMIZER", "adahessian"], r"SOLVER.OPTIMIZER is 'adahessian', expected sgd, dot_sgd"),
         (["SOLVER.SCHEDULE.WARMUP_LR", -1], r"SOLVER.SCHEDULE.WARMUP_LR is -1.0, expected a number ≥ 0"),
         (["SOLVER.WEIGHT_DECAY", -1], r"SOLVER.WEIGHT_DECAY is -1.0, expected a number ≥ 0"),
         (["SOLVER.MIXUP.PROB", 2], r"SOLVER.MIXUP.PROB is 2.0, expected a number in \[0, 1\]"),

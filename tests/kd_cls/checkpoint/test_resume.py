@@ -1,6 +1,7 @@
 """Killed and resumed in the middle of an epoch: the same end to the bit."""
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from helpers import forked
 from kd_cls.build import build_trainer
@@ -124,6 +126,32 @@ def test_another_run_is_not_resumed(tiny: Callable, process: Process, options: l
     train(tiny("SOLVER.EPOCHS", 2), process)
     with pytest.raises(ValueError, match=message):
         train(tiny(*options), process, resume=True)
+
+
+def test_a_run_is_not_resumed_on_other_images(folder_words: list[str], tiny: Callable, process: Process) -> None:
+    """Its schedule would have the old length."""
+    root = Path(folder_words[3])
+    train(tiny(*folder_words), process)
+    for name in ("a", "b"):
+        shutil.copytree(root / "train" / name, root / "train" / name / "more")
+    with pytest.raises(ValueError, match=r"--resume: the run was started with 4 iterations, now there are 8: "):
+        train(tiny(*folder_words), process, resume=True)
+    for split in ("train", "val"):
+        shutil.copytree(root / split / "a", root / split / "c")
+    with pytest.raises(ValueError, match=r"--resume: the run was started with 2 classes, now there are 3: "):
+        train(tiny(*folder_words), process, resume=True)
+
+
+@pytest.fixture
+def folder_words(tmp_path: Path) -> list[str]:
+    """Two classes of eight training images and one validation image each; four iterations."""
+    for split, count in (("train", 8), ("val", 1)):
+        for name in ("a", "b"):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for number in range(count):
+                Image.effect_noise((8, 8), 90).save(tmp_path / "images" / split / name / f"{number}.png")
+    words = ["DATA.NAME", "folder", "DATA.ROOT", str(tmp_path / "images"), "DATA.AUGMENTATION", "none"]
+    return [*words, "DATA.TRAIN_IMAGES", 0, "DATA.VAL_IMAGES", 0, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.EPOCHS", 1]
 
 
 def test_where_files_are_and_what_is_shown_may_change(tiny: Callable, process: Process) -> None:

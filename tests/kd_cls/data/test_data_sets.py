@@ -110,6 +110,15 @@ def test_grey_palette_and_cmyk_images_become_rgb(tmp_path: Path, mode: str, suff
     assert image.mode == "RGB" and np.asarray(image).min() > 250
 
 
+def test_images_of_sixteen_bits_are_scaled_and_those_of_unknown_range_named(tmp_path: Path) -> None:
+    values = np.linspace(0, 65535, 80).reshape(8, 10)
+    Image.fromarray(values.astype(np.uint16)).save(tmp_path / "a.png")
+    assert np.array_equal(np.asarray(read_rgb(tmp_path / "a.png"))[..., 0], (values.astype(np.uint16) / 257).round())
+    Image.fromarray(values.astype(np.float32)).save(tmp_path / "a.tiff")
+    with pytest.raises(ValueError, match=r"a\.tiff is not a readable image \(pixels of 32 bits, mode F: save it "):
+        read_rgb(tmp_path / "a.tiff")
+
+
 def half_an_image(format: str) -> bytes:
     buffer = io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
@@ -117,7 +126,7 @@ def half_an_image(format: str) -> bytes:
     return buffer.getvalue()[: buffer.tell() // 2]
 
 
-@pytest.mark.parametrize("content", [b"", b"no image", half_an_image("jpeg"), half_an_image("png")])
+@pytest.mark.parametrize("content", [b"", b"no image", half_an_image("jpeg"), half_an_image("png"), b"P6 4o 40 255 "])
 def test_a_broken_image_is_named(folders: Path, content: bytes) -> None:
     (folders / "train" / "ant" / "0.png").write_bytes(content)
     train = create_datasets("folder", folders).train

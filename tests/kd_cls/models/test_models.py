@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -14,10 +15,13 @@ from timm.models import load_checkpoint
 from timm.task import LogitDistillationTask
 
 from helpers import HELPERS
+from kd_cls.data.statistics import InputStats
 from kd_cls.models.cifar_net import conv3x3, init_weights
 from kd_cls.models.cifar_resnet import CifarResNet
 from kd_cls.models.cifar_vgg import CifarVGG
 from kd_cls.models.cifar_wrn import CifarWideResNet
+from kd_cls.models.factory import build_student, input_stats
+from kd_cls.task.teacher import build_teacher
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 STATES = json.loads((GOLDEN / "cifar_state_dicts.json").read_text())
@@ -212,3 +216,26 @@ def test_an_impossible_network_is_refused(build, message: str) -> None:
 def test_pretrained_weights_that_nobody_published_are_refused_by_timm() -> None:
     with pytest.raises(RuntimeError, match="No pretrained weights exist for cifar_resnet20"):
         timm.create_model("cifar_resnet20", pretrained=True)
+
+
+VIT = ("MODEL.NAME", "vit_tiny_patch16_224", "DATA.INPUT_SIZE")
+
+
+def test_a_network_of_one_size_gets_it_and_is_refused_others_with_the_keys_named(tiny: Callable) -> None:
+    cfg = tiny(*VIT, 0, "MODEL.KWARGS", "{img_size: 32, depth: 1}")
+    assert input_stats(cfg, build_student(cfg, 10)).size == 32
+    cfg = tiny(*VIT, 48, "MODEL.KWARGS", "{dynamic_img_size: true, depth: 1}")
+    assert input_stats(cfg, build_student(cfg, 10)).size == 48
+    cfg = tiny(*VIT, 32, "MODEL.KWARGS", "{depth: 1}")
+    message = r"MODEL: this network takes images of 224 px, not 32 \(.*\): set DATA.INPUT_SIZE 224, or MODEL.KWARGS"
+    with pytest.raises(ValueError, match=message):
+        input_stats(cfg, build_student(cfg, 10))
+
+
+def test_a_teacher_of_one_size_keeps_it(tiny: Callable) -> None:
+    teacher = ("KD.TEACHER.NAME", "vit_tiny_patch16_224", "KD.TEACHER.ALLOW_RANDOM", True, "KD.TEACHER.KWARGS")
+    student = InputStats((0.5,) * 3, (0.5,) * 3, 16)
+    assert build_teacher(tiny(*teacher, "{img_size: 32, depth: 1}"), 10, student).stats.size == 32
+    message = r"KD.TEACHER: this network takes images of 224 px, not 64 .* set KD.TEACHER.INPUT_SIZE 224"
+    with pytest.raises(ValueError, match=message):
+        build_teacher(tiny(*teacher, "{depth: 1}", "KD.TEACHER.INPUT_SIZE", 64), 10, student)
