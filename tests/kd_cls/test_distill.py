@@ -187,6 +187,6 @@ def test_the_derived_rate_follows_the_batch_and_where_the_student_starts():
 
 def test_a_teacher_of_one_size_keeps_it_beside_a_smaller_student(tmp_path: Path) -> None:
     torch.save({"head.weight": torch.zeros(1000, 192)}, tmp_path / "vit.pth")
-    words = ["--teacher", "vit_tiny_patch16_224", "--teacher-weights", str(tmp_path / "vit.pth"), "--student", "resnet10t"]
-    args = distill.parser().parse_args([*words, "--data", str(tmp_path), "--output", str(tmp_path)])
+    words = ["--teacher", "vit_tiny_patch16_224", "--teacher-weights", tmp_path / "vit.pth", "--student", "resnet10t"]
+    args = distill.parser().parse_args([*map(str, words), "--data", str(tmp_path), "--output", str(tmp_path)])
     assert distill.teacher_keys(args, 3, 176, tmp_path)["KD.TEACHER.INPUT_SIZE"] == 224
