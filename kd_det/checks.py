@@ -1,5 +1,6 @@
 """Every check of a config in one list: `train_net.py` stops at the first that fails, `dry_run.py` shows them all."""
 
+import difflib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -7,8 +8,9 @@ from functools import partial
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY
 from detectron2.utils import comm
+from fvcore.common.registry import Registry
 from torch import nn
 
 from kd_core.losses.feature_config import check_feature, distils
@@ -79,6 +81,8 @@ def training_checks(cfg: CfgNode, world_size: int = 1, resume: bool = False) -> 
     yield Check("SOLVER", partial(check_solver, cfg))
     yield Check("SOLVER.IMS_PER_BATCH", partial(check_batch, cfg, world_size))
     yield Check("MODEL", partial(check_synchronised_norms, cfg, world_size))
+    yield Check("MODEL.META_ARCHITECTURE", partial(check_name, cfg, "MODEL.META_ARCHITECTURE", META_ARCH_REGISTRY))
+    yield Check("MODEL.BACKBONE.NAME", partial(check_name, cfg, "MODEL.BACKBONE.NAME", BACKBONE_REGISTRY))
     yield Check("MODEL.META_ARCHITECTURE", partial(check_meta_architecture, cfg))
     yield Check("MODEL.TIMM", partial(check_backbone, cfg))
     yield Check("MODEL.SEM_SEG_HEAD.NAME", partial(check_segmentation_head, cfg))
@@ -149,6 +153,15 @@ def check_max_iter(cfg: CfgNode) -> None:
             raise UserError(f"{key} is {lookup(cfg, key)}: it must lie in [0, {last}], SOLVER.MAX_ITER")
 
 
+def check_name(cfg: CfgNode, key: str, registry: Registry) -> None:
+    """Refuse a name that is in none of detectron2's or this package's registrations."""
+    name = lookup(cfg, key)
+    if name not in registry:
+        near = difflib.get_close_matches(name, [known for known, _ in registry], n=2)
+        hint = f"did you mean {' or '.join(near)}?" if near else "import the module that registers it first"
+        raise UserError(f"{key} is {name!r}, which is not registered: {hint}")
+
+
 def check_meta_architecture(cfg: CfgNode) -> None:
     """Refuse a distillation loss with a model that does not read it: the training would be a plain one."""
     key = "KD.LOSS.NAME" if cfg.KD.LOSS.NAME != "none" else "KD.FEATURE.NAME"
@@ -183,6 +196,7 @@ def check_unread(cfg: CfgNode) -> None:
     repeats = cfg.DATALOADER.SAMPLER_TRAIN == "RepeatFactorTrainingSampler"
     # Key or group of keys → (whether it is read, what decides that).
     readers = {f"DATALOADER.{key}": (repeats, sampler) for key in ("REPEAT_THRESHOLD", "REPEAT_SQRT")}
+    readers["TEST.AUG.ENABLED"] = (False, "the evaluation")
     architecture = distilled_architecture(cfg.MODEL.META_ARCHITECTURE)
     if distils(cfg.KD) and architecture is not None:
         known = dict.fromkeys(key for name in distilled_names() for key in distilled_architecture(name).option_keys)

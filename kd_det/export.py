@@ -54,7 +54,9 @@ def read_student(source: str | os.PathLike, config_file: str | None = None, aver
     model = build_model(config).eval()
     checkpoint = WholeCheckpointer(model, save_to_disk=False)._load_file(str(weights))
     if average and "ema" not in checkpoint:
-        raise UserError(f"{weights} holds no moving average: it was trained without SOLVER.EMA.ENABLED")
+        raise UserError(
+            f"{weights} holds no moving average: it was trained without SOLVER.EMA.ENABLED, or is the average itself"
+        )
     state = checkpoint["ema" if average else "model"]
     check_fit(state, model.state_dict(), str(weights))
     model.load_state_dict(state)

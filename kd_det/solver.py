@@ -40,6 +40,8 @@ def check_solver(cfg: CfgNode, world_size: int = 1) -> None:
 def check_values(solver: CfgNode) -> None:
     """Refuse values that mean nothing, whatever the optimizer is; a UserError as `check_solver`'s."""
     expected = {
+        "MAX_ITER": (solver.MAX_ITER >= 1, "a whole number ≥ 1"),
+        "BASE_LR": (solver.BASE_LR >= 0, "a number ≥ 0"),
         "STEP": (solver.STEP in ("paper", "matched"), "paper or matched"),
         "MOMENTA": (solver.MOMENTA in ("", "auto"), "empty or auto"),
         "ACCUMULATE_STEPS": (solver.ACCUMULATE_STEPS >= 1, "a whole number ≥ 1"),

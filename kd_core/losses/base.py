@@ -76,6 +76,8 @@ class DistillationLoss(nn.Module):
         self.compiled_terms: Callable[..., dict[str, Tensor]] | None = None
         if self.temperature <= 0:
             raise ValueError(f"temperature must be above 0, not {temperature}")
+        if self.weight < 0:
+            raise ValueError(f"weight must not be below 0, and is {weight}")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"warmup is a share of training progress, in [0, 1], not {warmup}: divide it by max_iter")
         if topk is not None and not self.takes_topk:

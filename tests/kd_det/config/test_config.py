@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from kd_det.checks import failures, training_checks
+from kd_core.utils.errors import UserError
+from kd_det.checks import check_before_training, failures, training_checks
 from kd_det.config import all_keys, build_box_loss, kd_defaults, merge_file, merge_list
 from kd_det.engine.launch import read_config
 
@@ -128,6 +129,7 @@ ADAMW = ("SOLVER.OPTIMIZER", "stream_adamw")
         (("KD.BACKGROUND_WEIGHT", 0.1), "KD.BACKGROUND_WEIGHT is 0.1", ("KD.ROWS", "all"), "0.333"),
         (("KD.DENSE.GAMMA", 2.0), "KD.DENSE.GAMMA is 2.0", ("MODEL.META_ARCHITECTURE", "DistilledRCNN"), "1.0"),
         ((*ADAMW, "SOLVER.STEP", "matched"), "SOLVER.STEP is 'matched'", ADAMW, "'paper'"),
+        (("TEST.AUG.ENABLED", True), "TEST.AUG.ENABLED is True", ("the evaluation",), "False"),
         (REPEATS, "DATALOADER.REPEAT_THRESHOLD is 0.1", ("DATALOADER.SAMPLER_TRAIN", "TrainingSampler"), "0.0"),
     ],
 )
@@ -179,3 +181,19 @@ def test_a_k_that_the_classes_do_not_allow_is_refused_when_the_loss_is_built():
     merge_list(cfg, ["KD.LOSS.NAME", "gdkd", "KD.LOSS.GDKD.K", "11", "MODEL.ROI_HEADS.NUM_CLASSES", "10"])
     with pytest.raises(ValueError, match=r"^KD.LOSS gdkd: k is 11, but it must be below the number of classes, 11"):
         build_box_loss(cfg)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("MODEL.META_ARCHITECTURE", "DistiledRCNN"), r"ARCHITECTURE is 'DistiledRCNN', .* did you mean DistilledRCNN"),
+        (("MODEL.BACKBONE.NAME", "build_resnet_fpn"), r"NAME is 'build_resnet_fpn', .* did you mean build_resnet"),
+        (("MODEL.BACKBONE.NAME", "mine"), r"NAME is 'mine', which is not registered: import the module that registers"),
+        (("SOLVER.MAX_ITER", 0), r"SOLVER.MAX_ITER is 0, expected a whole number ≥ 1"),
+        (("SOLVER.BASE_LR", -1.0), r"SOLVER.BASE_LR is -1.0, expected a number ≥ 0"),
+        (("KD.LOSS.NAME", "kd", "KD.LOSS.WEIGHT", -1.0), r"LOSS kd: weight must not be below 0, and is -1.0"),
+    ],
+)
+def test_a_value_that_no_training_can_use_is_refused_by_its_key(tiny_cfg, words, message):
+    with pytest.raises(UserError, match=message):
+        check_before_training(tiny_cfg(*words), resume=False)
