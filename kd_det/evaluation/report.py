@@ -37,8 +37,9 @@ def read_run(output_dir: Path) -> Run:
     Raises:
         UserError: the folder holds no finished, evaluated training.
     """
-    lines, tested = read_lines(output_dir / "metrics.json"), read_student(output_dir).DATASETS.TEST
-    group = "bbox" if len(tested) < 2 else f"{tested[0]}/bbox"
+    lines, group = read_lines(output_dir / "metrics.json"), "bbox"
+    if any(key.endswith("/bbox/AP") for line in lines for key in line):  # several test sets, each by its name
+        group = f"{read_student(output_dir).DATASETS.TEST[0]}/bbox"
     results = [line for line in lines if f"{group}/AP" in line]
     times = [line["time"] for line in lines if "time" in line]
     if not results or not times:
