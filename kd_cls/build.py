@@ -55,7 +55,7 @@ def build_trainer(cfg: CfgNode, process: Process, resumed: dict[str, Any] | None
     loaders = build_loaders(cfg, data, stats, process)
     teacher = attach_teacher(cfg, data, stats, process) if distils(cfg.KD) else None
     criterion = create_classification_loss(smoothing=cfg.SOLVER.LABEL_SMOOTHING, soft_targets=mixes(cfg))
-    check_last_batch(cfg, model, stats, loaders.train.sampler)
+    check_last_batch(cfg, student, stats, loaders.train.sampler)
     features = build_features(cfg, model, stats, teacher)
     amp_dtype, device = autocast_dtype(cfg), process.device
     task = DistillationTask(
@@ -101,7 +101,7 @@ def build_features(
     return {"feature": loss, "readers": readers}
 
 
-def check_last_batch(cfg: CfgNode, model: nn.Module, stats: InputStats, sampler: EpochSampler) -> None:
+def check_last_batch(cfg: CfgNode, student: Student, stats: InputStats, sampler: EpochSampler) -> None:
     """Refuse a batch, or a micro-batch, of one image for a network that has a BatchNorm of a 1×1 map."""
     batch, steps = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE_STEPS
     if sampler.batch_size == steps:
@@ -114,7 +114,7 @@ def check_last_batch(cfg: CfgNode, model: nn.Module, stats: InputStats, sampler:
         return
     if cfg.KD.FEATURE.NAME != "none":
         name = f"KD.FEATURE.NAME {cfg.KD.FEATURE.NAME}"
-    elif not trains_on_one_image(model, stats.size):
+    elif not trains_on_one_image(student, stats.size):
         name = f"MODEL.NAME {cfg.MODEL.NAME} at {stats.size} px"
     else:
         return
@@ -123,9 +123,9 @@ def check_last_batch(cfg: CfgNode, model: nn.Module, stats: InputStats, sampler:
     )
 
 
-def trains_on_one_image(model: nn.Module, size: int) -> bool:
-    """Whether a copy of a network takes one image in training mode."""
-    copy = deepcopy(model).train()
+def trains_on_one_image(student: Student, size: int) -> bool:
+    """Whether a copy of a student takes one image in training mode."""
+    copy = deepcopy(student).train()
     try:
         with torch.no_grad():
             copy(torch.zeros(1, 3, size, size))

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
-import numpy as np
 import timm
 import torch
 from fvcore.common.config import CfgNode
@@ -85,7 +84,9 @@ def input_stats(cfg: CfgNode, model: nn.Module, resumed: dict[str, Any] | None =
 def own_size(model: nn.Module, kwargs: str) -> int:
     """Side of the images that a network is made for: `img_size` of its KWARGS, else that of timm's pretrained_cfg."""
     given = parse_mapping(kwargs, "KWARGS").get("img_size")
-    return model.pretrained_cfg["input_size"][-1] if given is None else list(np.ravel(given))[-1]
+    if given is None:
+        return model.pretrained_cfg["input_size"][-1]
+    return given if isinstance(given, int) else given[-1]
 
 
 def check_size(model: nn.Module, kwargs: str, size: int, key: str, size_key: str) -> None:

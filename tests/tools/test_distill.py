@@ -131,6 +131,7 @@ def test_a_wrong_word_may_be_corrected_in_the_same_folder(command, tmp_path):
         command("--student", "resnet18", "SOLVER.OPTIMIZER", "deepkdsgd")
     with pytest.raises(SystemExit, match=r"DATASETS\.TEST is empty"):
         command("--student", "resnet18", "DATASETS.TEST", "()")
+    assert not (tmp_path / f"out_{tmp_path.name}" / "distill.yaml").exists()
     with pytest.raises(SystemExit, match="--method kdd"):
         command("--student", "resnet18", "--method", "kdd")
 

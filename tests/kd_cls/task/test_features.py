@@ -197,6 +197,8 @@ def test_a_last_batch_of_one_image_is_refused_before_training(tiny: Callable, pr
     message = r"resnet10t at 32 px does not go with a last batch of one image, as 33 .* Set DATA.TRAIN_IMAGES 32"
     with pytest.raises(ValueError, match=message):
         build_trainer(tiny("DATA.TRAIN_IMAGES", 33, "MODEL.NAME", "resnet10t", "DATA.INPUT_SIZE", 32), process)
+    frozen = ("MODEL.FREEZE_BN", True, "MODEL.NAME", "resnet10t", "DATA.INPUT_SIZE", 32)
+    build_trainer(tiny("DATA.TRAIN_IMAGES", 33, *frozen), process)  # its BatchNorm layers count no batch
     message = r"resnet10t at 32 px does not go with micro-batches of one image .* Set fewer SOLVER.ACCUMULATE_STEPS"
     words = ("SOLVER.IMS_PER_BATCH", 4, "SOLVER.ACCUMULATE_STEPS", 4, "DATA.INPUT_SIZE", 32)
     with pytest.raises(ValueError, match=message):

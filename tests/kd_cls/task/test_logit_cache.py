@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
-from kd_cls.build import build_trainer
+from kd_cls.build import build_trainer, fingerprint
+from kd_cls.data.images import ImageList
 from kd_cls.distributed import Process
 from kd_cls.task.logit_cache import LogitCache
 from kd_cls.train import train
@@ -150,3 +152,15 @@ def test_images_that_do_not_come_again_are_not_cached(tiny: Callable, process: P
     ):
         with pytest.raises(ValueError, match=f"keeps logits of images that come again, and {reason}"):
             train(tiny(*CACHED, "full", *options), process)
+
+
+def test_another_file_of_a_folder_makes_another_data_set_wherever_the_folder_is(tmp_path: Path) -> None:
+    """Also one that is not among the few images that are looked at."""
+    found = []
+    for folder, names in (("a", range(40)), ("b", range(40)), ("c", [*range(39), 77])):
+        samples = [(str(tmp_path / folder / "cat" / f"{name}.png"), 0) for name in names]
+        for path, _ in samples:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (2, 2)).save(path)
+        found.append(fingerprint(ImageList(samples, ["cat"])))
+    assert found[0] == found[1] != found[2]

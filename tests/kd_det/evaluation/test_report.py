@@ -41,6 +41,14 @@ def test_a_run_is_read_from_its_folder(finished):
     assert run.training_seconds == pytest.approx(0.6 * 40)
 
 
+def test_of_several_test_sets_the_first_is_read(finished, tiny_cfg):
+    folder, _ = finished
+    (folder / "student.yaml").write_text(student_config(tiny_cfg("DATASETS.TEST", ("second", "first"))).dump())
+    values = {f"{name}/bbox/{key}": ap for name, ap in (("first", 10.0), ("second", 20.0)) for key in report.KEYS}
+    (folder / "metrics.json").write_text(json.dumps({"iteration": 40, "time": 0.5, **values}) + "\n")
+    assert report.read_run(folder).ap == 20.0
+
+
 def test_a_schedule_that_more_processes_shortened_ends_where_run_json_says(tmp_path):
     info = {"max_iter": 20}
     folder = report_runs.write_run(tmp_path / "run", lines=report_runs.finished_lines(30.0, 20), info=info)
