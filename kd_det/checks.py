@@ -8,7 +8,18 @@ from functools import partial
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY
+from detectron2.modeling import (
+    ANCHOR_GENERATOR_REGISTRY,
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    PROPOSAL_GENERATOR_REGISTRY,
+    ROI_BOX_HEAD_REGISTRY,
+    ROI_HEADS_REGISTRY,
+    ROI_KEYPOINT_HEAD_REGISTRY,
+    ROI_MASK_HEAD_REGISTRY,
+    RPN_HEAD_REGISTRY,
+    SEM_SEG_HEADS_REGISTRY,
+)
 from detectron2.utils import comm
 from fvcore.common.registry import Registry
 from torch import nn
@@ -29,6 +40,19 @@ from kd_det.modeling.teacher.acceleration import TeacherSpeed
 from kd_det.modeling.teacher.build import check_teacher_weights, each_teacher, named_in_list, teacher_config
 from kd_det.solver import check_images, check_solver, check_values, scale_to_world_size
 
+NAMES = {
+    "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
+    "MODEL.BACKBONE.NAME": BACKBONE_REGISTRY,
+    "MODEL.ANCHOR_GENERATOR.NAME": ANCHOR_GENERATOR_REGISTRY,
+    "MODEL.PROPOSAL_GENERATOR.NAME": PROPOSAL_GENERATOR_REGISTRY,
+    "MODEL.RPN.HEAD_NAME": RPN_HEAD_REGISTRY,
+    "MODEL.ROI_HEADS.NAME": ROI_HEADS_REGISTRY,
+    "MODEL.ROI_BOX_HEAD.NAME": ROI_BOX_HEAD_REGISTRY,
+    "MODEL.ROI_MASK_HEAD.NAME": ROI_MASK_HEAD_REGISTRY,
+    "MODEL.ROI_KEYPOINT_HEAD.NAME": ROI_KEYPOINT_HEAD_REGISTRY,
+}
+# detectron2's words for: the ROI heads have a box head of their own; proposals are read from files.
+NO_PART = {"MODEL.ROI_BOX_HEAD.NAME": "", "MODEL.PROPOSAL_GENERATOR.NAME": "PrecomputedProposals"}
 CONVERT_HINT = "tools/convert_weights.py makes ImageNet weights of ResNets"
 
 
@@ -81,8 +105,8 @@ def training_checks(cfg: CfgNode, world_size: int = 1, resume: bool = False) -> 
     yield Check("SOLVER", partial(check_solver, cfg))
     yield Check("SOLVER.IMS_PER_BATCH", partial(check_batch, cfg, world_size))
     yield Check("MODEL", partial(check_synchronised_norms, cfg, world_size))
-    yield Check("MODEL.META_ARCHITECTURE", partial(check_name, cfg, "MODEL.META_ARCHITECTURE", META_ARCH_REGISTRY))
-    yield Check("MODEL.BACKBONE.NAME", partial(check_name, cfg, "MODEL.BACKBONE.NAME", BACKBONE_REGISTRY))
+    for key, registry in NAMES.items():
+        yield Check(key, partial(check_name, cfg, key, registry))
     yield Check("MODEL.META_ARCHITECTURE", partial(check_meta_architecture, cfg))
     yield Check("MODEL.TIMM", partial(check_backbone, cfg))
     yield Check("MODEL.SEM_SEG_HEAD.NAME", partial(check_segmentation_head, cfg))
@@ -156,7 +180,7 @@ def check_max_iter(cfg: CfgNode) -> None:
 def check_name(cfg: CfgNode, key: str, registry: Registry) -> None:
     """Refuse a name that is in none of detectron2's or this package's registrations."""
     name = lookup(cfg, key)
-    if name not in registry:
+    if name not in registry and name != NO_PART.get(key):
         near = difflib.get_close_matches(name, [known for known, _ in registry], n=2)
         hint = f"did you mean {' or '.join(near)}?" if near else "import the module that registers it first"
         raise UserError(f"{key} is {name!r}, which is not registered: {hint}")

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, downgrade_config, upgrade_config
 
@@ -15,8 +16,9 @@ def merge_file(cfg: CfgNode, path: str) -> None:
     """Merge a yaml file and its `_BASE_` files into `cfg`; a file with an older VERSION is upgraded.
 
     Raises:
-        UserError: as `kd_core.utils.config.merge_file`; a VERSION that this detectron2 does not know.
+        UserError: as `kd_core.utils.config.merge_file`; a VERSION that this detectron2 does not know; a LazyConfig.
     """
+    refuse_lazy(path)
     # Of the model zoo's files some compute their anchors by a yaml tag; they are code of the installed detectron2.
     zoo = Path(model_zoo.__file__).parent / "configs"
     values = read_yaml(path, CfgNode, trusted=Path(path).is_relative_to(zoo))
@@ -30,6 +32,22 @@ def merge_file(cfg: CfgNode, path: str) -> None:
     upgraded = upgrade_config(old)
     cfg.clear()
     return cfg.update(upgraded)
+
+
+def refuse_lazy(path: str) -> None:
+    """Raise a UserError for a yaml that a LazyConfig was written to; its tags, which run code, are not followed."""
+    try:
+        with open(find_config(path), encoding="utf-8") as file:
+            root = yaml.compose(file)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):  # read_yaml says what is wrong
+        return
+    entries = root.value if isinstance(root, yaml.MappingNode) else []
+    model = next((value for key, value in entries if key.value == "model"), None)
+    if isinstance(model, yaml.MappingNode) and any(key.value == "_target_" for key, _ in model.value):
+        raise UserError(
+            f"{path} is of a LazyConfig: plain detectron2 builds its model as it is, by "
+            f"instantiate(LazyConfig.load({path!r}).model); tools/lazyconfig_train_net.py trains one"
+        )
 
 
 def read_config(path: str, options: list[str]) -> CfgNode:

@@ -1,18 +1,19 @@
-"""Image files that cannot be decoded in the middle of a training: named, or skipped (DATASETS.BAD_IMAGES)."""
+"""Image files that cannot be decoded in the middle of a run: named, or, in training, skipped (DATASETS.BAD_IMAGES)."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from detectron2.data.detection_utils import check_image_size, read_image
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from kd_core.utils.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
 
 ON_BAD_IMAGE = ("error", "skip")
+CHECK_DATA = "tools/check_data.py lists all such files and writes a json without them"
 
 
 def check_on_bad_image(value: str) -> None:
@@ -67,13 +68,50 @@ class NamedBadImages(Dataset):
                     raise
             if self.on_bad_image == "error":
                 return BadImage(
-                    f"{record['file_name']} cannot be used: {reason}. tools/check_data.py lists all such files and "
-                    "writes a json without them; DATASETS.BAD_IMAGES skip leaves them out"
+                    f"{record['file_name']} cannot be used: {reason}. {CHECK_DATA}; DATASETS.BAD_IMAGES skip leaves "
+                    "them out"
                 )
             if record["file_name"] not in self.logged:
                 self.logged.add(record["file_name"])
                 logger.warning("DATASETS.BAD_IMAGES skip: %s is left out: %s", record["file_name"], reason)
         return BadImage(f"DATASETS.BAD_IMAGES skip: not one of the {len(self)} images can be decoded")
+
+
+class NamedTestImages:
+    """The mapper of a test set, where an image that cannot be decoded is named. None is skipped: an AP is of them all.
+
+    Args:
+        mapper: maps a record to a sample.
+    """
+
+    def __init__(self, mapper: Callable[[dict[str, Any]], Any]) -> None:
+        self.mapper = mapper
+
+    def __call__(self, record: dict[str, Any]) -> Any:
+        try:
+            return self.mapper(record)
+        except Exception:
+            reason = why_unreadable(record)
+            if reason is None:
+                raise
+        return BadImage(f"{record['file_name']} cannot be used: {reason}. {CHECK_DATA}")
+
+
+class TestLoader:
+    """The batches of `loader`, up to one with a BadImage: there it raises the UserError."""
+
+    __test__ = False  # to pytest
+
+    def __init__(self, loader: DataLoader) -> None:
+        self.loader, self.dataset = loader, loader.dataset
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        for batch in self.loader:
+            BadImage.refuse(batch)
+            yield batch
 
 
 def why_unreadable(record: dict[str, Any]) -> str | None:

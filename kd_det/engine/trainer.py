@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader
+from detectron2.data import DatasetMapper, build_detection_test_loader
 from detectron2.engine import HookBase, TrainerBase, hooks
 from detectron2.engine.defaults import default_writers
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format, verify_results
@@ -23,7 +23,6 @@ from torch import nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
 
 from kd_core.utils.errors import DivergedError, UserError
 from kd_core.utils.files import cut_metrics
@@ -43,6 +42,7 @@ from kd_det.checkpoint.resume import (
 from kd_det.checks import check_frozen_weights, check_synchronised_norms
 from kd_det.compat import deeplab_scheduler, distribute
 from kd_det.config.student import plain_config
+from kd_det.data.bad_images import NamedTestImages, TestLoader
 from kd_det.data.loader import TrainLoader, build_train_loader
 from kd_det.engine.console import describe, restore_console
 from kd_det.engine.hooks.checkpointing import KeepBest, SaveStudentConfig, SeedEachStep
@@ -362,8 +362,9 @@ class DistillationTrainer(TrainerBase):
         return build(cfg, optimizer)
 
     @classmethod
-    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
-        return build_detection_test_loader(cfg, dataset_name)
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> TestLoader:
+        mapper = NamedTestImages(DatasetMapper(cfg, is_train=False))
+        return TestLoader(build_detection_test_loader(cfg, dataset_name, mapper=mapper))
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:

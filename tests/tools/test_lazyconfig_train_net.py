@@ -21,6 +21,7 @@ from helpers.report_runs import Page
 from kd_core.utils.errors import UserError
 from kd_det.config.lazy import engine_config, in_lazy_words, write_lazy_student
 from kd_det.engine.lazy_trainer import LazyTrainer, main, refuse_random_frozen, setup
+from kd_det.export import read_config
 from kd_det.modeling.backbone import timm_bottom_up
 from kd_det.modeling.teacher.lazy import load_lazy
 
@@ -202,6 +203,8 @@ def test_the_configs_of_the_folder_build_their_students_and_write_them_for_detec
     assert type(plain) is GeneralizedRCNN
     shapes = [{k: v.shape for k, v in model.state_dict().items()} for model in (plain, student)]
     assert shapes[0] == shapes[1]
+    with pytest.raises(UserError, match=r"student.yaml is of a LazyConfig: plain detectron2 builds its model"):
+        read_config(str(tmp_path / "student.yaml"))
 
 
 def test_the_engines_keys_are_said_by_their_lazy_names():

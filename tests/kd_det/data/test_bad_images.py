@@ -1,4 +1,4 @@
-"""Training images that cannot be decoded: named in one line, or skipped in a way that a resume repeats."""
+"""Images that cannot be decoded: named in one line, or, in training, skipped in a way that a resume repeats."""
 
 import json
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from kd_core.utils.errors import UserError
 from kd_det.checks import check_before_training
 from kd_det.data import register_datasets
 from kd_det.data.loader import build_train_loader
+from kd_det.engine.trainer import DistillationTrainer
 
 
 @pytest.fixture
@@ -53,6 +54,16 @@ def test_by_default_the_training_ends_with_one_line_that_names_the_file(broken_c
     with pytest.raises(UserError, match=r"2\.jpg cannot be used: .*truncated.*DATASETS\.BAD_IMAGES skip") as raised:
         batches(broken_cfg("DATALOADER.NUM_WORKERS", workers), 4)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_evaluation_ends_with_one_line_that_names_the_file(broken_cfg, workers):
+    cfg = broken_cfg("DATALOADER.NUM_WORKERS", workers, "DATASETS.BAD_IMAGES", "skip")
+    loader = DistillationTrainer.build_test_loader(cfg, cfg.DATASETS.TRAIN[0])
+    assert len(loader) == 4
+    with pytest.raises(UserError, match=r"2\.jpg cannot be used: .*truncated.*check_data") as raised:
+        list(loader)
+    assert "\n" not in str(raised.value) and "BAD_IMAGES" not in str(raised.value)
 
 
 def test_skipped_images_are_replaced_the_same_way_after_a_resume(broken_cfg, caplog):
