@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from kd_cls.evaluate import evaluate_checkpoint
 from kd_cls.report import CURVES, Predictions, classifier_page, predict, read_classifier_run
 from kd_cls.train import train
 from kd_core import losses
-from kd_core.utils.report.runs import assign_roles
+from kd_core.utils.report.runs import Run, assign_roles, by_title
 
 
 @pytest.fixture
@@ -82,3 +83,22 @@ def test_a_training_leaves_its_page_its_origin_and_a_status_line(tiny, tmp_path,
     lines = (tmp_path / "run" / "log.txt").read_text().splitlines()
     assert "Status: at iteration 4 of 8 (50 %), top-1" in "\n".join(lines)
     assert "Status: finished, iteration 8 of 8 (100 %), top-1" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("folders", "titles"),
+    [
+        (["a/seed_0", "a/seed_1", "b/seed_0", "b/seed_1"], ["DKD [a/seed_0]", "DKD [b/seed_0]"]),
+        (["out/a", "out/a_1", "out/b", "out/b_1"], ["DKD [a]", "DKD [b]"]),
+        (["out", "out", "out", "out"], ["DKD [out 1]", "DKD [out 2]"]),
+    ],
+    ids=["equal names", "other names", "equal paths"],
+)
+def test_methods_that_differ_in_more_than_the_seed_are_never_one_row(folders: list[str], titles: list[str]) -> None:
+    betas = (8.0, 8.0, 2.0, 2.0)
+    runs = [
+        Run(Path(folder), {"SEED": i % 2, "KD": {"LOSS": {"NAME": "dkd", "DKD": {"BETA": beta}}}}, [])
+        for i, (folder, beta) in enumerate(zip(folders, betas, strict=True))
+    ]
+    grouped = by_title(assign_roles(runs))
+    assert list(grouped) == titles and [len(group) for group in grouped.values()] == [2, 2]

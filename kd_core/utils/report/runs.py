@@ -3,7 +3,7 @@
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -168,7 +168,7 @@ def assign_roles(runs: Iterable[Run]) -> list[Run]:
     """Give every run its role and title, and put the teachers first, then plain training, then the students.
 
     A teacher is a run whose weights another one learns from, or whose folder is called so. Methods that differ in more
-    than the seed have different titles: the folder's name tells them apart.
+    than the seed have different titles: the end of the folder's path tells them apart.
     """
     runs = list(runs)
     teachers = {teacher for run in runs if (teacher := teacher_folder(run)) is not None}
@@ -184,11 +184,22 @@ def assign_roles(runs: Iterable[Run]) -> list[Run]:
         methods[run.title][method_identity(run.config)].append(run)
     for title, by_identity in methods.items():
         if len(by_identity) > 1:
-            for group in by_identity.values():
+            groups = list(by_identity.values())
+            for group, name in zip(groups, distinct_names([group[0].folder for group in groups]), strict=True):
                 for run in group:
-                    run.title = f"{title} [{group[0].folder.name}]"
+                    run.title = f"{title} [{name}]"
     order = ("teacher", "plain", "student")
     return sorted(runs, key=lambda run: order.index(run.role))
+
+
+def distinct_names(folders: Sequence[Path]) -> list[str]:
+    """As many last parts of the paths as it takes to tell them apart: the names, where these differ."""
+    names: list[str] = []
+    for depth in range(1, max(len(folder.parts) for folder in folders) + 1):
+        names = ["/".join(folder.parts[-depth:]) for folder in folders]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{name} {number}" for number, name in enumerate(names, 1)]  # of one folder, at different times
 
 
 def teacher_folder(run: Run) -> Path | None:
