@@ -21,6 +21,7 @@ DET = [
     "scikit-image",  # the photographs of the built-in data set
     "omegaconf",  # LazyConfig teachers
     "hydra-core",  # and their overrides
+    "unearth",  # fetches detectron2 (tools/install_detectron2.py)
 ]
 CLS = [*COMMON, "safetensors", "tqdm"]
 # Each needed by one option: WANDB.ENABLED, tools/export_student.py --onnx, tools/convert_weights.py efficientnet-lite0.
