@@ -35,7 +35,9 @@ def merge_file(cfg: CfgNode, path: str) -> None:
 
 
 def refuse_lazy(path: str) -> None:
-    """Raise a UserError for a yaml that a LazyConfig was written to; its tags, which run code, are not followed."""
+    """Raise a UserError for a LazyConfig, or a yaml that one was written to. None of its code is run."""
+    if path.endswith(".py"):
+        raise UserError(f"{path} is a LazyConfig: tools/lazyconfig_train_net.py trains it")
     try:
         with open(find_config(path), encoding="utf-8") as file:
             root = yaml.compose(file)

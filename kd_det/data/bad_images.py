@@ -103,7 +103,7 @@ class TestLoader:
     __test__ = False  # to pytest
 
     def __init__(self, loader: DataLoader) -> None:
-        self.loader, self.dataset = loader, loader.dataset
+        self.loader = loader
 
     def __len__(self) -> int:
         return len(self.loader)

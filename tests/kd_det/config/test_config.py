@@ -95,6 +95,11 @@ def test_overrides_without_a_value_are_refused():
         merge_list(kd_defaults(), ["SEED"])
 
 
+def test_a_lazyconfig_is_refused_with_the_tool_that_trains_it():
+    with pytest.raises(UserError, match=r"lsj_r101.py is a LazyConfig: tools/lazyconfig_train_net.py trains it"):
+        read_config("configs/LazyCOCO/dkd_r18_lsj_r101.py", [])
+
+
 def test_a_config_file_that_is_not_there_is_named():
     with pytest.raises(ValueError, match=r"--config-file: there is no file configs/none.yaml"):
         read_config("configs/none.yaml", [])
@@ -193,6 +198,8 @@ def test_a_k_that_the_classes_do_not_allow_is_refused_when_the_loss_is_built():
         (("MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFC"), r"ROI_BOX_HEAD.NAME is .* did you mean FastRCNNConvFCHead"),
         (("MODEL.RPN.HEAD_NAME", "StandardRPN"), r"RPN.HEAD_NAME is .* did you mean StandardRPNHead"),
         (("MODEL.ANCHOR_GENERATOR.NAME", "DefaultAnchors"), r"NAME is .* did you mean DefaultAnchorGenerator"),
+        (("MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConv"), r"MASK_HEAD.NAME is .* did you mean MaskRCNNConvUpsampleHead"),
+        (("MODEL.ROI_KEYPOINT_HEAD.NAME", "KRCNNConvUpsample"), r"KEYPOINT_HEAD.NAME is .* did you mean KRCNN"),
         (("MODEL.PROPOSAL_GENERATOR.NAME", "RNP"), r"PROPOSAL_GENERATOR.NAME is 'RNP', .* did you mean RPN"),
         (("SOLVER.MAX_ITER", 0), r"SOLVER.MAX_ITER is 0, expected a whole number ≥ 1"),
         (("SOLVER.BASE_LR", -1.0), r"SOLVER.BASE_LR is -1.0, expected a number ≥ 0"),
