@@ -49,5 +49,6 @@ def test_an_interrupted_table_resumes_and_repeats_nothing(tmp_path: Path) -> Non
     lines = table.read_text().splitlines()
     assert old.read_text() == "an older table"  # a whole new file has taken its place
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["teacher", "plain", "DeepKD (DKD), no mask"], text
-    assert lines[3].split("|")[-2].strip() == "1.00" and float(lines[4].split("|")[-2]) > 1
+    times = [line.split("|")[-2].strip() for line in lines[3:]]
+    assert times[0] == "1.00" and float(times[1]) > 0, text  # one timed iteration says no more
     assert "[demo] teacher: finished before" in text and finished.stat().st_mtime_ns == trained
