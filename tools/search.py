@@ -16,7 +16,8 @@ Interrupt it at any time: the same command skips what is finished and resumes th
 it in time. Everything is in OUTPUT (by default output/search/TABLE): a folder for each training, results.json, and
 report.md, which is drawn from the former. A training that fails, such as one that diverges, counts as a try without a
 result. TABLE may grow: new methods and seeds are trained beside what is there. With a results.json from elsewhere in
-OUTPUT, only the teacher and what is missing are trained.
+OUTPUT, only the teacher and what is missing are trained. A test that fails makes the exit status 1, and is tried again
+by the same command.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from demo import ROOT, Trainings, interrupt, run_command, wait_for
+from demo import ROOT, Trainings, interrupt, positive, run_command, wait_for
 
 from kd_core.utils.config import read_yaml
 from kd_core.utils.errors import UserError
@@ -52,6 +53,7 @@ PACKAGES = {
     "classification": (["-m", "kd_cls.train"], "val/top1", "last.pth"),
 }
 KEYS = ("package", "tries", "design_seed", "options", "teacher", "search", "test", "methods")
+METHOD = {"config": str, "grid": dict, "teacher": bool, "published": object}  # key of a method → type of its value
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def read_table(path: Path) -> dict[str, Any]:
     """A table's yaml.
 
     Raises:
-        UserError: no such file, a missing or unknown key, or an unknown package.
+        UserError: no such file, a missing or unknown key, an unknown package, or a grid without lists of values.
     """
     if not path.is_file():
         raise UserError(f"TABLE: there is no file {path}")
@@ -154,7 +156,28 @@ def read_table(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: {', '.join(sorted(wrong))} missing or unknown; a table has {', '.join(KEYS)}")
     if table["package"] not in PACKAGES:
         raise UserError(f"{path}: package is {table['package']!r}, expected {' or '.join(PACKAGES)}")
+    if not isinstance(table["tries"], int) or table["tries"] < 1:
+        raise UserError(f"{path}: tries is {table['tries']!r}, expected a whole number from 1")
+    for name, method in table["methods"].items():
+        check_method(f"{path}: methods.{name}", method)
     return table
+
+
+def check_method(where: str, method: Any) -> None:
+    """
+    Raises:
+        UserError: a method without a config, with an unknown key, or whose grid is not of lists.
+    """
+    if not isinstance(method, dict) or "config" not in method:
+        raise UserError(f"{where} has no config")
+    for key, value in method.items():
+        if key not in METHOD or not isinstance(value, METHOD[key]):
+            raise UserError(f"{where}.{key}: {value!r} is wrong or unknown; a method has {', '.join(METHOD)}")
+    for key, values in method.get("grid", {}).items():
+        if not isinstance(values, list) or not values:
+            raise UserError(
+                f"{where}.grid.{key} is {values!r}, expected a list of the values to try, as in [0.02, 0.01]"
+            )
 
 
 class Search:
@@ -168,7 +191,7 @@ class Search:
         self.results = Results(output / "results.json", identity)
         self.results.read()
         self.tries = {
-            name: design(method["grid"], table["tries"], table["design_seed"], name)
+            name: design(method.get("grid", {}), table["tries"], table["design_seed"], name)
             for name, method in table["methods"].items()
         }
         self.results.check("teacher", table["teacher"]["config"], self.teacher_words)
@@ -221,12 +244,23 @@ class Search:
         return max(found, key=lambda number: (values[number], -number)) if found else None
 
     def run(self, trainings: Trainings) -> None:
-        """Train whatever is missing: the teacher, every try, and the best of each method on the fresh seeds."""
+        """Train whatever is missing: the teacher, every try, and the best of each method on the fresh seeds.
+
+        Raises:
+            UserError: a test failed, now or in an earlier call and now again.
+        """
         for phase in (self.searches, self.tests):
-            if missing := [training for training in phase() if training.key not in self.results.entries]:
+            if missing := [training for training in phase() if self.is_missing(training)]:
                 self.train_teacher(trainings)
             for future in [trainings.pool.submit(self.train, trainings, training) for training in missing]:
                 wait_for(future)
+        if failed := [training.key for training in self.tests() if self.value(training) is None]:
+            raise UserError(f"{', '.join(failed)} failed; run the same command again to try again")
+
+    def is_missing(self, training: Training) -> bool:
+        """A failed try stays failed, as one that diverged. A failed test is missing: it may lack memory or disk."""
+        entry = self.results.entries.get(training.key)
+        return entry is None or (training.phase == "test" and entry.get("value") is None)
 
     def train_teacher(self, trainings: Trainings) -> None:
         """Train the teacher, unless this folder has it.
@@ -282,8 +316,8 @@ class Search:
         for name in self.names:
             searched = [t for t in self.searches() if t.method == name]
             done = [t for t in searched if t.key in self.results.entries]
-            failed = sum(self.value(t) is None for t in done)
             tests = [t for t in self.tests() if t.method == name]
+            failed = sum(self.value(t) is None for t in (*done, *tests) if t.key in self.results.entries)
             values = [value for t in tests if (value := self.value(t)) is not None]
             best, validation, chosen = self.best(name), "", ""
             if best is not None and searched:
@@ -325,11 +359,18 @@ def evaluations(path: Path, metric: str) -> dict[str, Any]:
 
 
 def of_results(path: Path) -> Search:
-    """The search that a results.json is of, by the table's name, to draw what is in it; trains nothing."""
-    entries = json.loads(path.read_text(encoding="utf-8"))
-    table = ROOT / "configs" / "Search" / entries["table"]
-    search = Search(read_table(table), parse([str(table)]), path.parent)
-    search.results.entries = {entry["training"]: entry for entry in entries["trainings"]}
+    """The search that a results.json is of, by the table's name, to draw what is in it; trains nothing.
+
+    Raises:
+        UserError: the table is not one of configs/Search.
+    """
+    found = json.loads(path.read_text(encoding="utf-8"))
+    table = ROOT / "configs" / "Search" / found["table"]
+    if not table.is_file():
+        raise UserError(f"{path} is of {table.name}, which is not in configs/Search: move it there, or draw it with "
+                        "tools/search.py TABLE --report")  # fmt: skip
+    search = Search(read_table(table), parse([str(table), *found["command line options"]]), path.parent)
+    search.results.entries = {entry["training"]: entry for entry in found["trainings"]}
     return search
 
 
@@ -337,7 +378,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", type=Path, metavar="TABLE", help="configs/Search/*.yaml")
     parser.add_argument("--methods", nargs="+", help="methods of the table to run (default: all)")
-    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time; the cores are divided among them")
+    parser.add_argument(
+        "--jobs", type=positive, default=1, help="trainings at a time; the cores are divided among them"
+    )
     parser.add_argument("--output", type=Path, help="default: output/search/TABLE")
     parser.add_argument("--minutes", type=float, help="stop after so long; the same command resumes")
     parser.add_argument("--report", action="store_true", help="only draw report.md from results.json")

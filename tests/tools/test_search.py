@@ -35,7 +35,7 @@ def read_results(folder: Path) -> list[dict]:
     return json.loads((folder / "out" / "results.json").read_text())["trainings"]
 
 
-def add(search, training, value: float) -> None:
+def add(search, training, value: float | None) -> None:
     """The entry of a training that has ended with `value`."""
     search.results.add(
         {"training": training.key, "value": value} | search.origin(0, training.config, search.words(training))
@@ -81,6 +81,59 @@ def test_a_search_stopped_in_time_and_interrupted_resumes_counts_a_failed_try_an
     cells = [cell.strip() for cell in (tmp_path / "out" / "report.md").read_text().splitlines()[-1].split("|")[1:-1]]
     value = f"{tested['value']:.2f}"
     assert cells == ["DKD", value, "1", f"{good['value']:.2f}", "2", "1", "SOLVER.BASE_LR 0.05"]
+
+
+def test_a_failed_test_is_trained_again_and_one_that_fails_again_is_the_exit_status(load_tool, tmp_path: Path) -> None:
+    tool = load_tool("search")
+    bad = {"config": "configs/Digits/cls_dkd.yaml", "grid": {"SOLVER.BASE_LR": [-1.0]}}
+    table = write_table(tmp_path, tries=1, methods={"DKD": TABLE["methods"]["DKD"], "bad": bad})
+    words = ["--output", str(tmp_path / "out"), *SHORT]
+    search = tool.Search(tool.read_table(table), tool.parse([str(table), *words]), tmp_path / "out")
+    search.output.mkdir()
+    for training in search.tests():  # as after a full disk
+        add(search, training, None)
+    done = forked.run(["tools/search.py", table, *words], timeout=900)
+    assert done.returncode == 1 and "search: test/bad/try0_seed0 failed; run the same command" in done.stderr, (
+        done.stderr
+    )
+    found = {entry["training"]: entry["value"] for entry in read_results(tmp_path)}
+    assert found["test/DKD/try0_seed0"] > 0 and found["test/bad/try0_seed0"] is None
+    assert [line.split("|")[-2].strip() for line in done.stdout.splitlines() if line.startswith("| bad")] == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tries": 0}, "tries is 0, expected a whole number from 1"),
+        ({"methods": {"DKD": {"grid": {}}}}, "methods.DKD has no config"),
+        ({"methods": {"DKD": {"config": "a.yaml", "gird": {}}}}, "methods.DKD.gird: {} is wrong or unknown"),
+        ({"methods": {"DKD": {"config": "a.yaml", "grid": {"SEED": 1}}}}, "grid.SEED is 1, expected a list"),
+        ({"methods": {"DKD": {"config": "a.yaml", "grid": {"SEED": "12"}}}}, "grid.SEED is '12', expected a list"),
+    ],
+)
+def test_a_table_that_is_wrong_is_refused(changes: dict, message: str, load_tool, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_tool("search").main([str(write_table(tmp_path, **changes))])
+
+
+def test_no_jobs_are_refused(load_tool, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        load_tool("search").main([str(write_table(tmp_path)), "--jobs", "0"])
+    assert "--jobs: 0: expected a whole number from 1" in capsys.readouterr().err
+
+
+def test_a_page_draws_from_results_with_options_and_names_a_table_that_is_elsewhere(load_tool, tmp_path: Path) -> None:
+    tool, path = load_tool("search"), ROOT / "configs" / "Search" / "cls_digits.yaml"
+    words = ["SOLVER.EPOCHS", "1"]
+    search = tool.Search(tool.read_table(path), tool.parse([str(path), *words]), tmp_path)
+    add(search, search.searches()[0], 61.0)
+    assert tool.of_results(tmp_path / "results.json").report() == search.report()
+    own = write_table(tmp_path)
+    other = tool.Search(tool.read_table(own), tool.parse([str(own)]), tmp_path / "own")
+    other.output.mkdir()
+    add(other, other.searches()[0], 61.0)
+    with pytest.raises(ValueError, match=r"is of table\.yaml, which is not in configs/Search"):
+        tool.of_results(tmp_path / "own" / "results.json")
 
 
 def test_a_table_of_one_try_has_no_search_and_its_published_values_have_a_column(load_tool, tmp_path: Path) -> None:
