@@ -8,8 +8,11 @@
     tools/check_data.py train.json train_images --output cleaned.json # and write a copy without the faulty entries
 
 Every image is there, decodes, and has the size that the json says; every box has an area and lies in its image; ids
-are unique and categories known; no image is in two splits. It names the first places of each kind of problem and their
-count, and exits with status 1 if there is any. Remarks do not change the status.
+are unique and categories known; no image is in two splits. For semantic segmentation, every image has a label map of
+its size that holds no id but those of classes and ignored pixels.
+
+It names the first places of each kind of problem and their count, and exits with status 1 if there is any. Remarks do
+not change the status.
 """
 
 import argparse
@@ -17,6 +20,7 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -36,23 +40,84 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
-    return exit_on_user_error("check_data", lambda: check(parse(arguments)))
+    wrong = exit_on_user_error("check_data", lambda: check(parse(arguments)))
+    print(f"{wrong} problem{'s' * (wrong != 1)}" if wrong else "nothing is wrong")
+    return 1 if wrong else 0
 
 
 def check(args: argparse.Namespace) -> int:
-    """Check what the arguments name; 1 if anything is wrong with it."""
+    """Check what the arguments name, and print what is found; returns the number of problems."""
+    if args.output and not args.output.absolute().parent.is_dir():
+        raise UserError(f"--output {args.output}: there is no folder {args.output.parent}")
     first = Path(args.data[0])
     if first.suffix in (".yaml", ".yml"):
-        return check_json_files(splits_of_config(str(first), args.data[1:]), args)
+        return check_config(str(first), args.data[1:], args)
     if first.is_dir() and len(args.data) == 1:
         from kd_cls.data.check import check_images
 
+        if args.output:
+            raise UserError(f"--output writes a COCO json, and {first} is a folder of classes")
         report, found = check_images(args.name, first, args.workers, progress)
         print(found)
-        return conclude([report])
+        return print_report(report)
     if len(args.data) % 2:
         raise UserError(f"{' '.join(args.data)}: expected a config, a folder of classes, or JSON IMAGES pairs")
     return check_json_files(list(zip(args.data[::2], args.data[1::2], strict=True)), args)
+
+
+def check_config(path: str, options: list[str], args: argparse.Namespace) -> int:
+    """DATASETS.TRAIN and TEST of a detector's config: COCO json files, label maps, or both, as its model needs."""
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    from kd_det.data import prepare_digits, register_datasets
+    from kd_det.data.register import check_on_disk
+    from kd_det.engine.launch import read_config
+    from kd_det.modeling.meta_arch.registry import PIXEL_CLASSES, class_keys
+
+    cfg = read_config(path, options)
+    register_datasets(cfg)
+    json_files, label_maps = [], []
+    for name in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):
+        if name not in DatasetCatalog:
+            raise UserError(f"{path}: no data set is called {name!r}: add it with DATASETS.REGISTER")
+        if name.startswith("digits_"):
+            prepare_digits()
+        check_on_disk(path, name)
+        metadata = MetadataCatalog.get(name)
+        if metadata.get("json_file") and metadata.get("image_root"):
+            json_files.append((metadata.json_file, metadata.image_root))
+        elif not metadata.get("sem_seg_root", metadata.get("gt_dir")):
+            raise UserError(f"{path}: {name} has neither a COCO json nor label maps, so it cannot be checked")
+        if PIXEL_CLASSES in class_keys(cfg.MODEL.META_ARCHITECTURE):
+            label_maps.append(label_maps_of(name, cfg.MODEL.SEM_SEG_HEAD))
+    wrong = check_json_files(json_files, args) if json_files else 0
+    return wrong + (check_label_maps(label_maps, args) if label_maps else 0)
+
+
+def label_maps_of(name: str, head: Any) -> Any:
+    """The label maps of a registered data set, for a config's MODEL.SEM_SEG_HEAD."""
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    from kd_det.data.check import LabelMaps
+    from kd_det.data.label_maps import label_map_pairs
+
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("json_file") or not metadata.get("image_root"):
+        pairs = [(Path(r["file_name"]), Path(r["sem_seg_file_name"])) for r in DatasetCatalog.get(name)]
+    else:
+        pairs = label_map_pairs(metadata.image_root, metadata.sem_seg_root)
+    return LabelMaps(name, pairs, head.NUM_CLASSES, head.IGNORE_VALUE)
+
+
+def check_label_maps(splits: list[Any], args: argparse.Namespace) -> int:
+    """Images with label maps: `LabelMaps` of kd_det.data.check."""
+    from kd_det.data import check
+
+    together, wrong = check.check_label_maps(splits, args.workers, progress), 0
+    for split in splits:
+        print(f"{split.name}: {len(split.pairs)} images with label maps")
+        wrong += print_report(split.report)
+    return wrong + print_report(together)
 
 
 def check_json_files(splits: list[tuple[str, str]], args: argparse.Namespace) -> int:
@@ -61,40 +126,17 @@ def check_json_files(splits: list[tuple[str, str]], args: argparse.Namespace) ->
 
     if args.output and len(splits) != 1:
         raise UserError(f"--output writes one json, but {len(splits)} were given: clean them one at a time")
-    files, together = check_coco(splits, args.workers, progress)
+    (files, together), wrong = check_coco(splits, args.workers, progress), 0
     for file in files:
         content = file.content
         counts = ", ".join(f"{len(content[key])} {key}" for key in ("images", "annotations", "categories"))
         print(f"{file.json_file}: {counts}")
-        print_report(file.report)
+        wrong += print_report(file.report)
     if args.output:
         cleaned = files[0].cleaned()
         write_text(args.output, json.dumps(cleaned))
         print(f"{args.output}: {len(cleaned['images'])} images, {len(cleaned['annotations'])} annotations")
-    return conclude([together], [file.report for file in files])
-
-
-def splits_of_config(path: str, options: list[str]) -> list[tuple[str, str]]:
-    """The json files and image folders of a detector's config."""
-    from detectron2.data import DatasetCatalog, MetadataCatalog
-
-    from kd_det.data import prepare_digits, register_datasets
-    from kd_det.engine.launch import read_config
-
-    cfg = read_config(path, options)
-    register_datasets(cfg)
-    splits = {}
-    for name in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):
-        if name not in DatasetCatalog:
-            raise UserError(f"{path}: no data set is called {name!r}: add it with DATASETS.REGISTER")
-        metadata = MetadataCatalog.get(name)
-        if name.startswith("digits_"):
-            prepare_digits()
-        if metadata.get("json_file") is None or metadata.get("image_root") is None:
-            print(f"{name} has no COCO json: not looked at")
-            continue
-        splits[name] = (metadata.json_file, metadata.image_root)
-    return list(splits.values())
+    return wrong + print_report(together)
 
 
 def progress(results: Iterable, total: int) -> Iterable:
@@ -102,18 +144,11 @@ def progress(results: Iterable, total: int) -> Iterable:
     return tqdm(results, total=total, unit="image", file=sys.stderr, leave=False, disable=not sys.stderr.isatty())
 
 
-def print_report(report: DataReport) -> None:
+def print_report(report: DataReport) -> int:
+    """Print what a report says; returns the number of its problems."""
     for line in report.lines():
         print(f"  {line}")
-
-
-def conclude(reports: list[DataReport], printed: Sequence[DataReport] = ()) -> int:
-    """Print what was not printed yet, and the verdict."""
-    for report in reports:
-        print_report(report)
-    wrong = sum(len(places) for report in (*reports, *printed) for places in report.problems.values())
-    print(f"{wrong} problem{'s' * (wrong != 1)}" if wrong else "nothing is wrong")
-    return 1 if wrong else 0
+    return sum(map(len, report.problems.values()))
 
 
 if __name__ == "__main__":

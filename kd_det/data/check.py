@@ -1,10 +1,10 @@
-"""Checks COCO annotation files before a training: structure, boxes, and every image file."""
+"""Checks data sets before a training: COCO files (structure, boxes, every image) and label maps."""
 
 import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,12 @@ from detectron2.data.detection_utils import read_image
 
 from kd_core.utils.data_check import DataReport, file_digest, in_parallel, report_shared, summary
 from kd_core.utils.errors import UserError, one_line
+from kd_det.data.label_maps import check_labels, label_map_size
 
 MISSING = "image file missing"
 TWICE_IMAGE = "image id used twice"
 TWICE_ANNOTATION = "annotation id used twice"
+UNDECODABLE = "image that cannot be decoded"
 UNKNOWN_CATEGORY = "annotation of an unknown category"
 MALFORMED = "entry without what it needs"
 NEGATIVE_BOX = "box of negative size"
@@ -87,7 +89,7 @@ class CocoFile:
         try:
             height, width = read_image(str(path)).shape[:2]  # turned upright by EXIF, as in training
         except Exception as error:  # PIL raises many kinds, SyntaxError among them
-            return ("image that cannot be decoded", one_line(error)), ""
+            return (UNDECODABLE, one_line(error)), ""
         if (width, height) != (image["width"], image["height"]):
             return (
                 "image of another size than the json says",
@@ -175,6 +177,49 @@ class CocoFile:
         return "", ""
 
 
+class LabelMaps:
+    """Images with a label map each, and what is wrong with them.
+
+    Args:
+        name: of the data set.
+        pairs: image file and label map of each.
+        num_classes, ignored: of the segmentation head: ids are below `num_classes`, or `ignored`.
+    """
+
+    def __init__(self, name: str, pairs: Sequence[tuple[Path, Path]], num_classes: int, ignored: int) -> None:
+        self.name, self.pairs, self.num_classes, self.ignored = name, pairs, num_classes, ignored
+        self.report = DataReport()
+        self.digests: dict[str, str] = {}  # digest → file name, once the files were read
+
+    def check_files(self, workers: int = 0, progress: Callable[..., Iterable] | None = None) -> DataReport:
+        """Decode every image and label map; compare their sizes, and the ids with the number of classes."""
+        found = in_parallel(self._look_at, self.pairs, workers, progress)
+        for (image, _), (problem, digest) in zip(self.pairs, found, strict=True):
+            if problem:
+                self.report.problem(*problem)
+            else:
+                self.digests[digest] = image.name
+        return self.report
+
+    def _look_at(self, pair: tuple[Path, Path]) -> tuple[tuple[str, str] | None, str]:
+        image, labels = pair
+        try:
+            height, width = read_image(str(image)).shape[:2]
+        except Exception as error:  # PIL raises many kinds, SyntaxError among them
+            return (UNDECODABLE, f"{image} ({one_line(error)})"), ""
+        if not labels.is_file():
+            return ("image without a label map", f"{image} (there is no {labels})"), ""
+        try:
+            size = label_map_size(labels)
+            check_labels(read_image(str(labels), "L").copy(), self.num_classes, self.ignored, str(labels))
+        except Exception as error:
+            return ("label map that is wrong", one_line(error)), ""
+        if size != (width, height):
+            return ("label map of another size than its image", f"{labels} ({size[0]} × {size[1]}, the image "
+                    f"{width} × {height})"), ""  # fmt: skip
+        return None, file_digest(image)
+
+
 def read_coco(path: Path) -> dict[str, Any]:
     """The content of a COCO json.
 
@@ -248,3 +293,14 @@ def check_coco(
     together = DataReport()
     report_shared(together, {str(file.json_file): file.digests for file in files})
     return files, together
+
+
+def check_label_maps(
+    splits: Sequence[LabelMaps], workers: int = 0, progress: Callable[..., Iterable] | None = None
+) -> DataReport:
+    """The files of several splits, each with its own report; returns that of the images that two of them share."""
+    for split in splits:
+        split.check_files(workers, progress)
+    together = DataReport()
+    report_shared(together, {split.name: split.digests for split in splits})
+    return together

@@ -23,10 +23,8 @@ def label_map_records(image_root: str | Path, label_root: str | Path) -> list[di
         UserError: no image; an image without a label map; a label map of another size than its image, or with a
             palette.
     """
-    image_root, label_root = Path(image_root), Path(label_root)
     records = []
-    for path in sorted(p for p in image_root.rglob("*") if p.suffix.lower() in IMAGES):
-        labels = (label_root / path.relative_to(image_root)).with_suffix(".png")
+    for path, labels in label_map_pairs(image_root, label_root):
         if not labels.is_file():
             raise UserError(f"{path} has no label map: there is no {labels}")
         (width, height), size = image_size(path), label_map_size(labels)
@@ -36,9 +34,20 @@ def label_map_records(image_root: str | Path, label_root: str | Path) -> list[di
             )
         record = {"file_name": str(path), "sem_seg_file_name": str(labels), "height": height, "width": width}
         records.append({**record, "image_id": path.stem})
-    if not records:
-        raise UserError(f"{image_root} holds no image ({', '.join(IMAGES)})")
     return records
+
+
+def label_map_pairs(image_root: str | Path, label_root: str | Path) -> list[tuple[Path, Path]]:
+    """Every image of a folder, sorted, and where its label map belongs.
+
+    Raises:
+        UserError: no image.
+    """
+    image_root, label_root = Path(image_root), Path(label_root)
+    images = sorted(path for path in image_root.rglob("*") if path.suffix.lower() in IMAGES)
+    if not images:
+        raise UserError(f"{image_root} holds no image ({', '.join(IMAGES)})")
+    return [(path, (label_root / path.relative_to(image_root)).with_suffix(".png")) for path in images]
 
 
 def image_size(path: str | Path) -> tuple[int, int]:

@@ -72,7 +72,7 @@ def check_dataset(cfg: CfgNode, key: str, name: str) -> None:
     """`check_datasets` for one data set of `DATASETS.<key>`."""
     key = f"DATASETS.{key}"
     _check_known(key, name)
-    _check_on_disk(key, name)
+    check_on_disk(key, name)
     _check_content(key, name)
     for number in class_keys(cfg.MODEL.META_ARCHITECTURE):
         classes = _class_names(key, name, number)
@@ -140,7 +140,8 @@ def _check_known(key: str, name: str) -> None:
     raise UserError(f"{key}: no data set is called {name!r}; {hint} {REGISTER_FORM}, for your own")
 
 
-def _check_on_disk(key: str, name: str) -> None:
+def check_on_disk(key: str, name: str) -> None:
+    """Raise a UserError where a file or folder of the data set `name` is not there; `key` names it."""
     if is_builtin(name):
         return  # written when it is first loaded
     metadata = MetadataCatalog.get(name)

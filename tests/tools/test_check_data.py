@@ -77,11 +77,53 @@ def test_a_folder_of_classes_is_looked_at_file_by_file(check_data, tmp_path, cap
     assert f"image that cannot be decoded (1): {broken}" in out and "the same image in two splits (1)" in out
 
 
+def write_label_maps(root: Path, split: str, shades: list[int]) -> list[str]:
+    """Images with label maps of two classes; returns the entry of DATASETS.REGISTER_SEM_SEG."""
+    images, labels = root / "images" / split, root / "labels" / split
+    for folder, mode in ((images, "RGB"), (labels, "L")):
+        folder.mkdir(parents=True)
+        for index, shade in enumerate(shades):
+            Image.new(mode, (20, 10), (shade,) * 3 if mode == "RGB" else index % 2).save(folder / f"{index}.png")
+    return [f"{root.name}_{split}", str(images), str(labels), "road", "sky"]
+
+
+def test_the_label_maps_of_a_config_are_looked_at_one_by_one(check_data, tmp_path, capsys):
+    entries = [write_label_maps(tmp_path, "train", [0, 1, 2, 3, 4]), write_label_maps(tmp_path, "val", [50, 51])]
+    words = ["configs/CamVid/kd.yaml", "DATASETS.REGISTER_SEM_SEG", str(entries), "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "2"]
+    words += ["DATASETS.TRAIN", str((entries[0][0],)), "DATASETS.TEST", str((entries[1][0],))]
+    assert check_data.main(words) == 0
+    assert "5 images with label maps" in capsys.readouterr().out
+    images, labels = tmp_path / "images" / "train", tmp_path / "labels" / "train"
+    (images / "0.png").write_bytes(b"no image")
+    (labels / "1.png").unlink()
+    Image.new("L", (20, 10), 7).save(labels / "2.png")
+    Image.new("L", (20, 11), 1).save(labels / "3.png")
+    (tmp_path / "images" / "val" / "0.png").write_bytes((images / "4.png").read_bytes())
+    assert check_data.main(words) == 1
+    out = capsys.readouterr().out
+    for line in (
+        f"image that cannot be decoded (1): {images / '0.png'}",
+        f"image without a label map (1): {images / '1.png'} (there is no {labels / '1.png'})",
+        f"label map that is wrong (1): {labels / '2.png'} holds the class id 7",
+        f"label map of another size than its image (1): {labels / '3.png'} (20 × 11, the image 20 × 10)",
+        "the same image in two splits (1): 4.png",
+        "5 problems",
+    ):
+        assert line in out
+
+
+def test_label_maps_that_are_not_there_are_not_sound(check_data):
+    with pytest.raises(SystemExit, match=r"camvid_train is not on disk: its image_root .* does not exist"):
+        check_data.main(["configs/CamVid/kd.yaml"])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["missing.json", "images"], "missing.json: there is no such file"),
         (["one.json"], "expected a config, a folder of classes, or JSON IMAGES pairs"),
+        (["tests", "--output", "cleaned.json"], "--output writes a COCO json, and tests is a folder of classes"),
+        (["one.json", "images", "--output", "no/cleaned.json"], "--output no/cleaned.json: there is no folder no"),
     ],
 )
 def test_a_wrong_call_is_told_in_one_line(check_data, words, message):
