@@ -2,7 +2,7 @@
 """Where the time of a training step goes: a table by part of the step, the costliest operators, and a trace.
 
     tools/profile_step.py configs/Digits/deepkd.yaml KD.TEACHER.ALLOW_RANDOM True KD.TEACHER.WEIGHTS ""
-    tools/profile_step.py configs/Digits/cls_deepkd.yaml --steps 20 --trace output/trace.json
+    tools/profile_step.py configs/Digits/cls_deepkd.yaml KD.TEACHER.ALLOW_RANDOM True --steps 20 --trace trace.json
 
 Detection and classification configs alike. The trace opens in chrome://tracing and in Perfetto. `backward and the rest`
 is the time outside the other rows: the backward passes and the Python around them.

@@ -67,7 +67,10 @@ def search_table(path: Path) -> str:
 
 
 def is_search(path: Path) -> bool:
-    return "trainings" in json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return "trainings" in json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is no json that can be read: {error}") from error
 
 
 def open_search(path: Path) -> Any:

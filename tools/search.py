@@ -369,7 +369,7 @@ def of_results(path: Path) -> Search:
     if not table.is_file():
         raise UserError(f"{path} is of {table.name}, which is not in configs/Search: move it there, or draw it with "
                         "tools/search.py TABLE --report")  # fmt: skip
-    search = Search(read_table(table), parse([str(table), *found["command line options"]]), path.parent)
+    search = Search(read_table(table), parse([str(table), *found.get("command line options", [])]), path.parent)
     search.results.entries = {entry["training"]: entry for entry in found["trainings"]}
     return search
 

@@ -35,7 +35,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from kd_core.utils.errors import exit_on_user_error, one_line
+from kd_core.utils.errors import UserError, exit_on_user_error, one_line
 
 ROOT = Path(__file__).resolve().parents[1]
 WORTH = 1.03
@@ -412,6 +412,9 @@ def main(arguments: list[str] | None = None) -> int:
         row = next(row for row in ROWS if row.name == options.row)
         print(json.dumps(measure(row, options.device, options.steps, options.rounds, options.work)))
         return 0
+    rows = [row for row in ROWS if options.only in row.name]
+    if not rows:
+        raise UserError(f"--only {options.only}: no row has this word; rows: {', '.join(row.name for row in ROWS)}")
     if options.device == "cuda" and not torch.cuda.is_available():
         print("verify_gpu: torch finds no GPU here, so there is nothing to verify", file=sys.stderr)
         return 2
@@ -421,7 +424,6 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cuda" and not options.only:
         tests = run_tests(0.4 * (end - time.monotonic()))
     print(f"tests that need CUDA: {tests}", flush=True)
-    rows = [row for row in ROWS if options.only in row.name]
     if options.device == "cpu" and not options.only:
         rows = [row for row in rows if not row.cuda_only]
     results: dict[Row, dict[str, Any]] = {}

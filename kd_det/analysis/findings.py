@@ -65,6 +65,8 @@ def use_digits(found: Findings) -> None:
 def replace_weights(found: Findings, failed: set[str]) -> None:
     """The student's initial weights: random ones for those that are missing or still to be downloaded."""
     model = found.runnable.MODEL
+    if model.WEIGHTS:
+        model.TIMM.WEIGHTS, model.TIMM.PRETRAINED = "", False  # a training does not read them either
     for node, key in ((model, "MODEL.WEIGHTS"), (model.TIMM, "MODEL.TIMM.WEIGHTS")):
         if not usable(found, key, node.WEIGHTS, failed):
             node.WEIGHTS = ""

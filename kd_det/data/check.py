@@ -17,6 +17,7 @@ from kd_det.data.label_maps import check_labels, label_map_size
 MISSING = "image file missing"
 TWICE_IMAGE = "image id used twice"
 TWICE_ANNOTATION = "annotation id used twice"
+NO_ID = "annotation without an id"
 UNDECODABLE = "image that cannot be decoded"
 UNKNOWN_CATEGORY = "annotation of an unknown category"
 MALFORMED = "entry without what it needs"
@@ -24,7 +25,11 @@ NEGATIVE_BOX = "box of negative size"
 FLAT_BOX = "box without area"
 BEYOND = "box that reaches out of its image (clipped in training)"
 # What stops a training of detectron2, or makes it learn nonsense; the other kinds it filters or clips by itself.
-FATAL = (MALFORMED, TWICE_IMAGE, TWICE_ANNOTATION, UNKNOWN_CATEGORY, NEGATIVE_BOX, MISSING)
+FATAL = (MALFORMED, TWICE_IMAGE, TWICE_ANNOTATION, NO_ID, UNKNOWN_CATEGORY, NEGATIVE_BOX, MISSING)
+# What an entry needs: key → what its value is.
+IMAGE = {"id": "an id", "file_name": "a word", "width": "a length", "height": "a length"}
+CATEGORY = {"id": "an id", "name": "a word"}
+ANNOTATION = {"image_id": "an id", "category_id": "an id", "bbox": "four numbers"}
 BORDER = 1.0  # pixels that a box may reach beyond its image: annotators' rounding
 
 
@@ -42,6 +47,7 @@ class CocoFile:
         self.json_file, self.image_root = Path(json_file), Path(image_root)
         self.content = read_coco(self.json_file)
         self.report = DataReport()
+        self.images: list[dict[str, Any]] = []  # the well-formed ones
         self.bad_images: set[Any] = set()  # ids
         self.bad_annotations: set[int] = set()  # places in the list
         self.digests: dict[str, str] = {}  # digest → file name, once the files were read
@@ -55,7 +61,7 @@ class CocoFile:
 
     def check_files(self, workers: int = 0, progress: Callable[..., Iterable] | None = None) -> DataReport:
         """Decode every image that is there, as detectron2 does, and compare its size with the json's."""
-        images = [image for image in self.content["images"] if image.get("id") not in self.bad_images]
+        images = [image for image in self.images if image["id"] not in self.bad_images]
         found = in_parallel(self._look_at, images, workers, progress)
         for image, (error, digest) in zip(images, found, strict=True):
             if error:
@@ -71,8 +77,8 @@ class CocoFile:
         seen: set[Any] = set()
         images = [
             image
-            for image in self.content["images"]
-            if image.get("id") not in self.bad_images and not (image["id"] in seen or seen.add(image["id"]))
+            for image in self.images
+            if image["id"] not in self.bad_images and not (image["id"] in seen or seen.add(image["id"]))
         ]
         sizes = {image["id"]: (image["width"], image["height"]) for image in images}
         kept = []
@@ -101,14 +107,13 @@ class CocoFile:
         sizes: dict[Any, tuple[int, int]] = {}
         listings: dict[str, set[str]] = {}
         for index, image in enumerate(self.content["images"]):
-            if "file_name" not in image and "coco_url" in image:  # LVIS: split and file, as detectron2 reads it
-                image["file_name"] = "/".join(image["coco_url"].split("/")[-2:])
             where = f"images[{index}]"
-            lacking = [key for key in ("id", "file_name", "width", "height") if key not in image]
-            if lacking:
-                self.report.problem(MALFORMED, f"{where} has no {', '.join(lacking)}")
-                self.bad_images.add(image.get("id"))
+            if isinstance(image, dict) and "file_name" not in image and isinstance(image.get("coco_url"), str):
+                image["file_name"] = "/".join(image["coco_url"].split("/")[-2:])  # LVIS, as detectron2 reads it
+            if wrong := malformed(image, IMAGE):
+                self.report.problem(MALFORMED, f"{where} {wrong}")
                 continue
+            self.images.append(image)
             if image["id"] in sizes:
                 self.report.problem(TWICE_IMAGE, f"{where}, id {image['id']}, {image['file_name']}")
                 continue
@@ -121,8 +126,8 @@ class CocoFile:
     def _check_categories(self) -> dict[Any, str]:
         names: dict[Any, str] = {}
         for index, category in enumerate(self.content["categories"]):
-            if "id" not in category or "name" not in category:
-                self.report.problem(MALFORMED, f"categories[{index}] has no id or no name")
+            if wrong := malformed(category, CATEGORY):
+                self.report.problem(MALFORMED, f"categories[{index}] {wrong}")
             elif category["id"] in names:
                 self.report.problem("category id used twice", f"categories[{index}], id {category['id']}")
             else:
@@ -140,9 +145,13 @@ class CocoFile:
                 if kind != BEYOND:
                     self.bad_annotations.add(index)
                     continue
-            if annotation.get("id") in ids:
-                self.report.problem(TWICE_ANNOTATION, f"annotations[{index}], id {annotation.get('id')}")
-            ids.add(annotation.get("id"))
+            number = annotation.get("id")
+            if not is_id(number):
+                self.report.problem(NO_ID, f"annotations[{index}], image {annotation['image_id']}, id {number}")
+            elif number in ids:
+                self.report.problem(TWICE_ANNOTATION, f"annotations[{index}], id {number}")
+            else:
+                ids.add(number)
             annotated.add(annotation["image_id"])
             counts[annotation["category_id"]] += 1
         for image_id in sizes.keys() - annotated:
@@ -155,18 +164,14 @@ class CocoFile:
         self, annotation: dict[str, Any], sizes: dict[Any, tuple[int, int]], names: dict[Any, str]
     ) -> tuple[str, str]:
         """The kind of the first thing that is wrong with an annotation, and what it says; ("", "") where it is fine."""
-        lacking = [key for key in ("image_id", "category_id", "bbox") if key not in annotation]
-        if lacking:
-            return MALFORMED, f"which has no {', '.join(lacking)}"
+        if wrong := malformed(annotation, ANNOTATION):
+            return MALFORMED, f"which {wrong}"
         box = annotation["bbox"]
         where = f"id {annotation.get('id')}, image {annotation['image_id']}, bbox {box}"
         if annotation["image_id"] not in sizes:
             return "annotation of an image that is not listed", where
         if annotation["category_id"] not in names:
             return UNKNOWN_CATEGORY, f"category_id {annotation['category_id']}, {where}"
-        numbers = isinstance(box, list) and all(isinstance(v, int | float) and math.isfinite(v) for v in box)
-        if not numbers or len(box) != 4:
-            return MALFORMED, f"whose bbox is not four numbers, {where}"
         if box[2] < 0 or box[3] < 0:
             return NEGATIVE_BOX, where
         if box[2] == 0 or box[3] == 0:
@@ -239,6 +244,32 @@ def read_coco(path: Path) -> dict[str, Any]:
     if not content["annotations"]:
         raise UserError(f"{path} has no annotations: there is nothing to learn from it")
     return content
+
+
+def malformed(entry: Any, needed: dict[str, str]) -> str:
+    """What an entry of a COCO json lacks; "" where it is well-formed."""
+    if not isinstance(entry, dict):
+        return f"is no object: {str(entry)[:40]}"
+    if lacking := [key for key in needed if key not in entry]:
+        return f"has no {', '.join(lacking)}"
+    wrong = {key: kind for key, kind in needed.items() if not OF[kind](entry[key])}
+    return "; ".join(f"has {key} {json.dumps(entry[key])[:40]}, not {kind}" for key, kind in wrong.items())
+
+
+def is_id(value: Any) -> bool:
+    return isinstance(value, int | str)
+
+
+OF: dict[str, Callable[[Any], bool]] = {
+    "an id": is_id,
+    "a word": lambda value: isinstance(value, str) and value != "",
+    "a length": lambda value: isinstance(value, int | float) and 0 < value < math.inf,
+    "four numbers": lambda value: (
+        isinstance(value, list)
+        and len(value) == 4
+        and all(isinstance(v, int | float) and math.isfinite(v) for v in value)
+    ),
+}
 
 
 def is_file(root: Path, name: str, listings: dict[str, set[str]]) -> bool:

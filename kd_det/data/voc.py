@@ -1,6 +1,7 @@
 """PASCAL VOC's layout, and its annotations as COCO json."""
 
 import glob
+import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from dataclasses import dataclass
@@ -53,11 +54,16 @@ class VocDataset:
         if not file.is_file():
             there = ", ".join(sorted(path.stem for path in lists.glob("*.txt"))) or "none"
             raise UserError(f"there is no list {file}; lists found: {there}")
-        stems = [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
+        stems = [self._stem(line.strip()) for line in file.read_text().splitlines() if line.strip()]
         for stem, count in Counter(stems).items():
             if count > 1:
                 raise UserError(f"{file} lists {stem} {count} times")
         return stems
+
+    def _stem(self, line: str) -> str:
+        """The name in a line of a list. Lists of one class have -1, 0 or 1 after it; a name may hold spaces."""
+        whole = (self.root / "Annotations" / f"{line}.xml").is_file()
+        return line if whole else re.sub(r"\s+(-1|0|1)$", "", line)
 
     def objects(self, stem: str) -> list[VocObject]:
         """The objects of one annotation file, in its order."""

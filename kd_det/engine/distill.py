@@ -48,7 +48,7 @@ from kd_det.modeling.teacher.build import teacher_builders, teacher_config
 logger = logging.getLogger(__name__)
 
 SPREAD_IMAGES = 4  # images on which the spread of the feature maps is measured
-UNDECODABLE = ("image that cannot be decoded", "image of another size than the json says")
+UNREADABLE = ("image that cannot be decoded", "image of another size than the json says")
 
 
 def distill(args: argparse.Namespace) -> None:
@@ -167,8 +167,8 @@ def check_data(cfg: CfgNode, skips_bad_images: bool = False) -> int:
         say(f"{name}: {len(file.content['images'])} images, {len(file.content['annotations'])} boxes")
         for line in file.report.lines():
             say(f"  {line}")
-        skipped = UNDECODABLE if skips_bad_images and name in cfg.DATASETS.TRAIN else ()
-        broken = [k for k in (*FATAL, *UNDECODABLE) if k in file.report.problems and k not in skipped]
+        skipped = UNREADABLE if skips_bad_images and name in cfg.DATASETS.TRAIN else ()
+        broken = [k for k in (*FATAL, *UNREADABLE) if k in file.report.problems and k not in skipped]
         if broken:
             raise UserError(
                 f"{name}: {summary(broken[0], file.report.problems[broken[0]])}. `tools/check_data.py {file.json_file} "

@@ -81,6 +81,16 @@ def test_weights_that_training_fetches_are_named_and_not_fetched():
     assert found.runnable.DATASETS.TRAIN == (STAND_IN,) and found.runnable.KD.TEACHER.WEIGHTS == ""
 
 
+def test_weights_that_a_training_does_not_read_are_not_fetched(tmp_path):
+    """A checkpoint in MODEL.WEIGHTS brings the backbone."""
+    weights = tmp_path / "student.pth"
+    weights.touch()
+    cfg = read_config(str(ROOT / "configs" / "CamVid" / "baseline.yaml"), ["MODEL.TIMM.PRETRAINED", "True"])
+    assert any("MODEL.TIMM.PRETRAINED" in line for line in collect_problems(cfg, 1).to_fetch)
+    cfg.MODEL.WEIGHTS = str(weights)
+    assert not any("MODEL.TIMM" in line for line in collect_problems(cfg, 1).to_fetch)
+
+
 def test_wrong_keys_are_listed_together(tiny_cfg):
     found = collect_problems(
         tiny_cfg(

@@ -12,6 +12,7 @@ import yaml
 
 from helpers.few_digits import few_digits
 from helpers.report_runs import Page, write_run
+from kd_core.utils.report.results import kept
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -185,6 +186,15 @@ def test_a_page_of_docs_is_drawn_from_the_results_that_were_kept(load_tool, thre
     page.write_text("<!-- drawn: {what: table, from: results/three.json} -->\n<!-- end -->")
     with pytest.raises(SystemExit, match="what is 'table', expected seeds, curves or search"):
         tool.main(["--page", str(page)])
+    (tmp_path / "results" / "three.json").write_text("{")
+    page.write_text(asked % "seeds" + "\n<!-- end -->")
+    with pytest.raises(SystemExit, match=r"three\.json is no json that can be read"):
+        tool.main(["--page", str(page)])
+
+
+def test_what_every_evaluator_measures_is_kept() -> None:
+    line = {"sem_seg/mIoU": 1.0, "segm/AP": 2.0, "keypoints/AP50": 3.0, "panoptic_seg/PQ": 4.0, "my_val/bbox/AP": 5.0}
+    assert kept({**line, "iteration": 9, "total_loss": 7.0, "sem_seg_head": 1.0}) == {**line, "iteration": 9}
 
 
 def test_a_search_is_drawn_from_its_results(load_tool, tmp_path):

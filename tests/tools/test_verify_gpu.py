@@ -16,6 +16,7 @@ from helpers import forked
 from kd_cls.config import get_cfg as cls_defaults
 from kd_core.utils.compiling import CompiledOrPlain
 from kd_core.utils.config import flatten, lookup
+from kd_core.utils.errors import UserError
 from kd_det.config import kd_defaults
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,6 +38,11 @@ def test_without_a_gpu_it_says_so_in_one_line_and_ends_with_status_2():
 def test_a_fast_path_that_equals_its_slow_one_is_safe():
     done = forked.run(["tools/verify_gpu.py", *CPU, "--only", "classifier: KD.TEACHER.FOLD_BN"])
     assert done.returncode == 0 and "classifier: KD.TEACHER.FOLD_BN True: safe" in done.stdout, done.stderr
+
+
+def test_a_word_that_no_row_has_is_refused(tool):
+    with pytest.raises(UserError, match=r"--only FOLDBN: no row has this word; rows: classifier: SOLVER\.CUDA_GRAPH"):
+        tool.main(["--device", "cpu", "--only", "FOLDBN"])
 
 
 def test_a_fast_path_that_raises_is_a_row_and_no_end():

@@ -54,6 +54,16 @@ def test_images_stand_in_the_order_of_the_list_with_their_real_size(root: Path):
     ]
 
 
+def test_a_name_in_a_list_may_hold_spaces_and_end_in_a_number(root: Path):
+    for stem in ("old car", "car 1"):
+        for folder, suffix in (("Annotations", "xml"), ("JPEGImages", "jpg")):
+            (root / folder / f"{stem}.{suffix}").write_bytes((root / folder / f"c.{suffix}").read_bytes())
+    (root / "ImageSets" / "Main" / "train.txt").write_text("old car\ncar 1\nb  1\n")
+    assert [image["file_name"] for image in converted(root)[0]["images"]] == ["old car.jpg", "car 1.jpg", "b.jpg"]
+    (root / "ImageSets" / "Main" / "train.txt").write_text("old car -1\ncar 1  1\n")
+    assert [image["file_name"] for image in converted(root)[0]["images"]] == ["old car.jpg", "car 1.jpg"]
+
+
 def test_every_split_has_the_same_sorted_categories(root: Path):
     expected = [{"id": 1, "name": "bird"}, {"id": 2, "name": "cat"}, {"id": 3, "name": "dog"}]
     assert converted(root, "train")[0]["categories"] == converted(root, "val")[0]["categories"] == expected

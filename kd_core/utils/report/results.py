@@ -25,7 +25,8 @@ from kd_core.utils.report.runs import Run, by_title
 from kd_core.utils.report.tables import Metric, markdown, seeds_table
 
 BLOCK = re.compile(r"(<!-- drawn: (\{.*?\}) -->\n).*?(<!-- end -->)", re.DOTALL)
-KEPT = re.compile(r"iteration|(.+/)?bbox/AP.*|val/.+|time")  # of metrics.json in a committed file
+EVALUATED = "bbox|segm|keypoints|sem_seg|panoptic_seg"  # as detectron2's evaluators call their results
+KEPT = re.compile(rf"iteration|(.+/)?({EVALUATED})/.+|val/.+|time")  # of metrics.json in a committed file
 
 
 def kept(line: dict[str, Any]) -> dict[str, Any]:

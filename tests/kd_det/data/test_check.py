@@ -32,7 +32,7 @@ def written(tmp_path: Path) -> Callable[[dict[str, Any]], tuple[Path, Path]]:
         folder = tmp_path / name
         folder.mkdir()
         for index, image in enumerate(data["images"]):
-            if "file_name" in image:
+            if isinstance(image, dict) and isinstance(image.get("file_name"), str):
                 Image.new("RGB", (40, 30), (shade, 40 * index, 0)).save(folder / image["file_name"])
         path = tmp_path / f"{name}.json"
         path.write_text(json.dumps(data))
@@ -93,9 +93,35 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str, str, bool]] = {
         "four numbers",
         True,
     ),
-    "null box": (lambda c: c["annotations"][0].update(bbox=None), "entry without what it needs", "four numbers", True),
+    "null box": (
+        lambda c: c["annotations"][0].update(bbox=None),
+        "entry without what it needs",
+        "not four numbers",
+        True,
+    ),
     "no bbox": (lambda c: c["annotations"][0].pop("bbox"), "entry without what it needs", "has no bbox", True),
     "no size": (lambda c: c["images"][1].pop("width"), "entry without what it needs", "images[1] has no width", True),
+    "size as text": (
+        lambda c: c["images"][1].update(width="40"),
+        "entry without what it needs",
+        'images[1] has width "40", not a length',
+        True,
+    ),
+    "null size": (lambda c: c["images"][1].update(height=None), "entry without what it needs", "height null", True),
+    "name no text": (lambda c: c["images"][1].update(file_name=0), "entry without what it needs", "name 0", True),
+    "image no object": (lambda c: c["images"].append(7), "entry without what it needs", "images[3] is no object", True),
+    "id a list": (
+        lambda c: c["annotations"][1].update(image_id=[1]),
+        "entry without what it needs",
+        "image_id [1], not an id",
+        True,
+    ),
+    "no annotation id": (
+        lambda c: c["annotations"][1].pop("id"),
+        "annotation without an id",
+        "annotations[1], image 10",
+        True,
+    ),
     "same annotation id": (
         lambda c: c["annotations"][1].update(id=1),
         "annotation id used twice",
