@@ -359,7 +359,13 @@ class DistillationTrainer(TrainerBase):
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:
         build = deeplab_scheduler() if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupPolyLR" else build_lr_scheduler
-        return build(cfg, optimizer)
+        try:
+            return build(cfg, optimizer)
+        except ValueError as error:  # an unknown name, or steps that do not ascend
+            raise UserError(
+                f"SOLVER.LR_SCHEDULER_NAME {cfg.SOLVER.LR_SCHEDULER_NAME}, STEPS {cfg.SOLVER.STEPS}, MAX_ITER "
+                f"{cfg.SOLVER.MAX_ITER}, WARMUP_METHOD {cfg.SOLVER.WARMUP_METHOD}: {error}"
+            ) from error
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> TestLoader:

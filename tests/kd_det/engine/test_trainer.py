@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from helpers.few_digits import few_digits
+from kd_core.utils.errors import UserError
 from kd_det.compat import KEEP_BUFFERS
 from kd_det.config.student import student_config
 from kd_det.data import register_datasets
@@ -92,6 +93,21 @@ def test_a_resume_with_another_length_of_the_schedule_is_refused(cfg):
     cfg.SOLVER.MAX_ITER = 12
     with pytest.raises(ValueError, match=r"of a training of 4 iterations, but SOLVER.MAX_ITER is 12"):
         DistillationTrainer(cfg).resume_or_load(resume=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("LR_SCHEDULER_NAME", "WarmupCosine", "LR_SCHEDULER_NAME WarmupCosine, .*: Unknown LR scheduler: WarmupCosine"),
+        ("WARMUP_METHOD", "liner", "WARMUP_METHOD liner: Unknown warmup method: liner"),
+        ("STEPS", (3, 2), r"STEPS \(3, 2\), MAX_ITER 4, .*: Milestone must be smaller than start epoch"),
+    ],
+)
+def test_a_schedule_that_cannot_be_built_names_its_keys(cfg, key, value, message):
+    cfg.SOLVER[key] = value
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    with pytest.raises(UserError, match=message):
+        DistillationTrainer.build_lr_scheduler(cfg, optimizer)
 
 
 def test_evaluation_alone_needs_weights(cfg):
