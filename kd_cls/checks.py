@@ -39,7 +39,10 @@ RISING = (
     lambda value: all(type(epoch) in (int, float) for epoch in value) and value == sorted(value),
     "epochs in rising order",
 )
-SEEDS = (lambda value: all(type(seed) is int and seed >= 0 for seed in value), "a list of whole numbers ≥ 0")
+SEEDS = (
+    lambda value: all(type(seed) is int and seed >= 0 for seed in value) and len(set(value)) == len(value),
+    "a list of different whole numbers ≥ 0",
+)
 
 # Key → (whether a value is valid, what is expected).
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {

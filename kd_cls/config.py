@@ -8,7 +8,7 @@ import yaml
 from fvcore.common.config import CfgNode
 
 from kd_core.losses import add_feature_config, add_loss_config
-from kd_core.utils.config import find_config, merge_file, merge_list
+from kd_core.utils.config import find_config, lookup, merge_list, merge_mapping, read_yaml
 from kd_core.utils.errors import UserError
 
 
@@ -241,7 +241,12 @@ def load_cfg(path: str, options: list[str] | None = None) -> CfgNode:
     if not Path(find_config(path)).is_file():
         raise UserError(f"--config-file: there is no file {path}")
     cfg = get_cfg()
-    merge_file(cfg, path)
+    values = read_yaml(path)
+    if "DATASETS" in values or lookup(values, "MODEL.META_ARCHITECTURE") is not None:
+        raise UserError(f"{path} is a detector's config: tools/train_net.py trains it")
+    if "MODEL.NUM_CLASSES" in (options or ()) or lookup(values, "MODEL.NUM_CLASSES") is not None:
+        raise UserError("MODEL.NUM_CLASSES: the data (DATA.NAME, DATA.ROOT) say how many classes there are; drop it")
+    merge_mapping(cfg, values, path)
     merge_list(cfg, options or [])
     return cfg
 

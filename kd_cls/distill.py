@@ -31,6 +31,7 @@ from torch import nn
 from tqdm import tqdm
 
 from kd_cls.checkpoint.checkpoint import (
+    BEST,
     LAST,
     load_weights,
     read_checkpoint,
@@ -60,6 +61,7 @@ from kd_cls.models.factory import build_student, create_network, input_stats, tr
 from kd_cls.task.head import fit_head
 from kd_cls.task.teacher import build_teacher
 from kd_cls.train import train
+from kd_core.utils.arguments import refuse_not_positive
 from kd_core.utils.config import changes_as_yaml, find_config, merge_list
 from kd_core.utils.errors import UserError, exit_on_user_error
 from kd_core.utils.files import write_text
@@ -67,8 +69,8 @@ from kd_core.utils.latency import COST_HEADERS, Cost, clock, cost_cells
 from kd_core.utils.packaged_weights import PACKAGED
 from kd_core.utils.resume import remember_request
 
-UNDECODABLE = "image that cannot be decoded"
-FATAL = (UNDECODABLE, "class without an image")
+UNDECODABLE = "train image that cannot be decoded"
+FATAL = (UNDECODABLE, "val image that cannot be decoded", "class without an image", "a single class")
 HEAD_IMAGES = 50_000  # more would not fit in memory as features, and a linear layer needs no more
 
 
@@ -85,32 +87,35 @@ def distill(args: argparse.Namespace) -> None:
     request = {key: value for key, value in vars(args).items() if key not in left_out}
     files = {"student": output / "distill.yaml", "baseline": output / "baseline.yaml"}
     remember_request(output / "distill.json", request, files["student"])
-    if not files["student"].is_file():
-        cfg = build_config(args, output)
-        write_text(files["student"], changes_as_yaml(cfg, get_cfg(), header(args, files["student"])))
-        say(f"student's config: {files['student']} (yours to edit; python -m kd_cls.train trains it, too)")
-    cfg = load_cfg(str(files["student"]))
+    is_new = not files["student"].is_file()
+    cfg = build_config(args, output) if is_new else load_cfg(str(files["student"]))
     plain = without_teacher(cfg)
     plain.OUTPUT_DIR = str(output / "baseline")
     trainings = {"student": cfg, **({"baseline": plain} if args.baseline else {})}
     for training in trainings.values():
         check_config(training, training_process(args))  # distill.yaml may have been edited
-    if args.baseline:
-        write_text(files["baseline"], changes_as_yaml(plain, get_cfg(), header(args, files["baseline"])))
     processes, device = max(args.num_gpus, 1), "auto" if args.num_gpus else "cpu"
     with start_process(device) as process:
         costs = forecast(trainings, process, processes)
+        if is_new:  # not before: until then, a request that failed may be corrected
+            say(f"student's config: {files['student']} (yours to edit; python -m kd_cls.train trains it, too)")
+        for name, training in trainings.items():
+            if is_new or name == "baseline":
+                write_text(files[name], changes_as_yaml(training, get_cfg(), header(args, files[name])))
         prepare_teacher(cfg, args, process)
         prepare_student(cfg, args, process)
         results = {"teacher": evaluate_teacher(cfg, process, output / "teacher" / "results.json")}
         for name in trainings:
             run_training(files[name], output / name, processes, device, process)
-            results[name] = figures(output / name / LAST)
+            results[name] = figures(output / name)
     conclude(output, results, costs)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse what cannot be meant, before anything is written."""
+    if args.num_gpus > max(torch.cuda.device_count(), 1):
+        raise UserError(f"--num-gpus {args.num_gpus}, but this machine has {torch.cuda.device_count()}")
+    refuse_not_positive(args, "batch", "size", "teacher_size")
     if args.name != "digits" and not Path(args.data).is_dir():
         raise UserError(f"--data: there is no folder {args.data!r}; expected train/<class>/ and val/<class>/ in it")
     check_name(args.student, "--student")
@@ -322,10 +327,10 @@ def run_training(config_file: Path, output: Path, processes: int, device: str, p
     return sys.exit(code) if code else None  # it has said why
 
 
-def figures(last: Path) -> dict[str, float]:
-    """Metrics of the last evaluation, and the training time."""
-    checkpoint = read_checkpoint(last, "--output")
-    return {**checkpoint["metadata"]["metrics"], "seconds": checkpoint["training"]["seconds"]}
+def figures(training: Path) -> dict[str, float]:
+    """Metrics of best.pth, and the training time."""
+    seconds = read_checkpoint(training / LAST, "--output")["training"]["seconds"]
+    return {**read_metadata(training / BEST)["metrics"], "seconds": seconds}
 
 
 def conclude(output: Path, results: dict[str, dict[str, Any]], costs: dict[str, Cost]) -> None:

@@ -1,16 +1,19 @@
 """Evaluate a trained network: `python -m kd_cls.evaluate --config-file output/…/config.yaml [KEY VALUE …]`.
 
-Reads best.pth in OUTPUT_DIR, or the weights that MODEL.WEIGHTS names; needs no teacher. Every image counts exactly
-once, whatever the number of processes (`torchrun --nproc-per-node 8 -m kd_cls.evaluate …`).
+Reads best.pth in OUTPUT_DIR; needs no teacher. MODEL.WEIGHTS on the command line names another file. That of the config
+is where the training started: it is read only where OUTPUT_DIR has no best.pth. Every image counts exactly once,
+whatever the number of processes (`torchrun --nproc-per-node 8 -m kd_cls.evaluate …`).
 """
 
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
+from kd_cls.build import autocast_dtype
 from kd_cls.checkpoint.checkpoint import BEST, fetch, load_weights, read_metadata
 from kd_cls.config import load_cfg
 from kd_cls.data.build import build_data, build_loaders
@@ -22,15 +25,19 @@ from kd_cls.engine.writers import setup_logging
 from kd_cls.models.factory import create_network, input_stats
 from kd_core.utils.errors import UserError
 
+logger = logging.getLogger("kd_cls")
+
 
 def evaluate_checkpoint(cfg: CfgNode, process: Process) -> dict[str, float]:
     """The metrics of the weights in MODEL.WEIGHTS (empty: best.pth in OUTPUT_DIR) on the validation images of DATA.
+
+    In the precision of training, SOLVER.AMP.
 
     Raises:
         UserError: no such file, another architecture, or another number of classes than the data set's.
     """
     model, loader, _ = open_checkpoint(cfg, process)
-    return evaluate(model, loader, process)
+    return evaluate(model, loader, process, autocast_dtype(cfg))
 
 
 def open_checkpoint(cfg: CfgNode, process: Process) -> tuple[nn.Module, Iterable[tuple[Tensor, Tensor]], list[str]]:
@@ -42,6 +49,7 @@ def open_checkpoint(cfg: CfgNode, process: Process) -> tuple[nn.Module, Iterable
     key = "MODEL.WEIGHTS" if cfg.MODEL.WEIGHTS else "OUTPUT_DIR"
     path = fetch(cfg.MODEL.WEIGHTS or str(Path(cfg.OUTPUT_DIR, BEST)), key)
     metadata = read_metadata(path)
+    logger.info("evaluating %s", path)
     data = build_data(cfg)
     if metadata.get("num_classes", data.num_classes) != data.num_classes:
         raise UserError(
@@ -63,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     """The command."""
     options = option_parser(__doc__).parse_args(arguments)
     cfg = load_cfg(options.config_file, options.options)
+    if "MODEL.WEIGHTS" not in options.options and Path(cfg.OUTPUT_DIR, BEST).is_file():
+        cfg.MODEL.WEIGHTS = ""
     with start_process(cfg.DEVICE) as process:
         setup_logging(None, process.is_main)
         metrics = evaluate_checkpoint(cfg, process)

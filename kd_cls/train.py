@@ -17,14 +17,15 @@ from pathlib import Path
 import torch
 from fvcore.common.config import CfgNode
 
-from kd_cls.build import build_trainer
+from kd_cls.build import build_distillation_loss, build_trainer
 from kd_cls.checkpoint.checkpoint import LAST, read_checkpoint, read_metadata
 from kd_cls.checks import check_config
 from kd_cls.config import load_cfg
-from kd_cls.data.build import augmentation
+from kd_cls.data.build import augmentation, build_data
 from kd_cls.distributed import Process, broadcast_object, start_process
 from kd_cls.engine.cli import option_parser, run_command
 from kd_cls.engine.writers import setup_logging
+from kd_cls.models.factory import build_student
 from kd_cls.task.teacher import teacher_description
 from kd_core.losses.feature_config import distils
 from kd_core.utils.config import list_values, read_yaml
@@ -82,12 +83,20 @@ def train_missing_teacher(cfg: CfgNode, process: Process) -> None:
         return
     _, _, weights, own = teacher_description(cfg)
     if not broadcast_object(read_metadata(weights).get("finished", False)):
+        check_student(cfg)
         own.DEVICE = cfg.DEVICE
         setup_logging(Path(own.OUTPUT_DIR), process.is_main)
         logger.info(
             "there is no trained teacher in %s: training it first (KD.TEACHER.TRAIN_IF_MISSING)", own.OUTPUT_DIR
         )
         train(own, process, resume=True)
+
+
+def check_student(cfg: CfgNode) -> None:
+    """Build the loss and the student once, so that an error in them is found before hours of a teacher's training."""
+    data = build_data(cfg)
+    build_distillation_loss(cfg, data.num_classes)
+    build_student(cfg, data.num_classes)
 
 
 def train_seeds(cfg: CfgNode, process: Process, resume: bool = False) -> dict[str, dict[str, float]]:

@@ -2,6 +2,7 @@
 """Check a data set before a long training on it.
 
     tools/check_data.py configs/Digits/dkd.yaml                       # DATASETS.TRAIN and TEST of a detector's config
+    tools/check_data.py my_classifier.yaml                            # DATA.NAME and ROOT of a classifier's config
     tools/check_data.py train.json train_images val.json val_images   # COCO json files, each with its image folder
     tools/check_data.py my_classes                                    # a folder with train/<class>/ and val/<class>/
     tools/check_data.py tiny-imagenet-200 --name tiny_imagenet        # another data set of kd_cls (DATA.NAME)
@@ -24,6 +25,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from kd_core.utils.config import find_config, read_yaml
 from kd_core.utils.data_check import DataReport
 from kd_core.utils.errors import UserError, exit_on_user_error
 from kd_core.utils.files import write_text
@@ -53,19 +55,34 @@ def check(args: argparse.Namespace) -> int:
     if first.suffix in (".yaml", ".yml"):
         return check_config(str(first), args.data[1:], args)
     if first.is_dir() and len(args.data) == 1:
-        from kd_cls.data.check import check_images
-
-        if args.output:
-            raise UserError(f"--output writes a COCO json, and {first} is a folder of classes")
-        report, found = check_images(args.name, first, args.workers, progress)
-        print(found)
-        return print_report(report)
+        return check_classes(args.name, first, args)
     if len(args.data) % 2:
         raise UserError(f"{' '.join(args.data)}: expected a config, a folder of classes, or JSON IMAGES pairs")
     return check_json_files(list(zip(args.data[::2], args.data[1::2], strict=True)), args)
 
 
 def check_config(path: str, options: list[str], args: argparse.Namespace) -> int:
+    """The data of a classifier's or a detector's config."""
+    if Path(find_config(path)).is_file() and "DATA" in read_yaml(path):
+        from kd_cls.config import load_cfg
+
+        data = load_cfg(path, options).DATA
+        return check_classes(data.NAME, data.ROOT, args)
+    return check_detection(path, options, args)
+
+
+def check_classes(name: str, root: str | Path, args: argparse.Namespace) -> int:
+    """A data set of kd_cls."""
+    from kd_cls.data.check import check_images
+
+    if args.output:
+        raise UserError(f"--output writes a COCO json, and {args.data[0]} is a data set of classes")
+    report, found = check_images(name, root, args.workers, progress)
+    print(found)
+    return print_report(report)
+
+
+def check_detection(path: str, options: list[str], args: argparse.Namespace) -> int:
     """DATASETS.TRAIN and TEST of a detector's config: COCO json files, label maps, or both, as its model needs."""
     from detectron2.data import DatasetCatalog, MetadataCatalog
 

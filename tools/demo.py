@@ -100,14 +100,6 @@ def wait_for(training: Future) -> None:
     training.result()
 
 
-def positive(word: str) -> int:
-    """argparse's type of a number of jobs or of rounds."""
-    number = int(word)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{word}: expected a whole number from 1")
-    return number
-
-
 def listen() -> None:
     """Let every signal of `SIGNALS` raise a KeyboardInterrupt, unless it is ignored (nohup, a job in the background).
 

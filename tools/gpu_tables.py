@@ -18,7 +18,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import search
-from demo import ROOT, positive, run_command
+from demo import ROOT, run_command
+
+from kd_core.utils.arguments import count
 
 TABLE = ROOT / "configs" / "Search" / "cifar100.yaml"
 
@@ -27,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
     """The command; returns the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=9.0, help="stop after so long (%(default)s)")
-    parser.add_argument("--jobs", type=positive, default=4, help="trainings at a time on the GPU (%(default)s)")
+    parser.add_argument("--jobs", type=count, default=4, help="trainings at a time on the GPU (%(default)s)")
     parser.add_argument("--methods", nargs="+", help="methods of the table to run (default: all)")
     parser.add_argument("--graphs", action="store_true", help="SOLVER.CUDA_GRAPH True")
     parser.add_argument("--table", type=Path, default=TABLE, help="default: configs/Search/cifar100.yaml")

@@ -37,8 +37,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from demo import ROOT, Trainings, interrupt, positive, run_command, wait_for
+from demo import ROOT, Trainings, interrupt, run_command, wait_for
 
+from kd_core.utils.arguments import count
 from kd_core.utils.config import read_yaml
 from kd_core.utils.errors import UserError
 from kd_core.utils.files import write_text
@@ -152,8 +153,9 @@ def read_table(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"TABLE: there is no file {path}")
     table = read_yaml(str(path))
-    if wrong := set(KEYS) ^ set(table):
-        raise UserError(f"{path}: {', '.join(sorted(wrong))} missing or unknown; a table has {', '.join(KEYS)}")
+    for what, keys in (("lacks", set(KEYS) - set(table)), ("has the unknown key", set(table) - set(KEYS))):
+        if keys:
+            raise UserError(f"{path} is no table: it {what} {', '.join(sorted(keys))}; a table has {', '.join(KEYS)}")
     if table["package"] not in PACKAGES:
         raise UserError(f"{path}: package is {table['package']!r}, expected {' or '.join(PACKAGES)}")
     if not isinstance(table["tries"], int) or table["tries"] < 1:
@@ -379,7 +381,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("table", type=Path, metavar="TABLE", help="configs/Search/*.yaml")
     parser.add_argument("--methods", nargs="+", help="methods of the table to run (default: all)")
     parser.add_argument(
-        "--jobs", type=positive, default=1, help="trainings at a time; the cores are divided among them"
+        "--jobs", type=count, default=1, help="trainings at a time; the cores are divided among them"
     )
     parser.add_argument("--output", type=Path, help="default: output/search/TABLE")
     parser.add_argument("--minutes", type=float, help="stop after so long; the same command resumes")

@@ -24,10 +24,12 @@ def build_data(cfg: CfgNode) -> DataSets:
     """The training and validation images of DATA.
 
     Raises:
-        UserError: an unknown data set, missing files, an empty class, or too few images for HELD_OUT, TRAIN_IMAGES or
-            VAL_IMAGES.
+        UserError: an unknown data set, missing files, an empty class, a single one, or too few images for HELD_OUT,
+            TRAIN_IMAGES or VAL_IMAGES.
     """
     data = create_datasets(cfg.DATA.NAME, cfg.DATA.ROOT, download=cfg.DATA.DOWNLOAD)
+    if data.num_classes < 2:
+        raise UserError(f"DATA.ROOT {cfg.DATA.ROOT}: {data.train.classes[0]} is the only class: nothing to tell apart")
     if cfg.DATA.BAD_IMAGES == "skip":
         data = data._replace(train=SkipsUnreadable(data.train))
     if cfg.DATA.HELD_OUT:

@@ -25,6 +25,8 @@ def check_images(
     """
     sets = create_datasets(name, root)
     report, digests = DataReport(), {}
+    if sets.num_classes == 1:
+        report.problem("a single class", f"{sets.train.classes[0]}: there is nothing to tell apart")
     for split, dataset in zip(("train", "val"), (sets.train, sets.val), strict=True):
         if (samples := getattr(dataset, "samples", None)) is None:
             report.remark("split that is not made of image files (not checked)", split)
@@ -36,7 +38,7 @@ def check_images(
     report_shared(report, digests)
     for path in unread_images(Path(root)) if digests else ():
         report.remark("image file of a format that is not read (ignored)", str(path))
-    return report, describe(root, sets)
+    return report, describe(root or name, sets)
 
 
 def check_split(
@@ -50,7 +52,7 @@ def check_split(
     paths, digests = [path for path, _ in samples], {}
     for path, (error, digest) in zip(paths, in_parallel(check_image, paths, workers, progress), strict=True):
         if error:
-            report.problem("image that cannot be decoded", error)
+            report.problem(f"{split} image that cannot be decoded", error)
         elif digest in digests:
             report.remark(f"the same image twice in {split}", f"{path} and {digests[digest]}")
         else:

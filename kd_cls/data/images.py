@@ -35,7 +35,8 @@ def read_rgb(path: str | Path) -> Image.Image:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split())
         raise UnreadableImage(
-            f"{path} is not a readable image ({reason}): replace or remove it, or set DATA.BAD_IMAGES skip"
+            f"{path} is not a readable image ({reason}): replace or remove it; DATA.BAD_IMAGES skip leaves out such "
+            "images of the training set"
         ) from error
 
 

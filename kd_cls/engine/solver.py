@@ -1,5 +1,6 @@
 """The optimizer over gradient streams and timm's learning-rate schedule, from a config."""
 
+import logging
 from typing import Any
 
 from fvcore.common.config import CfgNode
@@ -10,9 +11,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from kd_cls.task.student import Student
+from kd_core.losses.feature_config import distils
 from kd_core.optim import deepkd_sgd
 from kd_core.optim.config import STREAM_OPTIMIZERS, build_stream_optimizer
 from kd_core.utils.errors import UserError
+
+logger = logging.getLogger("kd_cls")
 
 
 def build_optimizer(cfg: CfgNode, student: Student, feature: nn.Module | None = None) -> Optimizer:
@@ -56,6 +60,7 @@ def build_scheduler(cfg: CfgNode, optimizer: Optimizer, steps_per_epoch: int) ->
     schedule = cfg.SOLVER.SCHEDULE
     # timm's multistep compares milestones with t + 1, and so decays one step early: half a step more makes it exact.
     milestones = [milestone + 0.5 / steps_per_epoch for milestone in schedule.MILESTONES]
+    warn_of_what_never_comes(cfg)
     before = schedule.WARMUP_EPOCHS if schedule.WARMUP_PREFIX else 0
     scheduler, _ = create_scheduler_v2(
         optimizer,
@@ -72,3 +77,20 @@ def build_scheduler(cfg: CfgNode, optimizer: Optimizer, steps_per_epoch: int) ->
         updates_per_epoch=steps_per_epoch,
     )
     return scheduler
+
+
+def warn_of_what_never_comes(cfg: CfgNode) -> None:
+    """A config of many epochs that is run for a few, as a trial, keeps its milestones and the loss's warm-up."""
+    epochs, schedule = cfg.SOLVER.EPOCHS, cfg.SOLVER.SCHEDULE
+    if schedule.NAME == "multistep" and (late := [epoch for epoch in schedule.MILESTONES if epoch >= epochs]):
+        logger.warning(
+            "SOLVER.SCHEDULE.MILESTONES %s are not reached in SOLVER.EPOCHS %g: the learning rate does not fall there",
+            late,
+            epochs,
+        )
+    if distils(cfg.KD) and epochs < cfg.KD.LOSS.WARMUP_EPOCHS:
+        logger.warning(
+            "KD.LOSS.WARMUP_EPOCHS %g are more than SOLVER.EPOCHS %g: the weight of distillation rises to the end",
+            cfg.KD.LOSS.WARMUP_EPOCHS,
+            epochs,
+        )

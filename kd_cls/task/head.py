@@ -10,6 +10,7 @@ from kd_core.utils.errors import UserError
 
 DECAYS = (1e-1, 1e-2, 1e-3, 1e-4)  # of the weights, on standardised features
 HELD_OUT = 5  # every fifth image chooses the decay
+SAME = 1e-6  # standard deviation
 ITERATIONS = 100  # of L-BFGS
 
 
@@ -20,7 +21,7 @@ def fit_head(model: nn.Module, loader: Any, device: torch.device) -> None:
         model: timm's, its classifier an `nn.Linear` of the new classes; the rest keeps its weights.
         loader: batches of normalised images and labels, without augmentation.
     Raises:
-        UserError: the classifier is not a linear layer.
+        UserError: the classifier is not a linear layer, or the features of all images are the same.
     """
     classifier = model.get_classifier()
     if not isinstance(classifier, nn.Linear):
@@ -29,6 +30,11 @@ def fit_head(model: nn.Module, loader: Any, device: torch.device) -> None:
             "features: train the teacher with kd_cls.train first, and give its config to --teacher"
         )
     features, labels = extract_features(model.to(device).eval(), classifier, loader)
+    if features.std(0, correction=0).max() < SAME:
+        raise UserError(
+            "the network's features are the same for every image, so no classifier can tell them apart: images of this "
+            "size may be too small for it (--size, --teacher-size), or the weights are not its own"
+        )
     weight, bias = fit_logistic_regression(features, labels, classifier.out_features)
     with torch.no_grad():
         classifier.weight.copy_(weight)

@@ -26,16 +26,6 @@ COMMAND_LINE = "the command line"
 PACKAGES = Path(__file__).resolve().parents[2]  # the clone, or the folder that a wheel was installed into
 
 
-def merge_file(cfg: CfgNode, path: str) -> None:
-    """Merge a yaml file and its `_BASE_` files into `cfg`.
-
-    Raises:
-        UserError: no such file; not yaml, with file and line; an unknown key, with the nearest that exists; a value of
-            the wrong type.
-    """
-    merge_mapping(cfg, read_yaml(path, type(cfg)), path)
-
-
 def merge_mapping(cfg: CfgNode, values: dict[str, Any], source: str) -> None:
     """Merge nested `values` into `cfg`, checking name and type of each.
 
@@ -50,7 +40,7 @@ def merge_list(cfg: CfgNode, words: Sequence[str]) -> None:
     if len(words) % 2:
         raise UserError(
             f"Overrides come as KEY VALUE pairs, but {' '.join(words)!r} has an odd number of words; a list needs "
-            "quotes, as in SOLVER.STEPS '(60, 80)'"
+            "quotes, as in KEY '(60, 80)'"
         )
     keys = list(all_keys(cfg))
     for key, word in zip(words[::2], words[1::2], strict=True):

@@ -69,6 +69,8 @@ def remember_request(path: Path, request: dict[str, Any], result: Path) -> None:
         UserError: the folder holds something else; names the first option that differs and both values.
     """
     output, request = path.parent, json.loads(json.dumps(request))
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output} is a file: give a folder")
     output.mkdir(parents=True, exist_ok=True)
     if not path.is_file() or not result.is_file():
         if not path.is_file() and any(output.iterdir()):

@@ -14,7 +14,7 @@ from kd_core.utils.packaged_weights import PACKAGED, find_package
 from kd_det.checkpoint.classifier_weights import IMAGENET_MEAN, IMAGENET_STD
 from kd_det.config.defaults import kd_defaults
 from kd_det.config.files import merge_file
-from kd_det.modeling.meta_arch.registry import distilled_name
+from kd_det.modeling.meta_arch.registry import BOX_CLASSES, class_keys, distilled_name
 
 RESNET_DEPTHS = (18, 34, 50, 101, 152)
 # The papers' detection settings (docs/methods); DOT and DeepKD keep the step size of plain SGD (STEP matched, ours).
@@ -71,24 +71,14 @@ def derive_student(teacher: CfgNode, request: Request) -> CfgNode:
     Raises:
         UserError: a student, method or number that means nothing, with what would be right.
     """
-    if request.method not in METHODS:
-        raise UserError(f"--method {request.method}: expected one of {', '.join(METHODS)}")
-    for name, value in (("--scale", request.scale), ("--width", request.width)):
-        if not 0 < value <= 4:
-            raise UserError(f"{name} is {value}: a factor of the teacher's, above 0 and at most 4")
+    check_request(teacher, request)
     cfg = kd_defaults()
     copy_common(teacher, cfg)
     for node, keys in (("MODEL", ("TIMM",)), ("SOLVER", ("OPTIMIZER", "MOMENTA", "STEP"))):  # the teacher's own affair
         cfg[node].update({key: kd_defaults()[node][key] for key in keys})
     cfg.MODEL.META_ARCHITECTURE = distilled_name(teacher.MODEL.META_ARCHITECTURE) or "DistilledRCNN"
     cfg.MODEL.WEIGHTS = ""
-    if request.student.endswith((".yaml", ".yml")):
-        given = {"--scale": request.scale != 1, "--width": request.width != 1, "--student-weights": request.weights}
-        if names := [name for name, is_given in given.items() if is_given]:
-            raise UserError(
-                f"{', '.join(names)} with --student {request.student}, which is a whole config: set its sizes and "
-                "MODEL.WEIGHTS there"
-            )
+    if is_config(request.student):
         merge_file(cfg, request.student)
     else:
         set_network(cfg, request)
@@ -138,6 +128,39 @@ def set_network(cfg: CfgNode, request: Request) -> None:
     two_stage_c4 = model.ROI_HEADS.NAME in ("Res5ROIHeads",) or not model.RPN.IN_FEATURES[0].startswith("p")
     if two_stage_c4 and not one_stage(cfg):
         set_fpn_heads(cfg)
+
+
+def check_request(teacher: CfgNode, request: Request) -> None:
+    """Refuse what no student can be derived from; needs no data.
+
+    Raises:
+        UserError: names the option, and what would be right.
+    """
+    if request.method not in METHODS:
+        raise UserError(f"--method {request.method}: expected one of {', '.join(METHODS)}")
+    for name, value in (("--scale", request.scale), ("--width", request.width)):
+        if not 0 < value <= 4:
+            raise UserError(f"{name} is {value}: a factor of the teacher's, above 0 and at most 4")
+    for name, value in (("--batch", request.batch), ("--iterations", request.iterations), ("--epochs", request.epochs)):
+        if value is not None and value <= 0:
+            raise UserError(f"{name} is {value}: expected a number above 0")
+    architecture = teacher.MODEL.META_ARCHITECTURE
+    if request.scale != 1 and class_keys(architecture) != BOX_CLASSES:
+        raise UserError(
+            f"--scale {request.scale:g}: the student of a {architecture} learns anchor by anchor, so that it sees "
+            "images of the teacher's size: leave --scale out"
+        )
+    if is_config(request.student):
+        given = {"--scale": request.scale != 1, "--width": request.width != 1, "--student-weights": request.weights}
+        if names := [name for name, is_given in given.items() if is_given]:
+            raise UserError(
+                f"{', '.join(names)} with --student {request.student}, which is a whole config: set its sizes and "
+                "MODEL.WEIGHTS there"
+            )
+
+
+def is_config(student: str) -> bool:
+    return student.endswith((".yaml", ".yml"))
 
 
 def one_stage(cfg: CfgNode) -> bool:

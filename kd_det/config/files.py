@@ -16,12 +16,15 @@ def merge_file(cfg: CfgNode, path: str) -> None:
     """Merge a yaml file and its `_BASE_` files into `cfg`; a file with an older VERSION is upgraded.
 
     Raises:
-        UserError: as `kd_core.utils.config.merge_file`; a VERSION that this detectron2 does not know; a LazyConfig.
+        UserError: as `read_yaml` and `merge_mapping`; a VERSION that this detectron2 does not know; a LazyConfig; a
+            classifier's config.
     """
     refuse_lazy(path)
     # Of the model zoo's files some compute their anchors by a yaml tag; they are code of the installed detectron2.
     zoo = Path(model_zoo.__file__).parent / "configs"
     values = read_yaml(path, CfgNode, trusted=Path(path).is_relative_to(zoo))
+    if "DATA" in values:
+        raise UserError(f"{path} is a classifier's config: python -m kd_cls.train trains it")
     version = values.get("VERSION", cfg.VERSION)
     if version == cfg.VERSION:
         return merge_mapping(cfg, values, path)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from kd_det.analysis.cost import measure
 from kd_det.checkpoint.checkpointer import WholeCheckpointer, check_local_file
 from kd_det.checks import check_named, training_checks
 from kd_det.config.defaults import kd_defaults
-from kd_det.config.derive import METHODS, Request, default_weights, derive_student
+from kd_det.config.derive import METHODS, Request, check_request, default_weights, derive_student
 from kd_det.config.files import merge_file
 from kd_det.data import register_datasets
 from kd_det.data.check import FATAL, check_coco
@@ -95,11 +95,7 @@ def build_config(args: argparse.Namespace, output: Path) -> CfgNode:
             f"--teacher: {teacher_file} is a {teacher.MODEL.META_ARCHITECTURE}, and students are derived from "
             "detectors only: write the student's config (docs/segmentation.md) and train it with tools/train_net.py"
         )
-    set_data(teacher, args, output)
-    options = dict(zip(args.options[::2], args.options[1::2], strict=False))
-    records = check_data(teacher, skips_bad_images=options.get("DATASETS.BAD_IMAGES") == "skip")
     weights = default_weights(args.student) if args.student_weights is None else args.student_weights
-    say_weights(args.student, weights)
     request = Request(
         student=args.student,
         method=args.method,
@@ -107,11 +103,16 @@ def build_config(args: argparse.Namespace, output: Path) -> CfgNode:
         width=args.width,
         iterations=args.iterations,
         epochs=args.epochs,
-        images=records,
         processes=max(args.num_gpus, 1),
         batch=args.batch,
         weights=weights,
     )
+    check_request(teacher, request)
+    set_data(teacher, args, output)
+    options = dict(zip(args.options[::2], args.options[1::2], strict=False))
+    skips_bad_images = options.get("DATASETS.BAD_IMAGES") == "skip"
+    request = replace(request, images=check_data(teacher, skips_bad_images))
+    say_weights(args.student, weights)
     cfg = derive_student(teacher, request)
     cfg.KD.TEACHER.CONFIG_FILE, cfg.KD.TEACHER.WEIGHTS = teacher_file, teacher_weights
     cfg.KD.TEACHER.OVERRIDES = asked.KD.TEACHER.OVERRIDES
@@ -143,7 +144,8 @@ def set_data(cfg: CfgNode, args: argparse.Namespace, output: Path) -> None:
     if splits and splits.keys() != {"train", "val"}:
         raise UserError(f"--{next(iter(splits))} is given alone: give both --train JSON IMAGES and --val JSON IMAGES")
     if splits:
-        names = {split: f"{output.name}_{split}" for split in splits}
+        prefix = "distill_" if any(f"{output.name}_{split}" in DatasetCatalog for split in splits) else ""
+        names = {split: f"{prefix}{output.name}_{split}" for split in splits}
         cfg.DATASETS.REGISTER = [[names[split], *paths] for split, paths in splits.items()]
         cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (names["train"],), (names["val"],)
     if not cfg.DATASETS.TRAIN or not cfg.DATASETS.TEST:

@@ -37,6 +37,8 @@ def test_numbers_that_yaml_reads_as_words_or_integers_become_floats(tmp_path: Pa
     [
         ("SOLVER: {EPOCH: 3}", [], r"unknown key SOLVER.EPOCH; did you mean SOLVER.EPOCHS"),
         ("MODEL: {BASE_LR: 3}", [], r"unknown key MODEL.BASE_LR.*SOLVER.BASE_LR"),
+        ("{}", ["MODEL.NUM_CLASSES", "7"], r"MODEL.NUM_CLASSES: the data .* say how many classes"),
+        ("MODEL: {META_ARCHITECTURE: GeneralizedRCNN}", [], r"a detector's config: tools/train_net.py trains it"),
         ("SEED: many", [], r"SEED is 'many', expected a whole number"),
         ("MODEL: resnet18", [], r"MODEL is a group of keys"),
         ("MODEL: {COMPILE: 3}", [], r"MODEL.COMPILE is 3, expected True or False"),

@@ -132,6 +132,8 @@ def test_a_trained_teacher_of_ones_own_is_taken_as_it_is(teacher_yaml, tmp_path,
         (("--method", "kdd"), r"--method kdd: expected one of kd, dkd"),
         (("SOLVER.EPOCH", "3"), r"unknown key SOLVER\.EPOCH; did you mean SOLVER\.EPOCHS"),
         (("SOLVER.LABEL_SMOOTHING", "2"), r"SOLVER\.LABEL_SMOOTHING is 2\.0, expected a number in \[0, 1\)"),
+        (("--batch", "-4"), r"--batch is -4, expected a number above 0"),
+        (("--num-gpus", "99"), r"--num-gpus 99, but this machine has"),
         (("--epochs", "0"), r"SOLVER\.EPOCHS is 0\.0, expected a number above 0"),
     ],
 )

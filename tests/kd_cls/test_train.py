@@ -137,6 +137,10 @@ def test_a_missing_teacher_is_trained_first_and_only_once(
     options = ("KD.LOSS.NAME", "kd", "KD.TEACHER.CONFIG_FILE", teacher)
     with pytest.raises(ValueError, match=r"has not been trained.*python -m kd_cls.train --config-file .*teacher.yaml"):
         train(tiny(*options), process)
+    for wrong in (("KD.LOSS.TEMPERATURE", 0), ("MODEL.NAME", "cifar_resnet9")):  # said before the teacher is trained
+        with pytest.raises(ValueError, match=r"temperature|cifar_resnet9"):
+            train(tiny(*options, "KD.TEACHER.TRAIN_IF_MISSING", True, *wrong), process)
+    assert not (tmp_path / "teacher").exists()
     train(tiny(*options, "KD.TEACHER.TRAIN_IF_MISSING", True, "KD.TEACHER.EVALUATE", True), process)
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "teacher: top-1" in log
@@ -180,6 +184,17 @@ def test_milestones_and_warm_up_hold_to_the_step(tiny: Callable, process: Proces
         rates.append(round(trainer.learning_rate, 8))
         trainer.scheduler.step_update(iteration + 1)
     assert rates == [0.1] * 4 + [0.01] * 2 + [0.001] * 2
+
+
+def test_a_trial_of_few_epochs_is_told_what_never_comes(
+    tiny: Callable, process: Process, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ["SOLVER.SCHEDULE.NAME", "multistep", "SOLVER.SCHEDULE.MILESTONES", "[1, 150]"]
+    cfg = tiny(*words, "KD.LOSS.NAME", "kd", "KD.LOSS.WARMUP_EPOCHS", 20, "KD.TEACHER.ALLOW_RANDOM", True)
+    with caplog.at_level("WARNING", "kd_cls"):
+        build_trainer(cfg, process)
+    assert "MILESTONES [150] are not reached in SOLVER.EPOCHS 2" in caplog.text
+    assert "KD.LOSS.WARMUP_EPOCHS 20 are more than SOLVER.EPOCHS 2" in caplog.text
 
 
 def test_a_warm_up_before_the_schedule_leaves_it_the_rest_of_the_epochs(tiny: Callable, process: Process) -> None:
@@ -242,7 +257,7 @@ def test_the_keys_are_listed_with_their_values(tiny_yaml: Path, capsys: pytest.C
         (["SOLVER.IMS_PER_BATCH", 15, "SOLVER.ACCUMULATE_STEPS", 2], r"IMS_PER_BATCH is 15, expected a multiple of 2"),
         (["SOLVER.MIXUP.ALPHA", 0.1, "SOLVER.IMS_PER_BATCH", 15], r"SOLVER.MIXUP mixes pairs.*leaves 15"),
         (["LOG_PERIOD", 0], r"LOG_PERIOD is 0, expected a number ≥ 1"),
-        (["SEEDS", "[1, a]"], r"SEEDS is \[1, 'a'\], expected a list of whole numbers"),
+        (["SEEDS", "[1, a]"], r"SEEDS is \[1, 'a'\], expected a list of different whole numbers"),
         (["SOLVER.EMA.DECAY", 1], r"SOLVER.EMA.DECAY is 1.0, expected a number in \[0, 1\)"),
         (["KD.TEACHER.CACHE", "half"], r"KD.TEACHER.CACHE is 'half', expected one of none, full, topk"),
         (["SOLVER.DISTRIBUTE_BN", "sum"], r"SOLVER.DISTRIBUTE_BN is 'sum', expected one of reduce, broadcast, empty"),
@@ -280,6 +295,7 @@ def test_the_keys_are_listed_with_their_values(tiny_yaml: Path, capsys: pytest.C
             ["SOLVER.SCHEDULE.WARMUP_PREFIX", True, "SOLVER.SCHEDULE.WARMUP_EPOCHS", 2],
             r"SOLVER.SCHEDULE.WARMUP_EPOCHS is 2.0 and SOLVER.EPOCHS 2.0, which leaves none",
         ),
+        (["SEEDS", "[1, 1]"], r"SEEDS is \[1, 1\], expected a list of different whole numbers"),
         (["SOLVER.SCHEDULE.NAME", "onecycle"], r"SOLVER.SCHEDULE.NAME is 'onecycle', expected one of multistep"),
         (["SOLVER.AMP.DTYPE", "float8"], r"SOLVER.AMP.DTYPE is 'float8'"),
         (["DATA.NAME", "digit"], r"DATA.NAME 'digit' is unknown: choose one of"),

@@ -77,6 +77,18 @@ def test_a_folder_of_classes_is_looked_at_file_by_file(check_data, tmp_path, cap
     assert f"image that cannot be decoded (1): {broken}" in out and "the same image in two splits (1)" in out
 
 
+def test_the_data_of_a_classifiers_config_are_looked_at(check_data, tmp_path, capsys):
+    root = write_classes(tmp_path / "mine")
+    config = tmp_path / "mine.yaml"
+    config.write_text(f"DATA: {{NAME: folder, ROOT: {root}}}\n")
+    assert check_data.main([str(config)]) == 0
+    (root / "train" / "cat" / "0.png").write_bytes(b"no image")
+    assert check_data.main([str(config)]) == 1
+    assert "train image that cannot be decoded (1)" in capsys.readouterr().out
+    assert check_data.main(["configs/Digits/cls_dkd.yaml"]) == 0
+    assert "digits: 1198 training and 599 validation images of 10 classes" in capsys.readouterr().out
+
+
 def write_label_maps(root: Path, split: str, shades: list[int]) -> list[str]:
     """Images with label maps of two classes; returns the entry of DATASETS.REGISTER_SEM_SEG."""
     images, labels = root / "images" / split, root / "labels" / split
@@ -122,7 +134,7 @@ def test_label_maps_that_are_not_there_are_not_sound(check_data):
     [
         (["missing.json", "images"], "missing.json: there is no such file"),
         (["one.json"], "expected a config, a folder of classes, or JSON IMAGES pairs"),
-        (["tests", "--output", "cleaned.json"], "--output writes a COCO json, and tests is a folder of classes"),
+        (["tests", "--output", "cleaned.json"], "--output writes a COCO json, and tests is a data set of classes"),
         (["one.json", "images", "--output", "no/cleaned.json"], "--output no/cleaned.json: there is no folder no"),
     ],
 )

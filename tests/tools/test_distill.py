@@ -16,7 +16,7 @@ from PIL import Image
 
 from helpers import forked
 from helpers.few_digits import few_digits
-from kd_det.engine.distill import set_neck
+from kd_det.engine.distill import build_config, parser, set_neck
 
 ITERATIONS = 3  # detectron2 times iterations from the third on
 
@@ -134,6 +134,14 @@ def test_a_wrong_word_may_be_corrected_in_the_same_folder(command, tmp_path):
     assert not (tmp_path / f"out_{tmp_path.name}" / "distill.yaml").exists()
     with pytest.raises(SystemExit, match="--method kdd"):
         command("--student", "resnet18", "--method", "kdd")
+
+
+def test_a_folder_may_be_called_as_a_data_set_is(teacher, data, tmp_path):
+    """The folder names the data sets, and the built-in digits_train must keep its name."""
+    words = [*teacher, *data, "--output", str(tmp_path / "digits"), "--num-gpus", "0"]
+    args = parser("").parse_intermixed_args([*words, "--student", "resnet18"])
+    cfg = build_config(args, tmp_path / "digits")
+    assert cfg.DATASETS.TRAIN == ("distill_digits_train",) and cfg.DATASETS.TEST == ("distill_digits_val",)
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,7 @@ def test_a_failed_test_is_trained_again_and_one_that_fails_again_is_the_exit_sta
     ("changes", "message"),
     [
         ({"tries": 0}, "tries is 0, expected a whole number from 1"),
+        ({"trials": 3}, "is no table: it has the unknown key trials; a table has package, tries"),
         ({"methods": {"DKD": {"grid": {}}}}, "methods.DKD has no config"),
         ({"methods": {"DKD": {"config": "a.yaml", "gird": {}}}}, "methods.DKD.gird: {} is wrong or unknown"),
         ({"methods": {"DKD": {"config": "a.yaml", "grid": {"SEED": 1}}}}, "grid.SEED is 1, expected a list"),

@@ -50,7 +50,7 @@ def test_the_file_is_named_in_one_line(folder: Path, workers: int) -> None:
         training_images(config(folder, "error", workers))
     message = str(raised.value)
     assert message.startswith(f"{folder}/train/ant/1.png is not a readable image (") and "\n" not in message
-    assert message.endswith("): replace or remove it, or set DATA.BAD_IMAGES skip")
+    assert message.endswith("): replace or remove it; DATA.BAD_IMAGES skip leaves out such images of the training set")
 
 
 def test_skipped_it_is_logged_once_and_the_next_image_always_takes_its_place(folder: Path, caplog) -> None:

@@ -12,6 +12,7 @@ from timm.models import load_checkpoint
 from timm.task.evaluator import ClassificationEvaluator
 
 from kd_cls.data import create_datasets, create_loaders
+from kd_cls.data.check import check_images
 from kd_cls.distributed import Process
 from kd_cls.evaluate import evaluate_checkpoint, main
 from kd_cls.train import train
@@ -44,6 +45,29 @@ def test_the_command_prints_what_training_found_and_plain_timm_agrees(
     assert resolve_data_config(model=model)["input_size"] == (3, 32, 32)
 
 
+def test_the_students_weights_are_evaluated_and_not_those_that_its_training_started_from(
+    tiny: Callable, process: Process, capsys: pytest.CaptureFixture
+) -> None:
+    first = tiny("OUTPUT_DIR", str(tiny().OUTPUT_DIR) + "_first", "SOLVER.EPOCHS", 4)
+    started = train(first, process)
+    cfg = tiny("MODEL.WEIGHTS", Path(first.OUTPUT_DIR, "best.pth"), "SOLVER.BASE_LR", 1.0, "SOLVER.EPOCHS", 1)
+    trained = train(cfg, process)
+    config = ["--config-file", str(Path(cfg.OUTPUT_DIR, "config.yaml"))]
+    assert main(config)["loss"] == trained["loss"] != started["loss"]
+    assert "evaluating" in capsys.readouterr().out
+    assert main([*config, "MODEL.WEIGHTS", str(Path(first.OUTPUT_DIR, "last.pth"))])["loss"] == started["loss"]
+    Path(cfg.OUTPUT_DIR, "best.pth").unlink()  # the config's weights are all there is
+    assert main(config)["top1"] == started["best_top1"]
+
+
+def test_it_computes_in_the_precision_of_training(tiny: Callable, process: Process) -> None:
+    cfg = tiny("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bfloat16", "SOLVER.EVAL_PERIOD", 2)
+    trained = train(cfg, process)
+    assert evaluate_checkpoint(cfg, process)["loss"] == trained["loss"]
+    cfg.SOLVER.AMP.ENABLED = False
+    assert evaluate_checkpoint(cfg, process)["loss"] != trained["loss"]
+
+
 def test_the_checkpoint_says_how_its_images_are_normalised(tiny: Callable, process: Process) -> None:
     cfg = tiny("MODEL.MEAN", "[0.9, 0.9, 0.9]", "MODEL.STD", "[0.1, 0.2, 0.3]")
     trained = train(cfg, process)
@@ -74,6 +98,17 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tiny: Callable, process: Proc
     pets = tiny("DATA.NAME", "folder", "DATA.ROOT", tmp_path / "pets", "DATA.TRAIN_IMAGES", 0, "DATA.VAL_IMAGES", 0)
     with pytest.raises(ValueError, match=r"best.pth knows 10 classes, folder has 2"):
         evaluate_checkpoint(pets, process)
+
+
+def test_a_single_class_is_refused(tiny: Callable, process: Process, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        (tmp_path / "pets" / split / "cat").mkdir(parents=True)
+        create_datasets("digits").val[0][0].save(tmp_path / "pets" / split / "cat" / "1.png")
+    pets = tiny("DATA.NAME", "folder", "DATA.ROOT", tmp_path / "pets", "DATA.TRAIN_IMAGES", 0, "DATA.VAL_IMAGES", 0)
+    with pytest.raises(ValueError, match=r"pets: cat is the only class: nothing to tell apart"):
+        train(pets, process)
+    report, _ = check_images("folder", tmp_path / "pets")
+    assert report.problems["a single class"] == ["cat: there is nothing to tell apart"]
 
 
 def test_an_empty_class_folder_is_named_before_training(tiny: Callable, process: Process, tmp_path: Path) -> None:

@@ -52,6 +52,13 @@ def test_a_network_learns_new_classes_and_keeps_its_features():
     assert changed == {"fc.weight", "fc.bias"}
 
 
+def test_features_that_are_the_same_for_every_image_are_refused():
+    model = timm.create_model("cifar_resnet8", num_classes=2)
+    torch.nn.init.zeros_(model.conv1.weight)
+    with pytest.raises(UserError, match=r"features are the same for every image"):
+        fit_head(model, [(torch.rand(20, 3, 16, 16), torch.arange(20) % 2)], CPU)
+
+
 def test_a_classifier_that_is_not_linear_is_refused():
     model = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=2)
     with pytest.raises(UserError, match=r"train the teacher with kd_cls\.train first"):

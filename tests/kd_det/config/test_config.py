@@ -100,6 +100,11 @@ def test_a_lazyconfig_is_refused_with_the_tool_that_trains_it():
         read_config("configs/LazyCOCO/dkd_r18_lsj_r101.py", [])
 
 
+def test_a_classifiers_config_is_refused_with_the_command_that_trains_it():
+    with pytest.raises(UserError, match=r"cls_dkd.yaml is a classifier's config: python -m kd_cls.train trains it"):
+        read_config("configs/Digits/cls_dkd.yaml", [])
+
+
 def test_a_config_file_that_is_not_there_is_named():
     with pytest.raises(ValueError, match=r"--config-file: there is no file configs/none.yaml"):
         read_config("configs/none.yaml", [])

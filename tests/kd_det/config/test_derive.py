@@ -110,6 +110,12 @@ def test_a_retinanet_teaches_a_retinanet_of_its_strides_and_anchors(student):
     model.load_teacher()  # refuses other strides and anchors
 
 
+def test_the_student_of_a_retinanet_has_images_of_the_teachers_size():
+    teacher = yacs_teacher("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
+    with pytest.raises(UserError, match=r"--scale 0.5: the student of a RetinaNet learns anchor by anchor"):
+        derive_student(teacher, Request("resnet18", scale=0.5))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_written_yaml_reads_back_as_the_same_config(method, teacher, tmp_path):
     cfg = derive_student(teacher, Request("resnet18", method=method))
@@ -127,7 +133,9 @@ def test_the_written_yaml_reads_back_as_the_same_config(method, teacher, tmp_pat
         (Request("resnet18", method="magic"), r"--method magic: expected one of kd, dkd"),
         (Request("resnet18", scale=0), r"--scale is 0"),
         (Request("resnet18", iterations=5, epochs=1), r"--iterations and --epochs"),
-        (Request("resnet18", iterations=0), r"0 iterations"),
+        (Request("resnet18", iterations=0), r"--iterations is 0: expected a number above 0"),
+        (Request("resnet18", epochs=-1), r"--epochs is -1: expected a number above 0"),
+        (Request("resnet18", batch=-4), r"--batch is -4: expected a number above 0"),
         (Request("my.yaml", scale=0.5, width=2, weights="w.pth"), r"--scale, --width, --student-weights with --stud"),
     ],
 )
