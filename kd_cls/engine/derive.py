@@ -20,6 +20,7 @@ from kd_core.utils.packaged_weights import PACKAGED, find_package
 # The papers' settings for ImageNet (configs/ImageNet). DOT and DeepKD keep the step size of plain SGD (matched, ours).
 KD = {"KD.LOSS.NAME": "kd", "KD.TASK_WEIGHT": 0.5, "KD.LOSS.WEIGHT": 0.5}
 DKD = {"KD.LOSS.NAME": "dkd", "KD.LOSS.DKD.ALPHA": 1.0, "KD.LOSS.DKD.BETA": 0.5}
+REVIEW = {"KD.FEATURE.NAME": "review", "KD.FEATURE.PREACT": "both"}
 MASK = {"KD.LOSS.TOPK.ENABLED": True}
 STREAMS = {"SOLVER.STEP": "matched"}
 METHODS: dict[str, dict[str, Any]] = {
@@ -28,6 +29,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "gdkd": {"KD.LOSS.NAME": "gdkd", "KD.LOSS.GDKD.W0": 0.5, "KD.LOSS.GDKD.W1": 1.0, "KD.LOSS.GDKD.W2": 1.0},
     "aekt": {"KD.LOSS.NAME": "aekt", "KD.LOSS.AEKT.EXPLICIT_WEIGHT": 1.0, "KD.LOSS.AEKT.IMPLICIT_WEIGHT": 0.5},
     "dist": {"KD.LOSS.NAME": "dist", "KD.LOSS.DIST.BETA": 2.0, "KD.LOSS.DIST.GAMMA": 2.0},
+    "crld": {"KD.LOSS.NAME": "crld", "KD.TASK_WEIGHT": 2.0, "DATA.VIEWS": 2},
+    "reviewkd": {"KD.LOSS.NAME": "none", **REVIEW},
+    "reviewdkd": {**DKD, **REVIEW},
     "dot": {**KD, **STREAMS, "SOLVER.OPTIMIZER": "dot_sgd", "SOLVER.DOT.DELTA": 0.09},
     "deepkd": {**DKD, **MASK, **STREAMS, "SOLVER.OPTIMIZER": "deepkd_sgd"},
     "deepkd_kd": {**KD, **MASK, **STREAMS, "SOLVER.OPTIMIZER": "deepkd_sgd"},
@@ -110,7 +114,8 @@ def set_schedule(cfg: CfgNode, request: Request) -> None:
     solver.EPOCHS = EPOCHS[from_weights] if request.epochs is None else request.epochs
     solver.SCHEDULE.NAME = "cosine"
     solver.SCHEDULE.WARMUP_EPOCHS = round(solver.EPOCHS / 20, 3)
-    cfg.KD.LOSS.WARMUP_EPOCHS = min(1.0, solver.SCHEDULE.WARMUP_EPOCHS)
+    for node in (cfg.KD.LOSS, cfg.KD.FEATURE):
+        node.WARMUP_EPOCHS = min(1.0, solver.SCHEDULE.WARMUP_EPOCHS)
     solver.CLIP_GRADIENTS.ENABLED = True
     solver.EVAL_PERIOD = max(int(solver.EPOCHS // 10), 1)
     if request.images // solver.IMS_PER_BATCH > LONG_EPOCH:
@@ -120,7 +125,7 @@ def set_schedule(cfg: CfgNode, request: Request) -> None:
 def without_teacher(cfg: CfgNode) -> CfgNode:
     """The same student and schedule, trained on the labels alone."""
     plain, defaults = cfg.clone(), get_cfg()
-    plain.KD = defaults.KD
+    plain.KD, plain.DATA.VIEWS = defaults.KD, defaults.DATA.VIEWS
     plain.SOLVER.MOMENTA = defaults.SOLVER.MOMENTA
     if plain.SOLVER.OPTIMIZER in ("dot_sgd", "deepkd_sgd"):  # the others train without a teacher, too
         for key in ("OPTIMIZER", "STEP", "DOT", "DEEPKD"):

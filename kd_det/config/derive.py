@@ -24,6 +24,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "gdkd": {"KD.LOSS.NAME": "gdkd", "KD.LOSS.GDKD.W0": 1.0, "KD.LOSS.GDKD.W1": 0.125, "KD.LOSS.GDKD.W2": 0.25},
     "aekt": {"KD.LOSS.NAME": "aekt", "KD.LOSS.AEKT.EXPLICIT_WEIGHT": 1.0, "KD.LOSS.AEKT.IMPLICIT_WEIGHT": 0.25},
 }
+METHODS["reviewkd"] = {"KD.LOSS.NAME": "none", "KD.FEATURE.NAME": "review"}
+METHODS["reviewdkd"] = {**METHODS["dkd"], "KD.FEATURE.NAME": "review"}
 METHODS["dot"] = {**METHODS["kd"], "SOLVER.OPTIMIZER": "dot_sgd", "SOLVER.STEP": "matched"}
 METHODS["deepkd"] = {
     **METHODS["dkd"],

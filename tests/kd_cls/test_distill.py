@@ -14,8 +14,9 @@ import kd_cls.models  # noqa: F401  (registers cifar_<name>)
 from kd_cls import distill
 from kd_cls.config import load_cfg
 from kd_cls.data.statistics import InputStats
-from kd_cls.engine.derive import Request, derive_student, weights_at_hand, without_teacher
+from kd_cls.engine.derive import METHODS, Request, derive_student, weights_at_hand, without_teacher
 from kd_cls.engine.trainer import Trainer
+from kd_core.losses.feature_config import distils
 from kd_core.utils.packaged_weights import find_package
 
 COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
@@ -79,6 +80,15 @@ def test_a_name_and_a_folder_become_a_student_and_a_table_and_a_second_call_trai
     assert json.loads((out / "results.json").read_text())["results"] == results["results"]
     with pytest.raises(SystemExit, match=r"holds another distillation: --method was dkd, is kd"):
         command("--method", "kd")
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "dkd"])
+def test_every_method_trains_and_its_baseline_does_without_it(method, command, tmp_path):
+    command("--method", method, "--baseline")
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    assert results.keys() == {"teacher", "student", "baseline"}
+    cfg, plain = (load_cfg(str(tmp_path / "out" / name)) for name in ("distill.yaml", "baseline.yaml"))
+    assert distils(cfg.KD) and not distils(plain.KD) and plain.DATA.VIEWS == 1
 
 
 def test_a_student_with_weights_of_other_classes_starts_with_a_classifier_of_these(command, teacher_weights, tmp_path):
