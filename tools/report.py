@@ -59,11 +59,12 @@ def runs_in(path: Path) -> list[Run]:
     return open_search(path).tested() if is_search(path) else read_runs(path)
 
 
-def search_table(path: Path) -> str:
-    """The table of a tools/search.py."""
+def search_table(path: Path, by: str) -> str:
+    """The table of a tools/search.py, or the tries of its search by one key."""
     if not is_search(path):
         raise UserError(f"{path} is no results.json of tools/search.py")
-    return open_search(path).report()
+    search = open_search(path)
+    return search.tries_by(by) if by else search.report()
 
 
 def is_search(path: Path) -> bool:

@@ -333,6 +333,28 @@ class Search:
         cells = [(row[0], [[str(row[column])] for column in shown[1:]]) for row in rows]
         return markdown(Table([headers[column] for column in shown], cells))
 
+    def tries_by(self, key: str) -> str:
+        """The search's values by one key of the grids: the best try that has each value; the best of a row is bold.
+
+        Raises:
+            UserError: no grid has the key.
+        """
+        grids = [method.get("grid", {}) for method in self.table["methods"].values()]
+        columns = sorted({value for grid in grids for value in grid.get(key, [])})
+        if not columns:
+            raise UserError(f"{self.results.path}: no grid of {self.args.table} has {key}")
+        rows = []
+        for name in self.names:
+            found: dict[Any, list[float]] = {column: [] for column in columns}
+            for training in (t for t in self.searches() if t.method == name):
+                column, value = self.tries[name][training.number].get(key), self.value(training)
+                if column in found and value is not None:
+                    found[column].append(value)
+            best = max(itertools.chain(*found.values()), default=None)
+            words = {column: f"{max(values):.2f}" if values else "–" for column, values in found.items()}
+            rows.append((name, [f"**{word}**" if best in found[column] else word for column, word in words.items()]))
+        return markdown(Table([f"search {self.metric}", *(f"{key} {column}" for column in columns)], rows))
+
     def tested(self) -> list[Run]:
         """The finished tests, with the metric over the iterations where the entry has it."""
         runs = []

@@ -184,7 +184,7 @@ def test_a_page_of_docs_is_drawn_from_the_results_that_were_kept(load_tool, thre
     assert "](figures/three_bbox_AP.svg)" in text
     assert (tmp_path / "figures" / "three_bbox_AP.svg").read_text().rstrip().endswith("</svg>")
     page.write_text("<!-- drawn: {what: table, from: results/three.json} -->\n<!-- end -->")
-    with pytest.raises(SystemExit, match="what is 'table', expected seeds, curves or search"):
+    with pytest.raises(SystemExit, match="what is 'table', expected seeds, curves, search or tries"):
         tool.main(["--page", str(page)])
     (tmp_path / "results" / "three.json").write_text("{")
     page.write_text(asked % "seeds" + "\n<!-- end -->")
@@ -211,6 +211,15 @@ def test_a_search_is_drawn_from_its_results(load_tool, tmp_path):
     assert cells[0][:5] == ["KD", "94.50 ± 0.71", "2", "91.00", "2"] and "SOLVER.BASE_LR" in cells[0][-1]
     assert cells[1] == ["KD", "94.50 ± 0.71", "94.00", "95.00"]
     assert (tmp_path / "figures" / "cls_val_top1.svg").is_file()
+    tries = "<!-- drawn: {what: tries, from: cls.json, by: %s} -->\n<!-- end -->\n"
+    (tmp_path / "page.md").write_text(tries % "SOLVER.BASE_LR")
+    load_tool("report").main(["--page", str(tmp_path / "page.md")])
+    head, row = ((tmp_path / "page.md").read_text().splitlines()[line] for line in (1, 4))
+    assert "search val/top1" in head and "SOLVER.BASE_LR 0.05" in head
+    assert sorted(cell.strip() for cell in row.split("|")[2:-1] if cell.strip() != "–") == ["**91.00**", "90.00"]
+    (tmp_path / "page.md").write_text(tries % "SOLVER.RATE")
+    with pytest.raises(SystemExit, match=r"no grid of .*cls_digits.yaml has SOLVER.RATE"):
+        load_tool("report").main(["--page", str(tmp_path / "page.md")])
 
 
 def test_the_results_in_docs_are_what_their_json_draws(load_tool, tmp_path):

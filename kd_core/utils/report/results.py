@@ -7,7 +7,8 @@ A block of the page names what is drawn, and is replaced by it:
     <!-- end -->
 
 `what`: "seeds", a value for each seed, mean ± std and paired differences to `baseline`; "curves", a figure of `of` over
-the iterations; "search", the table of a tools/search.py (its results.json).
+the iterations; "search", the table of a tools/search.py (its results.json); "tries", the values of its search by one
+key, `by`.
 """
 
 import json
@@ -55,12 +56,12 @@ def read_runs(path: Path) -> list[Run]:
     return [Run(Path(one.pop("name")), {"SEED": one.pop("seed")}, **one) for one in content]
 
 
-def redraw(page: Path, runs_of: Callable[[Path], list[Run]], search_table: Callable[[Path], str]) -> list[Path]:
+def redraw(page: Path, runs_of: Callable[[Path], list[Run]], search_table: Callable[[Path, str], str]) -> list[Path]:
     """Draw every block of `page` anew; returns the files that were written.
 
     Args:
         runs_of: reads the runs in a JSON file.
-        search_table: draws the table of a search's results.json.
+        search_table: draws the table of a search's results.json, or the tries by a key.
 
     Raises:
         UserError: a block that does not say what to draw from what.
@@ -73,14 +74,16 @@ def redraw(page: Path, runs_of: Callable[[Path], list[Run]], search_table: Calla
         if not source.is_file():
             raise UserError(f"{page}: {block[2]}: there is no file {source}")
         if what == "search":
-            text = search_table(source)
+            text = search_table(source, "")
+        elif what == "tries":
+            text = search_table(source, asked["by"])
         elif what == "seeds":
             metric = Metric(asked.get("label", asked["of"]), asked["of"])
             text = markdown(seeds_table(by_title(runs_of(source)), metric, asked.get("baseline")))
         elif what == "curves":
             text = figure(asked, runs_of(source))
         else:
-            raise UserError(f"{page}: {block[2]}: what is {what!r}, expected seeds, curves or search")
+            raise UserError(f"{page}: {block[2]}: what is {what!r}, expected seeds, curves, search or tries")
         return f"{block[1]}{text}\n{block[3]}"
 
     def figure(asked: dict[str, Any], runs: list[Run]) -> str:
