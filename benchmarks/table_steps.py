@@ -17,6 +17,7 @@ from timing import by_turns
 
 from kd_core.utils.config import read_yaml
 from kd_det.analysis.iteration import Iteration, build_iteration
+from kd_det.data import register_datasets
 from kd_det.engine.launch import choose_device, read_config
 
 RANDOM_TEACHER = {"KD.TEACHER.WEIGHTS": "", "KD.TEACHER.ALLOW_RANDOM": True}
@@ -45,8 +46,9 @@ def iteration(method: dict, options: dict) -> Iteration:
     torch.manual_seed(0)
     first = {key: values[0] for key, values in method.get("grid", {}).items()}
     taught = RANDOM_TEACHER if method.get("teacher", True) else {}
-    words = [str(word) for pair in {**options, **first, **taught}.items() for word in pair]
+    words = [str(word) for pair in {**options, **first, **taught, "SEED": 0}.items() for word in pair]
     cfg = read_config(str(ROOT / method["config"]), words)
+    register_datasets(cfg)
     choose_device(cfg, num_gpus=1)
     return build_iteration(cfg)
 

@@ -71,6 +71,7 @@ from kd_core.utils.resume import remember_request
 
 UNDECODABLE = "train image that cannot be decoded"
 FATAL = (UNDECODABLE, "val image that cannot be decoded", "class without an image", "a single class")
+FITTED = ("teacher/head.pth", "start.pth", "teacher/results.json")  # in --output, before the training
 HEAD_IMAGES = 50_000  # more would not fit in memory as features, and a linear layer needs no more
 
 
@@ -86,7 +87,9 @@ def distill(args: argparse.Namespace) -> None:
     left_out = ("output", "num_gpus", "baseline")
     request = {key: value for key, value in vars(args).items() if key not in left_out}
     files = {"student": output / "distill.yaml", "baseline": output / "baseline.yaml"}
-    remember_request(output / "distill.json", request, files["student"])
+    if remember_request(output / "distill.json", request, files["student"]):
+        for stale in FITTED:
+            (output / stale).unlink(missing_ok=True)
     is_new = not files["student"].is_file()
     cfg = build_config(args, output) if is_new else load_cfg(str(files["student"]))
     plain = without_teacher(cfg)
@@ -97,14 +100,14 @@ def distill(args: argparse.Namespace) -> None:
     processes, device = max(args.num_gpus, 1), "auto" if args.num_gpus else "cpu"
     with start_process(device) as process:
         costs = forecast(trainings, process, processes)
+        prepare_teacher(cfg, args, process)
+        prepare_student(cfg, args, process)
+        results = {"teacher": evaluate_teacher(cfg, process, output / "teacher" / "results.json")}
         if is_new:  # not before: until then, a request that failed may be corrected
             say(f"student's config: {files['student']} (yours to edit; python -m kd_cls.train trains it, too)")
         for name, training in trainings.items():
             if is_new or name == "baseline":
                 write_text(files[name], changes_as_yaml(training, get_cfg(), header(args, files[name])))
-        prepare_teacher(cfg, args, process)
-        prepare_student(cfg, args, process)
-        results = {"teacher": evaluate_teacher(cfg, process, output / "teacher" / "results.json")}
         for name in trainings:
             run_training(files[name], output / name, processes, device, process)
             results[name] = figures(output / name)
@@ -328,9 +331,10 @@ def run_training(config_file: Path, output: Path, processes: int, device: str, p
 
 
 def figures(training: Path) -> dict[str, float]:
-    """Metrics of best.pth, and the training time."""
+    """Metrics of the weights in best.pth, which are the moving average where there is one, and the training time."""
     seconds = read_checkpoint(training / LAST, "--output")["training"]["seconds"]
-    return {**read_metadata(training / BEST)["metrics"], "seconds": seconds}
+    metrics = read_metadata(training / BEST)["metrics"]
+    return {name: metrics.get(f"ema_{name}", metrics[name]) for name in ("top1", "top5", "loss")} | {"seconds": seconds}
 
 
 def conclude(output: Path, results: dict[str, dict[str, Any]], costs: dict[str, Cost]) -> None:

@@ -342,7 +342,7 @@ class Search:
         grids = [method.get("grid", {}) for method in self.table["methods"].values()]
         columns = sorted({value for grid in grids for value in grid.get(key, [])})
         if not columns:
-            raise UserError(f"{self.results.path}: no grid of {self.args.table} has {key}")
+            raise UserError(f"no grid of {self.args.table} has {key}")
         rows = []
         for name in self.names:
             found: dict[Any, list[float]] = {column: [] for column in columns}

@@ -11,7 +11,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from kd_cls.task.student import Student
-from kd_core.losses.feature_config import distils
 from kd_core.optim import deepkd_sgd
 from kd_core.optim.config import STREAM_OPTIMIZERS, build_stream_optimizer
 from kd_core.utils.errors import UserError
@@ -88,9 +87,11 @@ def warn_of_what_never_comes(cfg: CfgNode) -> None:
             late,
             epochs,
         )
-    if distils(cfg.KD) and epochs < cfg.KD.LOSS.WARMUP_EPOCHS:
-        logger.warning(
-            "KD.LOSS.WARMUP_EPOCHS %g are more than SOLVER.EPOCHS %g: the weight of distillation rises to the end",
-            cfg.KD.LOSS.WARMUP_EPOCHS,
-            epochs,
-        )
+    for name in ("LOSS", "FEATURE"):
+        if cfg.KD[name].NAME != "none" and epochs < cfg.KD[name].WARMUP_EPOCHS:
+            logger.warning(
+                "KD.%s.WARMUP_EPOCHS %g are more than SOLVER.EPOCHS %g: the weight of distillation rises to the end",
+                name,
+                cfg.KD[name].WARMUP_EPOCHS,
+                epochs,
+            )

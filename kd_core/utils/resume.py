@@ -58,13 +58,15 @@ def plain(cfg: CfgNode | dict[str, Any]) -> dict[str, Any]:
     return yaml.safe_load(cfg.dump() if isinstance(cfg, CfgNode) else yaml.safe_dump(cfg))
 
 
-def remember_request(path: Path, request: dict[str, Any], result: Path) -> None:
+def remember_request(path: Path, request: dict[str, Any], result: Path) -> bool:
     """Note in the file `path` what a command was asked for, and refuse its folder for any other request.
 
     Args:
         result: the first file that the command makes of a request. Until it is there, a request that failed may be
             corrected.
         request: option → value, of those that a second call must repeat.
+    Returns:
+        Whether this request corrects an earlier one: what that has left in the folder is stale.
     Raises:
         UserError: the folder holds something else; names the first option that differs and both values.
     """
@@ -75,8 +77,9 @@ def remember_request(path: Path, request: dict[str, Any], result: Path) -> None:
     if not path.is_file() or not result.is_file():
         if not path.is_file() and any(output.iterdir()):
             raise UserError(f"--output {output} is not empty and holds no distillation: give another folder")
+        corrects = path.is_file() and json.loads(path.read_text(encoding="utf-8")) != request
         write_text(path, json.dumps(request, indent=1))
-        return
+        return corrects
     before = json.loads(path.read_text(encoding="utf-8"))
     for option, value in request.items():
         if before.get(option) != value:
@@ -84,3 +87,4 @@ def remember_request(path: Path, request: dict[str, Any], result: Path) -> None:
                 f"--output {output} holds another distillation: --{option.replace('_', '-')} was {before.get(option)}, "
                 f"is {value}. Give the same arguments to resume, or another --output"
             )
+    return False

@@ -34,6 +34,7 @@ METHODS["deepkd"] = {
     "SOLVER.DEEPKD.DELTA_TOG": 0.0,  # ours: the paper's .075 costs AP on short schedules (docs/methods/deepkd.md)
 }
 
+SOFTMAX_ONLY = ("gdkd", "aekt")  # methods without a form for the sigmoids of a one-stage detector
 SCRATCH_ITERATIONS = 0.1  # share of the schedule that a network without weights warms up for
 
 
@@ -89,6 +90,8 @@ def derive_student(teacher: CfgNode, request: Request) -> CfgNode:
     set_values(cfg, {"KD.LOSS.TEMPERATURE": 1.0, **METHODS[request.method]})
     if request.method == "gdkd":  # k of 5 suits many classes; the top group and the rest each need one
         cfg.KD.LOSS.GDKD.K = min(5, max(cfg.MODEL.ROI_HEADS.NUM_CLASSES // 2, 1))
+    if one_stage(cfg):
+        cfg.KD.DENSE.GAMMA = 0.0  # ours: BCKD's 1 ends below plain training on short schedules (docs/results.md)
     return cfg
 
 
@@ -147,11 +150,15 @@ def check_request(teacher: CfgNode, request: Request) -> None:
         if value is not None and value <= 0:
             raise UserError(f"{name} is {value}: expected a number above 0")
     architecture = teacher.MODEL.META_ARCHITECTURE
-    if request.scale != 1 and class_keys(architecture) != BOX_CLASSES:
-        raise UserError(
-            f"--scale {request.scale:g}: the student of a {architecture} learns anchor by anchor, so that it sees "
-            "images of the teacher's size: leave --scale out"
-        )
+    if class_keys(architecture) != BOX_CLASSES:
+        if request.scale != 1:
+            raise UserError(
+                f"--scale {request.scale:g}: the student of a {architecture} learns anchor by anchor, so that it sees "
+                "images of the teacher's size: leave --scale out"
+            )
+        if request.method in SOFTMAX_ONLY:
+            known = ", ".join(name for name in METHODS if name not in SOFTMAX_ONLY)
+            raise UserError(f"--method {request.method}: a {architecture} has no softmax; expected one of {known}")
     if is_config(request.student):
         given = {"--scale": request.scale != 1, "--width": request.width != 1, "--student-weights": request.weights}
         if names := [name for name, is_given in given.items() if is_given]:

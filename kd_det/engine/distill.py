@@ -44,6 +44,7 @@ from kd_det.export import read_student, save_plain, save_torchscript
 from kd_det.modeling.backbone.spread import map_spread, suggest_fpn_norm
 from kd_det.modeling.meta_arch.registry import PIXEL_CLASSES, class_keys
 from kd_det.modeling.teacher.build import teacher_builders, teacher_config
+from kd_det.modeling.teacher.lazy import is_lazy, load_lazy
 
 logger = logging.getLogger(__name__)
 
@@ -59,25 +60,28 @@ def distill(args: argparse.Namespace) -> None:
     """
     warnings.simplefilter("ignore")
     output = Path(args.output)
+    if args.num_gpus > max(torch.cuda.device_count(), 1):
+        raise UserError(f"--num-gpus {args.num_gpus}, but this machine has {torch.cuda.device_count()}")
     changeable = ("output", "num_gpus", "baseline", "resume", "like_teacher")
     config_file, baseline_file = output / "distill.yaml", output / "baseline.yaml"
     request = {key: value for key, value in vars(args).items() if key not in changeable}
     remember_request(output / "distill.json", request, config_file)
-    if not config_file.is_file():
-        cfg = build_config(args, output)
-        write_text(config_file, changes_as_yaml(cfg, kd_defaults(), header(args, config_file)))
-        say(f"student's config: {config_file} (yours to edit; tools/train_net.py trains it, too)")
-    cfg = read(config_file)
+    is_new = not config_file.is_file()
+    cfg = build_config(args, output) if is_new else read(config_file)
+    files = {config_file: cfg.clone(), baseline_file: without_teacher(cfg.clone())}
     choose_device(cfg, args.num_gpus)
-    plain = without_teacher(read(config_file))
-    write_text(baseline_file, changes_as_yaml(plain, kd_defaults(), header(args, baseline_file)))
     costs = forecast(cfg, max(args.num_gpus, 1), args.baseline)
+    if is_new:  # not before: until then, a request that failed may be corrected
+        say(f"student's config: {config_file} (yours to edit; tools/train_net.py trains it, too)")
+    for path, config in files.items():
+        if is_new or path == baseline_file:
+            write_text(path, changes_as_yaml(config, kd_defaults(), header(args, path)))
     results = {"teacher": evaluate_teacher(cfg, output)}
     for name, file in {"student": config_file, **({"baseline": baseline_file} if args.baseline else {})}.items():
         train(file, output / name, args.num_gpus)
         results[name] = figures(output / name)
-    files = export(output / "student", output / "export", args.torchscript)
-    conclude(output, results, costs, files)
+    exported = export(output / "student", output / "export", args.torchscript)
+    conclude(output, results, costs, exported)
 
 
 def build_config(args: argparse.Namespace, output: Path) -> CfgNode:
@@ -90,6 +94,11 @@ def build_config(args: argparse.Namespace, output: Path) -> CfgNode:
     if args.student_weights != "timm":
         check_local_file("--student-weights", args.student_weights or "", "'timm' downloads timm's")
     teacher = teacher_config(asked, any_classes=True)
+    if is_lazy(teacher_file) and "roi_heads" not in load_lazy(teacher_file, asked.KD.TEACHER.OVERRIDES).model:
+        raise UserError(
+            f"--teacher: {teacher_file} has no roi_heads, and students of a LazyConfig are derived for box heads only: "
+            "where detectron2 has the same detector as a yaml, name that"
+        )
     if PIXEL_CLASSES in class_keys(teacher.MODEL.META_ARCHITECTURE):
         raise UserError(
             f"--teacher: {teacher_file} is a {teacher.MODEL.META_ARCHITECTURE}, and students are derived from "

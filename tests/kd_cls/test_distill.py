@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import kd_cls.models  # noqa: F401  (registers cifar_<name>)
-from kd_cls import distill
+from kd_cls import distill, evaluate
 from kd_cls.config import load_cfg
 from kd_cls.data.statistics import InputStats
 from kd_cls.engine.derive import METHODS, Request, derive_student, weights_at_hand, without_teacher
@@ -96,6 +96,24 @@ def test_a_student_with_weights_of_other_classes_starts_with_a_classifier_of_the
     command(*words, "SOLVER.BASE_LR", 1e-9, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 1e-9)
     results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
     assert results["student"]["top1"] == 100  # a random classifier that is hardly trained has a third
+
+
+def test_what_was_fitted_for_a_request_that_failed_does_not_serve_the_corrected_one(command, tmp_path):
+    other = tmp_path / "other.pth"
+    torch.save(timm.create_model("cifar_resnet20").state_dict(), other)
+    with pytest.raises(SystemExit, match=r"other\.pth"):
+        command("--student-weights", other)
+    head = tmp_path / "out" / "teacher" / "head.pth"
+    first = head.stat().st_mtime_ns
+    assert not (tmp_path / "out" / "distill.yaml").exists()
+    command("--student-weights", "")
+    assert head.stat().st_mtime_ns != first
+
+
+def test_the_table_is_of_the_weights_in_best_pth(command, tmp_path):
+    command("SOLVER.EMA.ENABLED", True, "SOLVER.EMA.DECAY", 0.5)
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["student"]
+    assert found["loss"] == evaluate.main(["--config-file", str(tmp_path / "out" / "student" / "config.yaml")])["loss"]
 
 
 def test_an_interrupted_distillation_resumes_to_the_bit(command, tmp_path, monkeypatch):

@@ -195,6 +195,11 @@ def test_a_trial_of_few_epochs_is_told_what_never_comes(
         build_trainer(cfg, process)
     assert "MILESTONES [150] are not reached in SOLVER.EPOCHS 2" in caplog.text
     assert "KD.LOSS.WARMUP_EPOCHS 20 are more than SOLVER.EPOCHS 2" in caplog.text
+    caplog.clear()
+    with caplog.at_level("WARNING", "kd_cls"):
+        words = ["KD.FEATURE.NAME", "review", "KD.FEATURE.WARMUP_EPOCHS", 20, "KD.LOSS.WARMUP_EPOCHS", 20]
+        build_trainer(tiny(*words, "KD.LOSS.NAME", "none", "KD.TEACHER.ALLOW_RANDOM", True), process)
+    assert "KD.FEATURE.WARMUP_EPOCHS 20 are more" in caplog.text and "KD.LOSS.WARMUP_EPOCHS" not in caplog.text
 
 
 def test_a_warm_up_before_the_schedule_leaves_it_the_rest_of_the_epochs(tiny: Callable, process: Process) -> None:

@@ -117,6 +117,7 @@ def test_the_norm_of_the_fpn_suits_the_maps_of_the_backbone_with_its_weights(tin
         (("--student", "resnet18", "--method", "kdd"), r"--method kdd: expected one of"),
         (("--student", "resnet18", "SOLVER.BASE_RL", "1"), r"unknown key SOLVER\.BASE_RL"),
         (("--student", "resnet18", "--student-weights", "gone.pth"), r"there is no file gone\.pth"),
+        (("--student", "resnet18", "--num-gpus", "99"), r"--num-gpus 99, but this machine has"),
     ],
 )
 def test_a_wrong_word_is_told_before_anything_is_trained(command, words, message):
@@ -131,6 +132,15 @@ def test_a_wrong_word_may_be_corrected_in_the_same_folder(command, tmp_path):
         command("--student", "resnet18", "SOLVER.OPTIMIZER", "deepkdsgd")
     with pytest.raises(SystemExit, match=r"DATASETS\.TEST is empty"):
         command("--student", "resnet18", "DATASETS.TEST", "()")
+    assert not (tmp_path / f"out_{tmp_path.name}" / "distill.yaml").exists()
+    with pytest.raises(SystemExit, match="--method kdd"):
+        command("--student", "resnet18", "--method", "kdd")
+
+
+def test_a_teacher_that_cannot_be_built_may_be_corrected_in_the_same_folder(command, teacher, tmp_path):
+    torch.save({"backbone.bottom_up.stem.conv1.weight": torch.zeros(2, 2)}, tmp_path / "other.pth")
+    with pytest.raises(SystemExit, match=r"other\.pth"):
+        command("--student", "resnet18", "--teacher", teacher[1], tmp_path / "other.pth")
     assert not (tmp_path / f"out_{tmp_path.name}" / "distill.yaml").exists()
     with pytest.raises(SystemExit, match="--method kdd"):
         command("--student", "resnet18", "--method", "kdd")
@@ -165,6 +175,12 @@ def test_a_teacher_that_is_no_detector_is_told_in_one_sentence(command, teacher,
     with pytest.raises(SystemExit, match=message) as ended:
         command("--student", "resnet18", "--teacher", tmp_path / name, teacher[2])
     assert "\n" not in ended.value.code
+
+
+def test_a_one_stage_lazyconfig_is_refused(command, teacher):
+    name = "COCO-Detection/retinanet_R_50_FPN_1x.py"
+    with pytest.raises(SystemExit, match=r"retinanet_R_50_FPN_1x\.py has no roi_heads, and students of a LazyConfig"):
+        command("--student", "resnet18", "--teacher", name, teacher[2])
 
 
 def change_first(name: str, **values: object) -> Callable[[dict], None]:

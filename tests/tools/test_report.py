@@ -217,6 +217,9 @@ def test_a_search_is_drawn_from_its_results(load_tool, tmp_path):
     head, row = ((tmp_path / "page.md").read_text().splitlines()[line] for line in (1, 4))
     assert "search val/top1" in head and "SOLVER.BASE_LR 0.05" in head
     assert sorted(cell.strip() for cell in row.split("|")[2:-1] if cell.strip() != "–") == ["**91.00**", "90.00"]
+    (tmp_path / "page.md").write_text("<!-- drawn: {what: tries, from: cls.json} -->\n<!-- end -->\n")
+    with pytest.raises(SystemExit, match="tries needs by, a key of the grids"):
+        load_tool("report").main(["--page", str(tmp_path / "page.md")])
     (tmp_path / "page.md").write_text(tries % "SOLVER.RATE")
     with pytest.raises(SystemExit, match=r"no grid of .*cls_digits.yaml has SOLVER.RATE"):
         load_tool("report").main(["--page", str(tmp_path / "page.md")])

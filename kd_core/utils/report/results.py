@@ -76,6 +76,8 @@ def redraw(page: Path, runs_of: Callable[[Path], list[Run]], search_table: Calla
         if what == "search":
             text = search_table(source, "")
         elif what == "tries":
+            if "by" not in asked:
+                raise UserError(f"{page}: {block[2]}: tries needs by, a key of the grids")
             text = search_table(source, asked["by"])
         elif what == "seeds":
             metric = Metric(asked.get("label", asked["of"]), asked["of"])

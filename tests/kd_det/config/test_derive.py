@@ -116,6 +116,13 @@ def test_the_student_of_a_retinanet_has_images_of_the_teachers_size():
         derive_student(teacher, Request("resnet18", scale=0.5))
 
 
+def test_a_retinanet_teaches_by_methods_that_have_a_form_for_sigmoids():
+    teacher = yacs_teacher("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
+    assert derive_student(teacher, Request("resnet18", method="kd")).KD.DENSE.GAMMA == 0
+    with pytest.raises(UserError, match=r"--method gdkd: a RetinaNet has no softmax; expected one of kd, dkd,"):
+        derive_student(teacher, Request("resnet18", method="gdkd"))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_written_yaml_reads_back_as_the_same_config(method, teacher, tmp_path):
     cfg = derive_student(teacher, Request("resnet18", method=method))
