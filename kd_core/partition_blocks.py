@@ -107,7 +107,8 @@ def both_divergences(log_ratio: Tensor, p_student: Tensor, p_teacher: Tensor, kl
     forward = (log_ratio * p_teacher).nansum(1, keepdim=True).neg_()
     reverse = (log_ratio * p_student).nansum(1, keepdim=True)
     divergence = kl.forward * forward.clamp_min_(0) + kl.reverse * reverse.clamp_min(0)
-    return divergence, log_ratio.sub_(reverse)
+    # Where the student's probability is 0 the ratio may be −inf, and the gradient multiplies it by that probability.
+    return divergence, log_ratio.sub_(reverse).masked_fill_(p_student == 0, 0.0)
 
 
 def block_gradient(block: Sequence[Tensor | None], kl: KLWeights, slope: Tensor, grad: Tensor | None) -> Tensor:
@@ -159,7 +160,8 @@ def fill_empty_rows_(logits: Tensor, largest: Tensor) -> Tensor:
 def find_neg_inf(rows: Tensor) -> Tensor | None:
     """Where `rows`, one number per row, are −inf; None where that costs no wait for a device to see, and none is."""
     can_look = rows.device.type == "cpu" and not torch.compiler.is_compiling()
-    return None if can_look and not (rows.numel() and rows.amin().item() == -torch.inf) else rows == -torch.inf
+    # A minimum of NaN may hide one of −inf.
+    return None if can_look and (not rows.numel() or rows.amin().item() > -torch.inf) else rows == -torch.inf
 
 
 def sort_values(rows: Tensor) -> Tensor:

@@ -89,6 +89,8 @@ def check_finite(terms: dict[str, Tensor], student_logits: Tensor, teacher_logit
     """
     if all(math.isfinite(term.item()) if term.ndim == 0 else term.isfinite().all() for term in terms.values()):
         return
+    if any((logits.isnan() | (logits == torch.inf)).any() for logits in (student_logits, teacher_logits)):
+        return  # no class is excluded by that: the training has diverged, and says where
     student_out, teacher_out = student_logits == -torch.inf, teacher_logits == -torch.inf
     for side, out in (("student", student_out), ("teacher", teacher_out)):
         if out.all(1).any():

@@ -67,16 +67,16 @@ class DISTLoss(DistillationLoss):
         student, teacher = ((z.to(dtype) / self.temperature).softmax(1) for z in (student_logits, teacher_logits))
         num_rows, num_classes = student.shape
         inter = 1 - correlation(student, teacher, 1, least)
-        weights = None
+        weights, counts = None, min(num_rows, 1)
         if row_weights is not None:
             weights = row_weights.to(dtype)
             inter = inter * weights
-            weights = weights[:, None]
+            weights, counts = weights[:, None], counts * (weights.sum() > 0).to(dtype)
         intra = 1 - correlation(student, teacher, 0, least, weights)
         scale = self.weight * warmup_weight * self.temperature**2
         return {
             "inter": (inter * (scale * self.beta / max(num_rows, 1))).sum(),
-            "intra": (intra * (scale * self.gamma * min(num_rows, 1) / num_classes)).sum(),
+            "intra": (intra * (scale * self.gamma * counts / num_classes)).sum(),
         }
 
 

@@ -61,11 +61,13 @@ def _centre(logits: Tensor, dtype: torch.dtype) -> _Centred:
     if absent is not None:
         centred.masked_fill_(absent, 0.0)
     spread = _largest(centred)
-    # The mean is off by a few units in the last place; and the gradient, of the size of 1 / std, has to fit float16.
-    least = max(EPSILON, 256 / torch.finfo(logits.dtype).max) + 8 * torch.finfo(dtype).eps * size
+    # The mean is off by a few units in the last place.
+    least = EPSILON + 8 * torch.finfo(dtype).eps * size
     squares = (centred / spread).square_().sum(1, keepdim=True)  # those of 1e30 itself overflow float32
     std = spread * (squares / (count - 1)).sqrt_()
-    return _Centred(centred, std.masked_fill_(spread <= least, 0.0), count, absent)
+    # The gradient, of the size of 1 / std, has to fit float16; one outlier's std is far below its spread.
+    constant = (spread <= least) | (std <= max(EPSILON, 256 / torch.finfo(logits.dtype).max))
+    return _Centred(centred, std.masked_fill_(constant, 0.0), count, absent)
 
 
 def _largest(logits: Tensor) -> Tensor:

@@ -72,6 +72,9 @@ class TwoViewLoss(TargetPartitionLoss):
                 raise ValueError(f"{name} must be (weak, strong), two (N, C) tensors, not {shapes}")
         for student_view, teacher_view in zip(student_logits, teacher_logits, strict=True):
             check_inputs(student_view, teacher_view, target, None, self.needs_target, can_look=False)
+        if student_logits[0].shape != student_logits[1].shape:
+            shapes = " and ".join(str(tuple(view.shape)) for view in student_logits)
+            raise ValueError(f"the weak and the strong view must have one shape, not {shapes}")
         both = (torch.cat(tuple(views)) for views in sides.values())
         return super().forward(*both, _repeated(target, 2), progress, warmup_weight=warmup_weight)
 

@@ -143,6 +143,10 @@ class StreamOptimizer(torch.optim.Optimizer):
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
 
+    def _reached(self) -> dict[Tensor, Tensor]:
+        """The parameters with a gradient, as torch's optimizers take them: also one that was frozen since."""
+        return {p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None}
+
     def _unscaled_sets(self) -> StreamSets:
         """The sets, whose gradients are checked, and unscaled by way of the scaler, which notes infinities."""
         sets, inverse = self.stream_sets, None
@@ -172,10 +176,10 @@ class StreamOptimizer(torch.optim.Optimizer):
             if len(sets) > 1:
                 self.gradients.multiply_(_reciprocal(grad_scale))
             else:
-                foreach_multiply_([p.grad for p in self._params() if p.grad is not None], _reciprocal(grad_scale))
+                foreach_multiply_(list(self._reached().values()), _reciprocal(grad_scale))
         self.gradients.scale = None
         if len(sets) == 1:
-            return [(sets[0], {p: p.grad for p in self._params() if p.grad is not None})]
+            return [(sets[0], self._reached())]
         return list(zip(sets, self.gradients.of_set or [{} for _ in sets], strict=True))
 
     def _buffer(self, p: Tensor, name: str, create: bool = True) -> Tensor | None:

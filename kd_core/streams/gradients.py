@@ -56,13 +56,14 @@ class StreamGradients:
         elif is_mixed and any_nonzero(local(g) for gradient in of_set for g in gradient.values()):
             raise RuntimeError("micro-batches of one step are all scaled or none; clip and unscale after the last")
         self.sets, self.of_set, self.scaler, self.is_zeroed = sets, of_set, scaler, False
+        if scaler is not None and params:  # also on a rank without a loss: the other ranks' gradients are scaled
+            self.scale = scaler.scale(torch.ones((), device=params[0].device))
         self.shown = {}  # the sum's memory is free during the next backward pass
 
     def backward(self, params: Sequence[Tensor], index: int, loss: Tensor, retain_graph: bool) -> None:
         """One backward pass, added to the gradients of set `index`."""
         if self.scaler is not None:
-            self.scale = self.scaler.scale(torch.ones((), device=loss.device))
-            loss = loss * self.scale
+            loss = self.scaler.scale(loss)
         gradient = self.of_set[index]
         for p in params:
             p.grad = gradient.get(p)

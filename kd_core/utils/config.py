@@ -136,13 +136,13 @@ def parse_word(word: str) -> Any:
     """The value that a word stands for, as a Python literal or as yaml: (6, 8), [a, b], true; else the word itself."""
     try:
         return ast.literal_eval(word)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):
         pass
     if word.startswith("(") and word.endswith(")"):  # a tuple of words without quotes
         word = f"[{word[1:-1].rstrip(', ')}]"
     try:
         return yaml.safe_load(word)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # ValueError: a date that does not exist
         return word
 
 

@@ -110,6 +110,22 @@ def uneven(rank: int, world: int) -> nn.Module:
     return model
 
 
+def uneven_scaled(rank: int, world: int) -> nn.Module:
+    """fp16's scaler, clipping and two micro-batches; rank 0 has no batch in steps 0 and 2."""
+    model = Net()
+    optimizer = deepkd_sgd(model.parameters(), 0.05, weight_decay=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=1000)
+    for step in range(4):
+        optimizer.zero_grad()
+        for row in (2 * rank, 2 * rank + 1):
+            empty = step in (0, 2) and rank == 0
+            backward_streams({} if empty else streams(model, step, slice(row, row + 1)), optimizer, scaler=scaler)
+        optimizer.clip_grad_norm_(0.5)
+        scaler.step(optimizer)
+        scaler.update()
+    return model
+
+
 def without_foreground(rank: int, world: int) -> nn.Module:
     """Rank 0 never has the distillation streams; rank 1 lacks the task in step 1; nobody has ncg in step 3."""
     model = Net()
@@ -308,6 +324,7 @@ def main(rank: int, world: int, store: str, output: str) -> None:
         results[f"{parts} micro-batches"] = state(train(BUILDS["two sets"], rank, world, parts))
     results["2 micro-batches, both reduced"] = state(train(BUILDS["two sets"], rank, world, 2, always_sync=True))
     results["uneven"] = state(uneven(rank, world))
+    results["uneven, scaled"] = state(uneven_scaled(rank, world))
     results["without foreground"] = state(without_foreground(rank, world))
     model, scales, moved = infinity(rank, world)
     results["infinity"], results["scales"], results["moved"] = state(model), scales, moved

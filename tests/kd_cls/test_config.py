@@ -40,6 +40,8 @@ def test_numbers_that_yaml_reads_as_words_or_integers_become_floats(tmp_path: Pa
         ("{}", ["MODEL.NUM_CLASSES", "7"], r"MODEL.NUM_CLASSES: the data .* say how many classes"),
         ("MODEL: {META_ARCHITECTURE: GeneralizedRCNN}", [], r"a detector's config: tools/train_net.py trains it"),
         ("SEED: many", [], r"SEED is 'many', expected a whole number"),
+        ("{}", ["SEED", "2024-13-45"], r"SEED is '2024-13-45', expected a whole number"),
+        ("{}", ["SEED", "{[1]: 2}"], r"SEED is '{\[1\]: 2}', expected a whole number"),
         ("MODEL: resnet18", [], r"MODEL is a group of keys"),
         ("MODEL: {COMPILE: 3}", [], r"MODEL.COMPILE is 3, expected True or False"),
         ("{}", ["KD.LOSS.DKD.BETA", "eight"], r"KD.LOSS.DKD.BETA is 'eight', expected a number such as 8.0"),

@@ -76,6 +76,19 @@ def test_uneven_batches_and_a_rank_without_a_batch_are_the_mean_over_the_ranks(r
     assert_close(results[0]["uneven"], reference, 1e-12)
 
 
+def test_a_rank_without_a_batch_follows_the_scaler_and_the_clipping(results: list[dict[str, Any]]) -> None:
+    reference, world = ranks.Net(), len(results)
+    optimizer = deepkd_sgd(reference.parameters(), 0.05, weight_decay=0.01)
+    for step in range(4):
+        optimizer.zero_grad()
+        for row in range(2 if step in (0, 2) else 0, 2 * world):
+            losses = ranks.streams(reference, step, slice(row, row + 1))
+            backward_streams({name: loss / world for name, loss in losses.items()}, optimizer)
+        optimizer.clip_grad_norm_(0.5)
+        optimizer.step()
+    assert_close(results[0]["uneven, scaled"], reference, 1e-12)
+
+
 def test_a_rank_without_a_stream_counts_as_zero_there_and_does_not_hang(results: list[dict[str, Any]]) -> None:
     reference, world = ranks.Net(), len(results)
     optimizer = StreamSGD(reference.parameters(), 0.05, ranks.THREE, weight_decay=0.01)

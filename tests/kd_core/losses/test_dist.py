@@ -149,3 +149,11 @@ def test_autocast_changes_nothing_and_half_precision_is_computed_in_float32() ->
 def test_a_mask_of_the_non_target_classes_is_refused() -> None:
     with pytest.raises(ValueError, match="DISTLoss has no non-target term for a top-k mask"):
         DISTLoss(topk=TopKSchedule())
+
+
+def test_rows_that_all_have_a_weight_of_0_are_as_none():
+    student, teacher = torch.randn(2, 4, 6).unbind()
+    student.requires_grad_()
+    terms = DISTLoss(gamma=3, temperature=4)(student, teacher, None, row_weights=torch.zeros(4))
+    assert terms["inter"] == 0 and terms["intra"] == 0
+    assert torch.autograd.grad(sum(terms.values()), student)[0].abs().max() == 0

@@ -241,3 +241,35 @@ def test_a_wrong_number_is_not_hidden_among_them(name: str) -> None:
         inputs[1] = inputs[1].masked_fill(excluded(), -torch.inf)
         inputs[side][1, 0] = torch.nan
         assert sum(BOTH_SIDES[name]()(*inputs, 0.3).values()).isnan()
+
+
+@pytest.mark.parametrize("kl", ["forward", "reverse", "both"])
+def test_a_class_that_one_side_excludes_and_the_other_rounds_to_0_has_no_gradient(kl):
+    student = torch.tensor([[4.0, 5.0, 2.0, 3.0, -1e4, 0.0]], dtype=torch.float64, requires_grad=True)
+    teacher = torch.tensor([[5.0, 4.0, 3.0, 2.0, -torch.inf, 1.0]], dtype=torch.float64)
+    kept = [0, 1, 2, 3, 5]
+    found, expected = (
+        torch.autograd.grad(sum(GDKDLoss(k=2, kl=kl)(s, t, None).values()), student)[0]
+        for s, t in ((student, teacher), (student[:, kept], teacher[:, kept]))
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_what_is_nan_is_not_told_as_an_excluded_class():
+    """The training says that it has diverged."""
+    student, teacher = torch.randn(2, 3, 6).unbind()
+    student[0, 1], teacher[1, 2] = torch.nan, -torch.inf
+    for loss in (KDLoss(), DKDLoss(), GDKDLoss(k=2)):
+        assert any(term.isnan() for term in loss(student, teacher, torch.tensor([0, 3, 4])).values())
+
+
+def test_a_row_of_nan_leaves_the_others_as_they_are():
+    student, teacher = torch.randn(2, 3, 6).unbind()
+    teacher[1, 0] = -torch.inf  # the target
+    target = torch.tensor([2, 0, 1])
+    expected = KDLoss(reduction="none")(student, teacher, target)
+    teacher = teacher.clone()
+    teacher[0] = torch.nan
+    found = KDLoss(reduction="none", validate=False)(student, teacher, target)
+    for name, rows in found.items():
+        torch.testing.assert_close(rows[1:], expected[name][1:])

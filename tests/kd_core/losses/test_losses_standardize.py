@@ -73,3 +73,11 @@ def test_a_small_spread_is_not_taken_for_a_constant_row() -> None:
     student, teacher, _ = batch()
     value, _ = standardize_logits((student * 1e-4).float(), teacher.float())
     torch.testing.assert_close(value.std(1), torch.ones(8), rtol=1e-2, atol=0)
+
+
+def test_one_outlier_of_many_classes_has_a_finite_gradient_in_float16():
+    student, teacher = torch.zeros(1, 1000, dtype=torch.float16), torch.randn(1, 1000).half()
+    student[0, 3] = 0.0043
+    student.requires_grad_()
+    terms = DKDLoss(standardize=True)(student, teacher, torch.tensor([5]))
+    assert torch.autograd.grad(sum(terms.values()), student)[0].isfinite().all()

@@ -337,3 +337,10 @@ def test_bad_input_is_named(make: type[TwoViewLoss]) -> None:
 def test_bad_options_are_named(make: type[TwoViewLoss], options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(**options)
+
+
+@pytest.mark.parametrize("kind", [MLKDLoss, CRLDLoss])
+def test_views_of_different_shapes_are_refused(kind):
+    views = (torch.randn(3, 6), torch.randn(5, 6))
+    with pytest.raises(ValueError, match=r"the weak and the strong view must have one shape, not \(3, 6\) and"):
+        kind(partition="teacher_top1")(views, views, None)

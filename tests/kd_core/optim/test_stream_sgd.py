@@ -392,3 +392,13 @@ def test_every_group_names_the_same_streams(momenta: dict[str, float], message: 
         StreamSGD([{"params": [p]}, {"params": [q], "momenta": momenta}], 0.1, DEEPKD)
     with pytest.raises(ValueError, match=message):
         StreamSGD([p], 0.1, DEEPKD).set_momenta(momenta)
+
+
+@pytest.mark.parametrize("momenta", [EQUAL, THREE])
+def test_a_parameter_that_is_frozen_after_the_backward_pass_moves_as_in_torch(momenta):
+    p, q = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = StreamSGD([p, q], 0.1, momenta)
+    backward_streams({"tog": (p + q).sum(), "ncg": (p + q).sum()}, optimizer)
+    q.requires_grad_(False)
+    optimizer.step()
+    assert torch.allclose(q, torch.full((2,), 0.8)) and torch.equal(p, q)
