@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kd_cls.checkpoint.checkpoint import BEST, LAST, read_metadata
 from kd_cls.config import load_cfg
+from kd_cls.data.build import build_data
 from kd_cls.distributed import start_process
 from kd_cls.evaluate import open_checkpoint
 from kd_core.utils.errors import UserError
@@ -152,16 +153,15 @@ def predict(run: Run) -> Predictions:
     if not (run.folder / BEST).is_file():
         raise UserError(f"there is no {run.folder / BEST}")
     cfg = load_cfg(str(run.folder / "config.yaml"), ["OUTPUT_DIR", str(run.folder), "MODEL.WEIGHTS", ""])
+    if len(build_data(cfg).val) > IMAGES:
+        cfg.DATA.VAL_IMAGES = IMAGES
     with start_process(cfg.DEVICE) as process:
         model, loader, names = open_checkpoint(cfg, process)
         run.info.setdefault("parameters", sum(p.numel() for p in model.parameters()))
-        outputs, targets, seen = [], [], 0
+        outputs, targets = [], []
         for images, target in loader:
             outputs.append(model(images).float().cpu())
             targets.append(target.cpu())
-            seen += len(target)
-            if seen >= IMAGES:
-                break
     return Predictions(torch.cat(outputs), torch.cat(targets), names)
 
 

@@ -18,7 +18,7 @@ import torch
 from fvcore.common.config import CfgNode
 
 from kd_cls.build import build_distillation_loss, build_trainer
-from kd_cls.checkpoint.checkpoint import LAST, read_checkpoint, read_metadata
+from kd_cls.checkpoint.checkpoint import BEST, LAST, read_checkpoint, read_metadata
 from kd_cls.checks import check_config
 from kd_cls.config import load_cfg
 from kd_cls.data.build import augmentation, build_data
@@ -29,7 +29,7 @@ from kd_cls.models.factory import build_student
 from kd_cls.task.teacher import teacher_description
 from kd_core.losses.feature_config import distils
 from kd_core.utils.config import list_values, read_yaml
-from kd_core.utils.files import sweep_unfinished, write_text
+from kd_core.utils.files import set_aside, sweep_unfinished, write_text
 
 logger = logging.getLogger("kd_cls")
 
@@ -56,8 +56,10 @@ def train(cfg: CfgNode, process: Process, resume: bool = False) -> dict[str, flo
         trainer.resume(read_checkpoint(last, "--resume"))
         if trainer.iteration >= trainer.max_iter:
             logger.info("%s is complete (%d iterations): there is nothing left to train", last, trainer.iteration)
-    elif last.is_file():
-        logger.warning("%s is from an earlier run and will be replaced; use --resume to continue it", last)
+    elif process.is_main:
+        for path in (last, output / BEST):
+            if kept := set_aside(path):
+                logger.warning("%s is of an earlier run, and now called %s; --resume continues a run", path, kept.name)
     if process.is_main:
         sweep_unfinished(output)
         write_text(output / "config.yaml", cfg.dump())

@@ -78,8 +78,10 @@ def check_before_training(cfg: CfgNode, resume: bool) -> None:
 
 def check_before_evaluation(cfg: CfgNode) -> None:
     """The same for an evaluation, which needs no training set and no teacher."""
-    for check in data_checks(cfg, ("TEST",)):
+    for check in (*name_checks(cfg), *data_checks(cfg, ("TEST",))):
         check.run()
+    if cfg.TEST.AUG.ENABLED:
+        raise UserError("TEST.AUG.ENABLED is True, which the evaluation does not read: set it to False")
 
 
 def failures(checks: Iterable[Check]) -> dict[str, str]:
@@ -105,8 +107,7 @@ def training_checks(cfg: CfgNode, world_size: int = 1, resume: bool = False) -> 
     yield Check("SOLVER", partial(check_solver, cfg))
     yield Check("SOLVER.IMS_PER_BATCH", partial(check_batch, cfg, world_size))
     yield Check("MODEL", partial(check_synchronised_norms, cfg, world_size))
-    for key, registry in NAMES.items():
-        yield Check(key, partial(check_name, cfg, key, registry))
+    yield from name_checks(cfg)
     yield Check("MODEL.META_ARCHITECTURE", partial(check_meta_architecture, cfg))
     yield Check("MODEL.TIMM", partial(check_backbone, cfg))
     yield Check("MODEL.SEM_SEG_HEAD.NAME", partial(check_segmentation_head, cfg))
@@ -128,6 +129,12 @@ def training_checks(cfg: CfgNode, world_size: int = 1, resume: bool = False) -> 
         for key, path in (("MODEL.WEIGHTS", weights), ("MODEL.TIMM.WEIGHTS", cfg.MODEL.TIMM.WEIGHTS)):
             yield Check(key, partial(check_local_file, key, path, CONVERT_HINT))
     yield from teacher_checks(cfg)
+
+
+def name_checks(cfg: CfgNode) -> Iterator[Check]:
+    """The names of the model's parts."""
+    for key, registry in NAMES.items():
+        yield Check(key, partial(check_name, cfg, key, registry))
 
 
 def data_checks(cfg: CfgNode, needed: tuple[str, ...]) -> Iterator[Check]:

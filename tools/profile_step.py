@@ -97,8 +97,8 @@ def classification_step(config: str, options: list[str]) -> Iterator[tuple[Calla
         images, target = next(iter(trainer.loaders.train))
         indices = trainer.loaders.train.sampler.order(0)[: len(images)]
         parts: Parts = {"student": task.trainable_module, "task loss": task.criterion}
-        if task.teacher is not None:
-            parts |= {"teacher": task.teacher, "distillation loss": task.distillation}
+        taught = {"teacher": task.teacher, "distillation loss": task.distillation}  # a feature loss may be alone
+        parts |= {name: module for name, module in taught.items() if module is not None}
         yield lambda: trainer.step(images, target, 0, indices), parts
 
 

@@ -26,6 +26,8 @@ class SkipsUnreadable(WrappedDataset):
         self.logged: set[str] = set()
 
     def __getitem__(self, index: int) -> Any:
+        if index >= len(self):
+            raise IndexError(index)  # a loop over a data set ends by it
         for candidate in range(index, index + len(self)):
             try:
                 return self.dataset[candidate % len(self)]

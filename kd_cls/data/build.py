@@ -30,10 +30,10 @@ def build_data(cfg: CfgNode) -> DataSets:
     data = create_datasets(cfg.DATA.NAME, cfg.DATA.ROOT, download=cfg.DATA.DOWNLOAD)
     if data.num_classes < 2:
         raise UserError(f"DATA.ROOT {cfg.DATA.ROOT}: {data.train.classes[0]} is the only class: nothing to tell apart")
-    if cfg.DATA.BAD_IMAGES == "skip":
-        data = data._replace(train=SkipsUnreadable(data.train))
     if cfg.DATA.HELD_OUT:
         data = hold_out(data, cfg)
+    if cfg.DATA.BAD_IMAGES == "skip":  # after holding out: the next image takes the place of a bad one
+        data = data._replace(train=SkipsUnreadable(data.train))
     return data._replace(
         train=take(data.train, cfg.DATA.TRAIN_IMAGES, "DATA.TRAIN_IMAGES"),
         val=take(data.val, cfg.DATA.VAL_IMAGES, "DATA.VAL_IMAGES"),

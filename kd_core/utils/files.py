@@ -40,6 +40,18 @@ def sweep_unfinished(folder: str | os.PathLike) -> None:
         path.unlink(missing_ok=True)
 
 
+def set_aside(path: str | os.PathLike) -> Path | None:
+    """Rename a file of an earlier training, `best.pth` to `best_earlier.pth`, so that it is not taken for this one's.
+
+    Returns:
+        The new name; None where there is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return None
+    return path.replace(path.with_stem(f"{path.stem}_earlier"))
+
+
 def cut_metrics(path: str | os.PathLike, last: int) -> None:
     """Cut a metrics.json after iteration `last`: after a kill, a resumed run writes the later lines again.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-from kd_core.utils.config import set_values
+from kd_core.utils.config import lookup, set_values
 from kd_core.utils.errors import UserError
 from kd_core.utils.packaged_weights import PACKAGED, find_package
 from kd_det.checkpoint.classifier_weights import IMAGENET_MEAN, IMAGENET_STD
@@ -34,6 +34,7 @@ METHODS["deepkd"] = {
     "SOLVER.DEEPKD.DELTA_TOG": 0.0,  # ours: the paper's .075 costs AP on short schedules (docs/methods/deepkd.md)
 }
 
+DATA_KEYS = ("DATASETS.TRAIN", "DATASETS.TEST", "DATASETS.REGISTER")  # are the teacher's, or the command line's
 SOFTMAX_ONLY = ("gdkd", "aekt")  # methods without a form for the sigmoids of a one-stage detector
 SCRATCH_ITERATIONS = 0.1  # share of the schedule that a network without weights warms up for
 
@@ -83,6 +84,9 @@ def derive_student(teacher: CfgNode, request: Request) -> CfgNode:
     cfg.MODEL.WEIGHTS = ""
     if is_config(request.student):
         merge_file(cfg, request.student)
+        cfg.MODEL.META_ARCHITECTURE = distilled_name(cfg.MODEL.META_ARCHITECTURE) or cfg.MODEL.META_ARCHITECTURE
+        teachers = (*class_keys(teacher.MODEL.META_ARCHITECTURE), *DATA_KEYS)
+        set_values(cfg, {key: lookup(teacher, key) for key in teachers})
     else:
         set_network(cfg, request)
         set_sizes(cfg, request)

@@ -39,13 +39,14 @@ class CocoFile:
     Args:
         json_file: in COCO's detection format.
         image_root: where its `file_name`s start.
+        annotated: it must have annotations; the images of a test may have none.
     Raises:
         UserError: the file cannot be read, or is no COCO json.
     """
 
-    def __init__(self, json_file: str | Path, image_root: str | Path) -> None:
+    def __init__(self, json_file: str | Path, image_root: str | Path, annotated: bool = True) -> None:
         self.json_file, self.image_root = Path(json_file), Path(image_root)
-        self.content = read_coco(self.json_file)
+        self.content = read_coco(self.json_file, annotated)
         self.report = DataReport()
         self.images: list[dict[str, Any]] = []  # the well-formed ones
         self.bad_images: set[Any] = set()  # ids
@@ -225,11 +226,12 @@ class LabelMaps:
         return None, file_digest(image)
 
 
-def read_coco(path: Path) -> dict[str, Any]:
+def read_coco(path: Path, annotated: bool) -> dict[str, Any]:
     """The content of a COCO json.
 
     Raises:
-        UserError: no such file, no json, or none of COCO's lists in it.
+        UserError: no such file, no json, one of COCO's lists is not in it, or no annotation where it must be
+            `annotated`.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -238,10 +240,12 @@ def read_coco(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is no json that can be read: {error}") from error
     lists = ("images", "annotations", "categories")
+    if isinstance(content, dict) and not annotated:
+        content.setdefault("annotations", [])
     lacking = [key for key in lists if not isinstance(content, dict) or not isinstance(content.get(key), list)]
     if lacking:
         raise UserError(f"{path} is not a COCO annotation file: it has no list of {', '.join(lacking)}")
-    if not content["annotations"]:
+    if annotated and not content["annotations"]:
         raise UserError(f"{path} has no annotations: there is nothing to learn from it")
     return content
 
@@ -291,12 +295,12 @@ def refuse_broken(key: str, name: str, json_file: str, image_root: str) -> None:
     """The quick check that every training makes of a data set.
 
     Args:
-        key, name: for the message: DATASETS.TRAIN and the data set's name.
+        key, name: for the message: DATASETS.TRAIN, or DATASETS.TEST, which needs no annotations; the data set's name.
     Raises:
         UserError: what would stop the training, the first three places of it, and the tool that lists and cleans all.
     """
     try:
-        report = CocoFile(json_file, image_root).check_structure()
+        report = CocoFile(json_file, image_root, annotated=key != "DATASETS.TEST").check_structure()
     except UserError as error:
         raise UserError(f"{key}: {name}: {error}") from error
     fatal = [summary(kind, report.problems[kind]) for kind in FATAL if kind in report.problems]

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from kd_core.utils.errors import UserError
+from kd_det.data.voc import upright_size
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -51,10 +52,10 @@ def label_map_pairs(image_root: str | Path, label_root: str | Path) -> list[tupl
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """Width and height, from the file's header."""
+    """Width and height, from the file's header; of a photograph that is turned upright by its EXIF."""
     try:
         with Image.open(path) as image:
-            return image.size
+            return upright_size(image)
     except OSError as error:
         raise UserError(f"{path} cannot be read as an image: {error}") from error
 

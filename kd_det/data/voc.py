@@ -12,8 +12,13 @@ from PIL import Image
 from kd_core.utils.errors import UserError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp"}
-EXIF_ORIENTATION, LYING = 0x0112, {5, 6, 7, 8}  # detectron2 turns such images upright before it compares sizes
+EXIF_ORIENTATION, LYING = 0x0112, {5, 6, 7, 8}
 FLAGS = ("difficult", "truncated")
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height as detectron2 reads a photograph: turned by its EXIF."""
+    return image.size[::-1] if image.getexif().get(EXIF_ORIENTATION) in LYING else image.size
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ class VocDataset:
             raise UserError(f"{folder} has no image {stem} with a suffix among {' '.join(sorted(IMAGE_SUFFIXES))}")
         try:
             with Image.open(files[0]) as image:
-                size = image.size[::-1] if image.getexif().get(EXIF_ORIENTATION) in LYING else image.size
+                size = upright_size(image)
         except OSError as error:
             raise UserError(f"{files[0]} is not an image: {error}") from error
         return files[0].name, *size

@@ -18,7 +18,7 @@ from torch.multiprocessing import ProcessExitedException
 
 from kd_core.utils.config import find_config, list_values
 from kd_core.utils.errors import UserError, exit_on_user_error
-from kd_core.utils.files import sweep_unfinished, write_whole
+from kd_core.utils.files import set_aside, sweep_unfinished, write_whole
 from kd_det.checkpoint.resume import check_resumable, config_file
 from kd_det.checks import check_before_evaluation, check_before_training
 from kd_det.config import kd_defaults, read_config
@@ -74,13 +74,16 @@ def prepare_output(cfg: Any, args: argparse.Namespace, output_dir: str) -> None:
     """`default_setup` for a config, with our logs.
 
     An evaluation leaves the training's config.yaml as it was. A training that starts anew forgets the last checkpoint
-    of an earlier one in its folder: `--resume` would continue that, until it has written a checkpoint of its own.
+    of an earlier one in its folder: `--resume` would continue that, until it has written a checkpoint of its own. It
+    sets aside the best weights of the earlier one: `--resume` would take them for its own.
     """
     written = config_file(output_dir)
     trainings = written.read_bytes() if args.eval_only and written.is_file() else None
     comm.synchronize()
     if comm.is_main_process() and not args.eval_only and not args.resume:
         Path(output_dir, "last_checkpoint").unlink(missing_ok=True)
+        for name in ("model_best.pth", "model_best_ema.pth"):
+            set_aside(Path(output_dir, name))
     open_logs(output_dir)
     if not getattr(args, "verbose", False):
         quiet_console()

@@ -47,7 +47,7 @@ def logits_on_objects(run: Run, objects: list[tuple[Path, Tensor, Tensor]]) -> T
     for path, boxes, _ in objects:
         item = detector.read(str(path))
         height, width = item["image"].shape[1:]
-        scaled = Boxes(boxes.float())
+        scaled = Boxes(boxes.to(torch.float32, copy=True))  # scale() works in place
         scaled.scale(width / item["width"], height / item["height"])
         view = TeacherView(student.model, [item], None)
         logits.append(view.box_logits([[scaled]] * stages)[-1].float())

@@ -19,6 +19,7 @@ from kd_core.utils.report.runs import Run, lookup
 from kd_core.utils.report.tables import Cell, Number, Table
 from kd_det.data import register_datasets
 from kd_det.evaluation.drawing import Canvas
+from kd_det.evaluation.evaluator import complete
 from kd_det.evaluation.logits import logits_on_objects, objects_of
 from kd_det.evaluation.matching import Match, TestSet, match_detections
 
@@ -46,8 +47,11 @@ def detection_sections(groups: dict[str, list[Run]], student: str, logits: bool)
             missing.append(f"{title}: no detections are saved: {runs[0].folder / RESULTS} is written by an evaluation.")
         else:
             shown[title] = run
+    judged = shown.get(student) or next(iter(shown.values()), None)
+    for title in [title for title, run in shown.items() if last_test_set(run)[1] != last_test_set(judged)[1]]:
+        missing.append(f"{title}: it was evaluated on other images, {last_test_set(shown.pop(title))[0]}.")
     section.text += missing
-    test_set = open_test_set(next(iter(shown.values()))) if shown else None
+    test_set = open_test_set(judged) if judged else None
     if test_set is None:
         section.text += ["The test set is not on this machine, so nothing can be drawn."] if shown else []
         return [section]
@@ -90,19 +94,30 @@ def legend(teacher: str | None, student: str) -> str:
     )
 
 
+def last_test_set(run: Run) -> tuple[str, list[str]]:
+    """The last data set of DATASETS.TEST, whose detections an evaluation leaves ("" for none), and what identifies it:
+    the paths of its DATASETS.REGISTER, or the name of one that detectron2 or this package registers.
+    """
+    name = next(reversed(lookup(run.config, "DATASETS", "TEST", default=[])), "")
+    entries = lookup(run.config, "DATASETS", "REGISTER", default=[])
+    return name, next((list(paths) for own, *paths in entries if own == name), [name])
+
+
 def open_test_set(run: Run) -> TestSet | None:
-    """The last data set of DATASETS.TEST, whose detections an evaluation leaves; None where it is not here."""
-    names = lookup(run.config, "DATASETS", "TEST", default=[])
-    if not names:
+    """The images and objects of a run's last test set; None where they are not here."""
+    name, _ = last_test_set(run)
+    if not name:
         return None
     entries = lookup(run.config, "DATASETS", "REGISTER", default=[])
     register_datasets(CfgNode({"DATASETS": {"REGISTER": entries, "REGISTER_SEM_SEG": []}}))
-    metadata = MetadataCatalog.get(names[-1])
+    metadata = MetadataCatalog.get(name)
     path, root = metadata.get("json_file", ""), metadata.get("image_root", "")
     if not path or not Path(path).is_file():
         return None
     with contextlib.redirect_stdout(io.StringIO()):
-        return TestSet(COCO(path), Path(root))
+        truth = COCO(path)
+    complete(truth)
+    return TestSet(truth, Path(root))
 
 
 def matches_of(run: Run, test_set: TestSet) -> dict[int, Match]:

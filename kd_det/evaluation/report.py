@@ -38,7 +38,8 @@ def read_run(output_dir: Path) -> Run:
         UserError: the folder holds no finished, evaluated training.
     """
     lines, group = read_lines(output_dir / "metrics.json"), "bbox"
-    if any(key.endswith("/bbox/AP") for line in lines for key in line):  # several test sets, each by its name
+    keys = {key for line in lines for key in line}
+    if "bbox/AP" not in keys and any(key.endswith("/bbox/AP") for key in keys):  # several test sets, each by its name
         group = f"{read_student(output_dir).DATASETS.TEST[0]}/bbox"
     results = [line for line in lines if f"{group}/AP" in line]
     times = [line["time"] for line in lines if "time" in line]

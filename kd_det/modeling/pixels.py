@@ -166,7 +166,8 @@ def pixel_rows(
     elif labels is not None and labels.shape[1:] != student.shape[2:]:
         labels = cell_centres(labels, student.shape[2:])
     if options.ignore == "none":
-        labels = torch.zeros_like(student[:, 0], dtype=torch.long) if options.sample else None
+        counted = int(ignore_value == 0)  # any label but the ignored one
+        labels = torch.full_like(student[:, 0], counted, dtype=torch.long) if options.sample else None
     if options.sample:
         labels = keep_some(labels, options.sample, ignore_value)
     rows = flatten_rows(student, teacher_logits, labels, ignore_value)

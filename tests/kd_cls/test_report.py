@@ -9,6 +9,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from helpers.report_runs import Page
+from kd_cls.data.build import build_data
 from kd_cls.evaluate import evaluate_checkpoint
 from kd_cls.report import CURVES, Predictions, classifier_page, predict, read_classifier_run
 from kd_cls.train import train
@@ -49,6 +50,13 @@ def test_the_predictions_are_those_that_the_evaluation_counts(runs, tiny, proces
     found = predict(read_classifier_run(runs[1]))
     assert 100 * float(found.right.double().mean()) == pytest.approx(metrics["top1"])
     assert len(found.target) == metrics["images"] == found.confusions().sum() and len(found.names) == 10
+
+
+def test_of_many_images_evenly_spaced_ones_are_predicted(runs, tiny, process, monkeypatch):
+    monkeypatch.setattr("kd_cls.report.IMAGES", 11)
+    assert torch.equal(predict(read_classifier_run(runs[1])).target, torch.tensor([
+        build_data(tiny("DATA.VAL_IMAGES", 11)).val[index][1] for index in range(11)
+    ]))  # fmt: skip
 
 
 def test_a_run_without_weights_is_said_to_have_none(runs):

@@ -176,6 +176,22 @@ def test_a_seed_below_0_is_drawn_and_noted(tiny: Callable, process: Process) -> 
     assert seed == load_cfg(str(Path(cfg.OUTPUT_DIR, "config.yaml"))).SEED
 
 
+def test_a_start_without_resume_sets_the_weights_of_an_earlier_run_aside(
+    tiny: Callable, process: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A `--resume` after a kill before the first checkpoint would take them for this run's."""
+    cfg = tiny()
+    train(cfg, process)
+    output = Path(cfg.OUTPUT_DIR)
+    before = (output / "last.pth").read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("kd_cls.engine.trainer.Trainer.run", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        train(cfg, process)
+    assert not (output / "last.pth").exists() and not (output / "best.pth").exists()
+    assert (output / "last_earlier.pth").read_bytes() == before and (output / "best_earlier.pth").is_file()
+    assert train(cfg, process, resume=True)["top1"] > 0
+
+
 def test_milestones_and_warm_up_hold_to_the_step(tiny: Callable, process: Process) -> None:
     cfg = tiny("SOLVER.SCHEDULE.NAME", "multistep", "SOLVER.SCHEDULE.MILESTONES", "[1, 1.5]", "SOLVER.BASE_LR", 0.1)
     trainer = build_trainer(cfg, process)

@@ -138,6 +138,21 @@ def spoil(entry: list[str], how: str) -> None:
         path.unlink()
 
 
+def test_the_label_map_of_a_photograph_that_lies_on_its_side_is_upright(street, tmp_path):
+    """detectron2 turns the image by its EXIF."""
+    path = Path(street[1], "town", "1.jpg")
+    with Image.open(path) as image:
+        exif = image.getexif()
+        exif[0x0112] = 6
+        image.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
+    cfg = config(tmp_path, street, "INPUT.CROP.ENABLED", False)
+    register_datasets(cfg)
+    record = DatasetCatalog.get(street[0])[1]
+    assert (record["width"], record["height"]) == (80, 64)
+    for _, _ in zip(range(4), build_train_loader(cfg), strict=False):
+        pass
+
+
 @pytest.mark.parametrize(
     ("how", "message"),
     [

@@ -62,6 +62,9 @@ def test_a_classification_step_is_too(tool: ModuleType, tmp_path: Path, monkeypa
     parts = milliseconds(tool.main([*words, "DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path)]))
     assert {"student", "task loss", "optimizer step"} < set(parts) and "teacher" not in parts
     assert parts["student"] > 0
+    feature = ["configs/Digits/cls_reviewkd.yaml", *words[1:], "KD.LOSS.NAME", "none"]
+    parts = milliseconds(tool.main([*feature, "DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path), *RANDOM[:2]]))
+    assert parts["step"] > 0 and "distillation loss" not in parts
 
 
 def test_a_config_that_is_not_there_is_named(tool: ModuleType) -> None:

@@ -22,12 +22,11 @@ import yaml
 from kd_core.utils.errors import UserError
 from kd_core.utils.files import write_text, write_whole
 from kd_core.utils.report.curves import chart
-from kd_core.utils.report.runs import Run, by_title
+from kd_core.utils.report.runs import EVALUATED, Run, by_title
 from kd_core.utils.report.tables import Metric, markdown, seeds_table
 
 BLOCK = re.compile(r"(<!-- drawn: (\{.*?\}) -->\n).*?(<!-- end -->)", re.DOTALL)
-EVALUATED = "bbox|segm|keypoints|sem_seg|panoptic_seg"  # as detectron2's evaluators call their results
-KEPT = re.compile(rf"iteration|(.+/)?({EVALUATED})/.+|val/.+|time")  # of metrics.json in a committed file
+KEPT = re.compile(rf"iteration|(.+/)?({'|'.join(EVALUATED)})/.+|val/.+|time")  # of metrics.json in a committed file
 
 
 def kept(line: dict[str, Any]) -> dict[str, Any]:

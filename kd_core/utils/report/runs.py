@@ -15,6 +15,7 @@ from kd_core.utils.run_info import EVALUATION, read_run_info
 LOSSES = {"kd": "KD", "dkd": "DKD", "gdkd": "GDKD", "gdkd3": "GDKD3", "gdkds": "GDKDS", "aekt": "AEKT"}
 LOSSES |= {"dist": "DIST", "mlkd": "MLKD", "crld": "CRLD", "review": "ReviewKD"}
 OPTIMIZERS = {"deepkd_sgd": "DeepKD ({})", "dot_sgd": "DOT ({})", "stream_adamw": "{}, StreamAdamW"}
+EVALUATED = ("bbox", "segm", "keypoints", "sem_seg", "panoptic_seg")  # as detectron2's evaluators call their results
 # Runs that differ in these keys only are repetitions of one method.
 REPETITION = (
     ("SEED",), ("SEEDS",), ("OUTPUT_DIR",), ("KD", "TEACHER", "WEIGHTS"), ("DATALOADER", "NUM_WORKERS"),

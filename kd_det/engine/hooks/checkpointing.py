@@ -59,9 +59,9 @@ class KeepBest(HookBase):
         self.seen: Any = None
 
     def before_train(self) -> None:
-        self.seen = getattr(self.trainer, "_last_eval_results", None)
         if self.trainer.start_iter > 0 and self.path.is_file():
             self.best = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)["AP"]
+        self.keep()  # an evaluation that was made up for (hooks/evaluation.py)
 
     def after_step(self) -> None:
         self.keep()

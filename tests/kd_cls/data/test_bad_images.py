@@ -63,6 +63,14 @@ def test_skipped_it_is_logged_once_and_the_next_image_always_takes_its_place(fol
     assert [str(folder / "train/ant/1.png") in record.getMessage() for record in caplog.records] == [True]
 
 
+def test_no_held_out_image_takes_the_place_of_a_broken_one(folder: Path) -> None:
+    cfg = config(folder, "skip", 0)
+    cfg.DATA.HELD_OUT = 3  # the images 0, 2 and 4: the last of the first class is the next after the broken one
+    data = build_data(cfg)
+    assert [target for _, target in data.val] == [0, 0, 1]
+    assert [target for _, target in data.train] == [1, 1, 1]
+
+
 def test_where_no_image_can_be_decoded_that_is_said(folder: Path) -> None:
     for path in (folder / "train").rglob("*.png"):
         path.write_bytes(b"")

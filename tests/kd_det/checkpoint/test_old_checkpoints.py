@@ -265,11 +265,14 @@ def test_a_start_without_resume_forgets_the_last_checkpoint_of_an_earlier_run_in
     words = ["--config-file", str(tmp_path / "mine.yaml"), "--num-gpus", "0", "DATASETS.TEST", "('digits_val',)"]
     last.parent.mkdir()
     last.write_text("model_0000001.pth")
+    best = last.with_name("model_best.pth")
+    best.write_text("its best")
     for kept in (["--eval-only"], ["--resume"]):
         setup(argument_parser("").parse_args([*kept, *words]))
-        assert last.exists()
+        assert last.exists() and best.exists()
     setup(argument_parser("").parse_args(words))
-    assert not last.exists()
+    assert not last.exists() and not best.exists()
+    assert best.with_name("model_best_earlier.pth").read_text() == "its best"
 
 
 def test_a_config_that_a_kill_has_cut_off_is_named_and_does_not_stop_a_resume(tiny_cfg, tmp_path, caplog):

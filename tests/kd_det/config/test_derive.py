@@ -116,6 +116,20 @@ def test_the_student_of_a_retinanet_has_images_of_the_teachers_size():
         derive_student(teacher, Request("resnet18", scale=0.5))
 
 
+def test_a_students_own_config_keeps_its_network_and_takes_the_teachers_data(teacher, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "MODEL: {META_ARCHITECTURE: GeneralizedRCNN, RESNETS: {DEPTH: 34}, ROI_HEADS: {NUM_CLASSES: 80}}\n"
+        "DATASETS: {TRAIN: [coco_2017_train], TEST: [coco_2017_val]}\n"
+    )
+    teacher.DATASETS.REGISTER = [["mine", "mine.json", "images"]]
+    teacher.DATASETS.TRAIN = ("mine",)
+    cfg = derive_student(teacher, Request(str(path)))
+    assert (cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.RESNETS.DEPTH) == ("DistilledRCNN", 34)
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 10 and cfg.DATASETS.TRAIN == ("mine",)
+    assert cfg.DATASETS.REGISTER == teacher.DATASETS.REGISTER and cfg.DATASETS.TEST == teacher.DATASETS.TEST
+
+
 def test_a_retinanet_teaches_by_methods_that_have_a_form_for_sigmoids():
     teacher = yacs_teacher("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
     assert derive_student(teacher, Request("resnet18", method="kd")).KD.DENSE.GAMMA == 0

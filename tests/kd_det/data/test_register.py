@@ -158,6 +158,19 @@ def test_a_file_that_is_no_coco_annotation_is_named(root: Path, content: str):
         check_datasets(cfg)
 
 
+@pytest.mark.parametrize("annotations", [[], None])
+def test_the_images_of_a_test_need_no_annotations(root: Path, annotations: list | None):
+    content = json.loads((root / "pets.json").read_text()) | {"annotations": annotations}
+    if annotations is None:
+        del content["annotations"]
+    (root / "pets.json").write_text(json.dumps(content))
+    cfg = config(PETS, train=("pets_train",), test=("pets_train",))
+    register_datasets(cfg)
+    check_datasets(cfg, keys=["TEST"])
+    with pytest.raises(ValueError, match=r"DATASETS\.TRAIN: pets_train: .*annotations"):
+        check_datasets(cfg)
+
+
 def test_only_the_keys_asked_for_are_looked_at(root: Path):
     check_datasets(config(train=("zzz",), test=("digits_val",), num_classes=10), keys=["TEST"])
 

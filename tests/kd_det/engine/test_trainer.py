@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from helpers.few_digits import few_digits
 from kd_core.utils.errors import UserError
+from kd_det.checks import check_before_evaluation
 from kd_det.compat import KEEP_BUFFERS
 from kd_det.config.student import student_config
 from kd_det.data import register_datasets
@@ -110,11 +111,55 @@ def test_a_schedule_that_cannot_be_built_names_its_keys(cfg, key, value, message
         DistillationTrainer.build_lr_scheduler(cfg, optimizer)
 
 
+def test_an_evaluation_that_a_kill_interrupted_is_made_up_for(cfg, tmp_path, monkeypatch):
+    """The checkpoint of the same iteration is written before it."""
+    cfg.TEST.EVAL_PERIOD, cfg.SOLVER.EMA.ENABLED, output = 2, True, tmp_path / "output"
+    evaluated = []
+
+    def evaluate(_: object, model: nn.Module) -> dict:
+        if not evaluated:
+            evaluated.append("killed")
+            raise KeyboardInterrupt
+        evaluated.append(model.roi_heads.box_predictor.cls_score.bias.clone())
+        return {"bbox": {"AP": 10.0 * len(evaluated)}}
+
+    monkeypatch.setattr(DistillationTrainer, "test", staticmethod(evaluate))
+    with pytest.raises(KeyboardInterrupt):
+        train(cfg)
+    steps, _ = train(cfg, resume=True)
+    assert [iteration for iteration, _ in steps] == [2, 3] and len(evaluated) == 1 + 2 * 2
+    of_the_second = torch.load(output / "model_0000001.pth", weights_only=True)["model"]
+    assert torch.equal(evaluated[1], of_the_second["roi_heads.box_predictor.cls_score.bias"])
+    lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+    assert [line["bbox/AP"] for line in lines if "bbox/AP" in line] == [20.0, 40.0]
+    (output / "last_checkpoint").write_text("model_0000001.pth")
+    evaluated[1:] = []
+    train(cfg, resume=True)
+    assert len(evaluated) == 1 + 2 * 2  # the first again: metrics.json says that it was after iteration 2
+    lines = (output / "metrics.json").read_text().replace('"iteration": 2', '"iteration": 1')
+    (output / "metrics.json").write_text(lines)
+    (output / "last_checkpoint").write_text("model_0000001.pth")
+    evaluated[1:] = []
+    train(cfg, resume=True)
+    assert len(evaluated) == 1 + 2  # the first was not interrupted
+
+
 def test_evaluation_alone_needs_weights(cfg):
     with pytest.raises(ValueError, match=r"--eval-only: MODEL.WEIGHTS is empty"):
         DistillationTrainer.evaluate_only(cfg)
     with pytest.raises(ValueError, match=r"there is no checkpoint in OUTPUT_DIR"):
         DistillationTrainer.evaluate_only(cfg, resume=True)
+
+
+def test_an_evaluation_refuses_a_name_that_is_not_registered_and_augmentation_that_it_would_not_do(cfg):
+    cfg.DATASETS.TEST = ("digits_val",)
+    check_before_evaluation(cfg)
+    cfg.TEST.AUG.ENABLED = True
+    with pytest.raises(UserError, match=r"TEST.AUG.ENABLED is True, which the evaluation does not read"):
+        check_before_evaluation(cfg)
+    cfg.MODEL.META_ARCHITECTURE = "DistiledRCNN"
+    with pytest.raises(UserError, match=r"'DistiledRCNN', which is not registered: did you mean DistilledRCNN"):
+        check_before_evaluation(cfg)
 
 
 def test_the_distillation_loss_warms_up_over_its_iterations(cfg):

@@ -69,6 +69,33 @@ def test_teacher_and_student_agree_by_class_in_what_they_find_and_in_their_logit
     assert pictures.blocks[1].wide and len(pictures.blocks[1].figures) == 2
 
 
+def test_boxes_of_floats_serve_every_run_as_they_are(run):
+    one = run("student", 1)
+    objects = [(path, boxes.float(), classes) for path, boxes, classes in objects_of(open_test_set(one))]
+    before = [boxes.clone() for _, boxes, _ in objects]
+    first = logits_on_objects(one, objects)
+    assert all(torch.equal(boxes, old) for (_, boxes, _), old in zip(objects, before, strict=True))
+    assert torch.equal(logits_on_objects(one, objects), first)
+
+
+def test_a_run_that_was_evaluated_on_other_images_is_left_out_and_named(run):
+    groups = {"teacher": [run("teacher", 0)], "DKD": [run("DKD", 1)]}
+    groups["teacher"][0].config["DATASETS"] = {"TEST": ["digits_val"], "REGISTER": []}
+    (pictures,) = detection_sections(groups, "DKD", logits=True)
+    assert pictures.text[0] == "teacher: it was evaluated on other images, digits_val."
+    assert pictures.blocks[0].header[1:] == ["DKD"]
+
+
+def test_a_json_without_what_only_the_evaluation_reads_has_pictures(run):
+    one = run("DKD", 1)
+    path = Path(one.config["DATASETS"]["REGISTER"][0][1])
+    content = json.loads(path.read_text())
+    for annotation in content["annotations"]:
+        annotation.pop("iscrowd"), annotation.pop("area")
+    path.write_text(json.dumps(content))
+    assert len(detection_sections({"DKD": [one]}, "DKD", logits=False)[0].blocks) > 1
+
+
 def test_without_weights_the_page_says_why_no_logits_are_compared(run):
     groups = {"teacher": [run("teacher", 0)], "DKD": [run("DKD", 1)]}
     (groups["teacher"][0].folder / "model_final.pth").unlink()

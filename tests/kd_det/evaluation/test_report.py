@@ -49,6 +49,13 @@ def test_of_several_test_sets_the_first_is_read(finished, tiny_cfg):
     assert report.read_run(folder).ap == 20.0
 
 
+def test_the_moving_averages_results_are_not_those_of_another_test_set(finished):
+    folder, _ = finished
+    values = {f"{group}/{key}": ap for group, ap in (("bbox", 10.0), ("ema/bbox", 20.0)) for key in report.KEYS}
+    (folder / "metrics.json").write_text(json.dumps({"iteration": 40, "time": 0.5, **values}) + "\n")
+    assert report.read_run(folder).ap == 10.0
+
+
 def test_a_schedule_that_more_processes_shortened_ends_where_run_json_says(tmp_path):
     info = {"max_iter": 20}
     folder = report_runs.write_run(tmp_path / "run", lines=report_runs.finished_lines(30.0, 20), info=info)

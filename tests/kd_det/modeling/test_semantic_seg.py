@@ -190,6 +190,7 @@ def test_every_pixel_counts_for_a_loss_without_labels_and_sample_bounds_their_nu
     pixels = student.movedim(1, -1).reshape(-1, 5)
     assert all((pixels == row).all(1).any() for row in rows[0]) and (rows[2] < 5).all()
     assert pixel_rows(PixelMap(student, labels), teacher, PixelOptions(ignore="none"), 255)[2] is None
+    assert len(pixel_rows(PixelMap(student, labels), teacher, PixelOptions(ignore="none", sample=10), 0)[0]) == 20
 
 
 def test_a_teachers_map_of_another_stride_and_padding_lies_on_the_students_grid():
