@@ -143,6 +143,10 @@ class GradientSNR:
             for stream, rows in zip(self._counts, sums, strict=True)
         }
 
+    def release(self) -> None:
+        """Free the running means, twice the sampled elements for each stream; `count` is all that remains."""
+        self._mean = self._squares = {}
+
     def state_dict(self) -> dict[str, Any]:
         return {"count": self.count, "mean": self._mean, "squares": self._squares}
 
@@ -231,6 +235,7 @@ class AutoMomenta:
         measured = [s for s in optimizer.param_groups[0][MOMENTA] if streams is None or s in streams]
         self.gsnr = GradientSNR(named_parameters, measured, every, sample)
         self.momenta: dict[str, float] | None = None  # once they are set
+        self.measured: dict[str, float] | None = None  # the GSNR that they were set from, in this process
 
     def observe(self, losses: Mapping[str, Tensor | None], iteration: int, scale: Tensor | float = 1.0) -> None:
         """Call it in every iteration, before `backward_streams`, with gradients at zero."""
@@ -250,6 +255,8 @@ class AutoMomenta:
         gsnr = {stream: ratio(*row) for stream, row in zip(self.gsnr.count, sums.tolist(), strict=True)}
         self.momenta = self.optimizer.param_groups[0][MOMENTA] | suggest_momenta(gsnr, self.base, self.span)
         self.optimizer.set_momenta(self.momenta)
+        self.measured = gsnr
+        self.gsnr.release()
         found = ", ".join(f"{s}: GSNR {value:.4g}, momentum {self.momenta[s]:.4g}" for s, value in gsnr.items())
         logger.info("Momenta set at iteration %d from %s samples (%s)", iteration, max(self.gsnr.count.values()), found)
         return True
@@ -261,3 +268,5 @@ class AutoMomenta:
         self.momenta = state["momenta"]
         if state["gsnr"] is not None:
             self.gsnr.load_state_dict(state["gsnr"])
+        elif self.momenta is not None:
+            self.gsnr.release()

@@ -250,7 +250,7 @@ def test_momenta_auto_sets_them_from_the_measured_ratio(tiny: Callable, process:
     options = ["KD.LOSS.NAME", "dkd", "SOLVER.MOMENTA", "auto", "SOLVER.GSNR.PERIOD", 1, "SOLVER.GSNR.WINDOW", 4]
     trainer = build_trainer(tiny(*options), process)
     trainer.run()
-    measured = suggest_momenta(trainer.auto_momenta.gsnr.overall(), 0.9, 0.075)
+    measured = suggest_momenta(trainer.auto_momenta.measured, 0.9, 0.075)
     assert trainer.auto_momenta.gsnr.count == {"tog": 4, "tcg": 4, "ncg": 4}
     assert trainer.optimizer.param_groups[0]["momenta"] == trainer.auto_momenta.momenta == measured
     for bad in (["SOLVER.OPTIMIZER", "adamw"], ["KD.LOSS.NAME", "none"]):
@@ -268,7 +268,7 @@ def test_momenta_auto_are_set_where_the_losses_feed_two_streams_of_three(
     trainer = build_trainer(tiny(*options, "SOLVER.OPTIMIZER", "deepkd_sgd"), process)
     before = trainer.optimizer.param_groups[0]["momenta"]["tcg"]
     trainer.run()
-    measured = suggest_momenta(trainer.auto_momenta.gsnr.overall(), 0.9, 0.075)
+    measured = suggest_momenta(trainer.auto_momenta.measured, 0.9, 0.075)
     assert set(measured) == {"tog", "ncg"}
     assert trainer.optimizer.param_groups[0]["momenta"] == {**measured, "tcg": before}
 

@@ -202,9 +202,10 @@ def test_a_stream_without_a_loss_keeps_its_momentum_and_the_others_do_not_wait_f
     for iteration in range(12):
         losses = noisy_streams(p)
         auto.observe({"tog": losses["tog"], "ncg": losses["tcg"]}, iteration)
-    measured = suggest_momenta(auto.gsnr.overall())
+    measured = suggest_momenta(auto.measured)
     assert measured["tog"] > measured["ncg"]
     assert optimizer.param_groups[0]["momenta"] == auto.momenta == {**measured, "tcg": 0.5}
+    assert not auto.gsnr._mean and auto.gsnr.count == {"tog": 5, "ncg": 5}  # the running means are freed
 
 
 def test_a_state_of_more_streams_is_loaded() -> None:
