@@ -193,9 +193,8 @@ def build_cache(cfg: CfgNode, data: DataSets, teacher: Teacher, view: int = 0) -
     folder = Path(cfg.KD.TEACHER.CACHE_DIR or Path(cfg.OUTPUT_DIR, "teacher_cache"))
     if view:
         folder, identity["view"] = folder / "strong", "strong"
-    return LogitCache(
-        folder, cfg.KD.TEACHER.CACHE, len(data.train), data.num_classes, epochs, identity, cfg.KD.TEACHER.CACHE_TOPK
-    )
+    kind, topk, views = cfg.KD.TEACHER.CACHE, cfg.KD.TEACHER.CACHE_TOPK, 1 if view else cfg.DATA.VIEWS
+    return LogitCache(folder, kind, len(data.train), data.num_classes, epochs, identity, topk, views)
 
 
 def fingerprint(dataset: Any) -> str:

@@ -60,7 +60,7 @@ from kd_cls.engine.forecast import inference_costs, on_trial, training_seconds
 from kd_cls.models.factory import build_student, create_network, input_stats, trained_statistics
 from kd_cls.task.head import fit_head
 from kd_cls.task.teacher import build_teacher
-from kd_cls.train import train
+from kd_cls.train import train, train_missing_teacher
 from kd_core.utils.arguments import refuse_not_positive
 from kd_core.utils.config import changes_as_yaml, find_config, merge_list
 from kd_core.utils.errors import UserError, exit_on_user_error
@@ -231,7 +231,8 @@ def knows_classes(name: str, weights: str, data: str, classes: int) -> bool:
 
 
 def prepare_teacher(cfg: CfgNode, args: argparse.Namespace, process: Process) -> None:
-    """The teacher's classifier, where it knows other classes."""
+    """The teacher's training, where KD.TEACHER.TRAIN_IF_MISSING asks for it; its classifier, for other classes."""
+    train_missing_teacher(cfg, process)
     if str(Path(args.output) / "teacher" / "head.pth") != cfg.KD.TEACHER.WEIGHTS:
         return
     weights = args.teacher_weights or weights_at_hand(cfg.KD.TEACHER.NAME) or "timm"
@@ -306,7 +307,7 @@ def forecast(trainings: dict[str, CfgNode], process: Process, processes: int) ->
     """Say what will come out and how long it will take; returns the costs of teacher and student."""
     with quiet():
         costs = inference_costs(on_trial(trainings["student"], process, processes), process)
-        times = {name: training_seconds(on_trial(cfg, process, processes), process) for name, cfg in trainings.items()}
+        times = {name: training_seconds(cfg, process, processes) for name, cfg in trainings.items()}
     rows = [[name, *cost_cells(cost)] for name, cost in costs.items()]
     say("\n" + tabulate(rows, ["", *COST_HEADERS], tablefmt="github", disable_numparse=True))
     epochs = trainings["student"].SOLVER.EPOCHS

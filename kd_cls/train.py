@@ -108,7 +108,7 @@ def train_seeds(cfg: CfgNode, process: Process, resume: bool = False) -> dict[st
     for seed in cfg.SEEDS:
         own = cfg.clone()
         own.SEED, own.SEEDS, own.OUTPUT_DIR = seed, [], str(Path(cfg.OUTPUT_DIR, f"seed_{seed}"))
-        if cfg.KD.TEACHER.CACHE_DIR and augmentation(cfg) != "none":  # each seed augments otherwise
+        if cfg.KD.TEACHER.CACHE_DIR and (augmentation(cfg) != "none" or cfg.DATA.VIEWS > 1):  # other draws
             own.KD.TEACHER.CACHE_DIR = str(Path(cfg.KD.TEACHER.CACHE_DIR, f"seed_{seed}"))
         results.append(train(own, process, resume))
     summary = {name: summarise([result[name] for result in results]) for name in results[0]}

@@ -25,8 +25,21 @@ class WrappedDataset(Dataset):
         """The wrapped data set's class names."""
         return self.dataset.classes
 
+    @property
+    def samples(self) -> list[tuple[str, int]]:
+        """(file, class index) of every image; an AttributeError where the wrapped data set has no files."""
+        samples = self.dataset.samples
+        return [samples[self.position(index)] for index in range(len(self))]
+
+    def position(self, index: int) -> int:
+        """The wrapped data set's index of an image."""
+        return index
+
     def __len__(self) -> int:
         return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[self.position(index)]
 
 
 class EveryNth(WrappedDataset):
@@ -39,8 +52,8 @@ class EveryNth(WrappedDataset):
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> Any:
-        return self.dataset[index * len(self.dataset) // self.count]
+    def position(self, index: int) -> int:
+        return index * len(self.dataset) // self.count
 
 
 class AllButEveryNth(WrappedDataset):
@@ -54,5 +67,5 @@ class AllButEveryNth(WrappedDataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> Any:
-        return self.dataset[self.indices[index]]
+    def position(self, index: int) -> int:
+        return self.indices[index]

@@ -39,9 +39,9 @@ def inference_costs(cfg: CfgNode, process: Process) -> dict[str, Cost]:
     return costs
 
 
-def training_seconds(cfg: CfgNode, process: Process) -> float:
-    """All iterations at the time of a few, measured; the first one warms up."""
-    trainer = build_trainer(cfg, process)
+def training_seconds(cfg: CfgNode, process: Process, processes: int) -> float:
+    """All iterations at the time of a few, measured with one process's share of a batch; the first one warms up."""
+    trainer = build_trainer(on_trial(cfg, process, processes), process)
     trainer.task.train()
     order = trainer.loaders.train.sampler.order(0).split(trainer.loaders.train.sampler.batch_size)
     times = [time.perf_counter()]
@@ -50,4 +50,5 @@ def training_seconds(cfg: CfgNode, process: Process) -> float:
         wait_for_device(trainer.task)
         times.append(time.perf_counter())
     measured = [end - start for start, end in pairwise(times)]
-    return trainer.max_iter * statistics.median(measured[1:] or measured)
+    # With a share of the batch this one process has as many times the iterations of the training.
+    return trainer.max_iter / processes * statistics.median(measured[1:] or measured)

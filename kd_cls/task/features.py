@@ -118,6 +118,9 @@ def build_readers(
             f"KD.FEATURE.STUDENT_MAPS {lists[0]} and TEACHER_MAPS {lists[1]} must name as many maps, in pairs, or be "
             "empty both"
         )
+    for name, chosen in zip(("STUDENT", "TEACHER"), lists, strict=True):
+        if chosen != sorted(set(chosen)):
+            raise UserError(f"KD.FEATURE.{name}_MAPS is {chosen}: list the maps from fine to coarse, each once")
     if not lists[0]:
         levels = min(LEVELS, *(len(side.indices) for side in sides))
         lists = [list(side.indices[-levels:]) for side in sides]

@@ -49,6 +49,7 @@ class LogitCache:
         epochs: int,
         identity: dict[str, Any],
         topk: int = 20,
+        views: int = 1,
     ) -> None:
         if kind not in KINDS:
             raise UserError(f"KD.TEACHER.CACHE is {kind!r}, expected one of none, {', '.join(KINDS)}")
@@ -67,7 +68,7 @@ class LogitCache:
         self.check_identity(
             {"kind": kind, "num_images": num_images, "num_classes": num_classes, "topk": topk, **identity}
         )
-        self.check_space()
+        self.check_space(views)
         self.maps: dict[int, np.memmap] = {}
 
     def check_identity(self, identity: dict[str, Any]) -> None:
@@ -84,10 +85,11 @@ class LogitCache:
                     f"has {identity[name]}): name another folder, or delete it"
                 )
 
-    def check_space(self) -> None:
-        """Refuse a cache that does not fit on the disk, before training starts."""
-        needed = self.num_images * self.epochs * self.record.itemsize
-        present = sum(file.stat().st_blocks * 512 for file in self.folder.glob("epoch_*.bin"))
+    def check_space(self, views: int) -> None:
+        """Refuse a cache of so many views that does not fit on the disk, before training starts."""
+        needed = self.num_images * self.epochs * self.record.itemsize * views
+        files = self.folder.glob("epoch_*.bin" if views == 1 else "**/epoch_*.bin")  # the second view's lie below
+        present = sum(file.stat().st_blocks * 512 for file in files)
         free = shutil.disk_usage(self.folder).free
         if needed - present > free:
             raise UserError(

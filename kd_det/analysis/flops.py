@@ -30,6 +30,8 @@ def measure_cost(runs: Sequence[Run]) -> None:
         try:
             cfg = read_config(str(path))
             cfg.MODEL.WEIGHTS = ""
+            if "TIMM" in cfg.MODEL:  # no weights are needed
+                cfg.MODEL.TIMM.PRETRAINED, cfg.MODEL.TIMM.WEIGHTS = False, ""
             model_key = json.dumps([cfg.MODEL, cfg.INPUT], sort_keys=True, default=str)
             if model_key not in known:
                 model = build_model(cfg).eval()

@@ -50,7 +50,16 @@ def read_classifier(source: str) -> Classifier:
 
 
 def of_timm(model: nn.Module) -> Classifier:
-    """The weights and the normalisation of a timm model."""
+    """The weights and the normalisation of a timm model.
+
+    Raises:
+        UserError: an anti-aliased one: it has a ResNet's names and computes something else.
+    """
+    if any(name.endswith(".aa") and not isinstance(module, nn.Identity) for name, module in model.named_modules()):
+        raise UserError(
+            f"{model.pretrained_cfg['architecture']} blurs where it shrinks its maps, which detectron2's networks do "
+            "not: set MODEL.BACKBONE.NAME build_timm_fpn_backbone and MODEL.TIMM.NAME in place of a conversion"
+        )
     return Classifier(model.state_dict(), model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
 
 

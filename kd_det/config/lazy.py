@@ -12,7 +12,7 @@ import yaml
 from detectron2.config import CfgNode
 from omegaconf import DictConfig, OmegaConf, SCMode
 
-from kd_core.utils.config import coerce, lookup
+from kd_core.utils.config import coerce, lookup, set_values
 from kd_core.utils.errors import UserError, one_line
 from kd_core.utils.files import write_text
 from kd_det.config.defaults import kd_defaults
@@ -91,12 +91,15 @@ def engine_config(lazy: DictConfig) -> CfgNode:
     missing = [part for part in PARTS if part not in lazy]
     if missing:
         raise UserError(f"--config-file: it has no `{missing[0]}`: a LazyConfig that trains defines {', '.join(PARTS)}")
+    kept = select(lazy, "train.checkpointer.max_to_keep")
+    if kept is not None and not (type(kept) is int and kept > 0):
+        raise UserError(f"train.checkpointer.max_to_keep is {kept!r}, expected a whole number above 0, or None for all")
     defaults, values = kd_defaults(), {}
     for name, key in KEYS.items():
         if (value := select(lazy, name)) is not None:
             values[key] = coerce(value, lookup(defaults, key), name, "the LazyConfig")
     cfg = as_yacs(lazy)
-    cfg.merge_from_list([word for pair in values.items() for word in pair])
+    set_values(cfg, values)
     clip = cfg.SOLVER.CLIP_GRADIENTS
     clip.ENABLED, clip.CLIP_TYPE = select(lazy, "train.clip.max_norm") is not None, "full_model"
     # To the engine the optimizer is a name that a checkpoint is compared by.

@@ -1,6 +1,7 @@
 """PASCAL VOC's layout, and its annotations as COCO json."""
 
 import glob
+import math
 import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
@@ -100,12 +101,16 @@ class VocDataset:
             raise UserError(f"there is no annotation file {xml}") from None
         except ElementTree.ParseError as error:
             raise UserError(f"{xml} is not XML: {error}") from error
+        except (ValueError, LookupError) as error:  # its encoding
+            raise UserError(f"{xml} cannot be read: {error}") from error
 
     def _object(self, element: ElementTree.Element, xml: Path) -> VocObject:
         name = (element.findtext("name") or "").strip()
         words = [element.findtext(f"bndbox/{edge}") for edge in ("xmin", "ymin", "xmax", "ymax")]
         try:
-            xmin, ymin, xmax, ymax = (float(word) for word in words)
+            xmin, ymin, xmax, ymax = edges = [float(word) for word in words]
+            if not all(map(math.isfinite, edges)):
+                raise ValueError
         except (TypeError, ValueError):
             raise UserError(f"{xml}: object {name!r} has no box of four numbers, but {words}") from None
         if not name:

@@ -99,7 +99,8 @@ def main_key(prefix: str) -> str:
 
 
 def precision_metrics(prefix: str) -> list[Metric]:
-    where = prefix.removesuffix(task_of(prefix)).strip("/").replace("ema", "moving average")
+    parts = prefix.removesuffix(task_of(prefix)).strip("/").split("/")
+    where = "/".join("moving average" if part == "ema" else part for part in parts)
     names, _ = SEGMENTATION.get(task_of(prefix), (NAMES, ""))
     return [Metric(f"{label}, {where}" if where else label, f"{prefix}/{name}") for name, label in names.items()]
 

@@ -15,6 +15,7 @@ from kd_cls import distill, evaluate
 from kd_cls.config import load_cfg
 from kd_cls.data.statistics import InputStats
 from kd_cls.engine.derive import METHODS, Request, derive_student, weights_at_hand, without_teacher
+from kd_cls.engine.forecast import training_seconds
 from kd_cls.engine.trainer import Trainer
 from kd_core.losses.feature_config import distils
 from kd_core.utils.packaged_weights import find_package
@@ -108,6 +109,21 @@ def test_what_was_fitted_for_a_request_that_failed_does_not_serve_the_corrected_
     assert not (tmp_path / "out" / "distill.yaml").exists()
     command("--student-weights", "")
     assert head.stat().st_mtime_ns != first
+
+
+def test_the_forecast_of_several_processes_has_the_iterations_of_the_training(tiny, process, monkeypatch):
+    monkeypatch.setattr("kd_cls.engine.forecast.statistics.median", lambda _: 1.0)
+    cfg = tiny("SOLVER.EPOCHS", 4)
+    assert training_seconds(cfg, process, 2) == training_seconds(cfg, process, 1)
+
+
+def test_a_teacher_that_is_missing_is_trained_where_that_is_asked_for(teacher_yaml, tmp_path):
+    untrained = tmp_path / "teacher.yaml"
+    untrained.write_text(f"_BASE_: {teacher_yaml}\nOUTPUT_DIR: {tmp_path / 'untrained'}\n")
+    words = ["--teacher", untrained, "--student", "cifar_resnet8", "--name", "digits", "--output", tmp_path / "out"]
+    words += ["--epochs", 1, "--size", 16, "--num-gpus", 0, "DATA.TRAIN_IMAGES", 64, "DATA.VAL_IMAGES", 33]
+    distill.main(list(map(str, [*words, "KD.TEACHER.TRAIN_IF_MISSING", True])))
+    assert (tmp_path / "untrained" / "last.pth").is_file()
 
 
 def test_the_table_is_of_the_weights_in_best_pth(command, tmp_path):

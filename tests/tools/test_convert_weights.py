@@ -123,6 +123,12 @@ def test_timms_resnets_have_torchvisions_names_and_their_own_mean_and_std():
     assert convert(of_timm(model)).config["MODEL.PIXEL_MEAN"] == [127.5] * 3
 
 
+def test_an_anti_aliased_resnet_is_refused():
+    """Its names and shapes are a ResNet's; blurring has no weights."""
+    with pytest.raises(UserError, match=r"resnetblur18 blurs where it shrinks its maps.*build_timm_fpn_backbone"):
+        of_timm(timm.create_model("resnetblur18"))
+
+
 def test_mobilenet_v2_in_timm_has_the_features_it_had(tmp_path: Path):
     model = classifier("mobilenet_v2")
     save(convert(Classifier(model.state_dict())), tmp_path / "backbone.pth")

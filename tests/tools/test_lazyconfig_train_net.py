@@ -129,6 +129,13 @@ def test_accumulated_micro_batches_amp_clipping_and_torchs_optimizers_are_taken(
     assert trainer._trainer.train_step.clip.args[1] == 1 and trainer.loader.batches.batch_size == 1
 
 
+def test_a_folder_of_digits_is_a_word_and_a_detector_may_normalise_by_itself():
+    lazy = load_lazy(TINY)
+    lazy.train.output_dir = "20240101"
+    del lazy.model.pixel_mean
+    assert engine_config(lazy).OUTPUT_DIR == "20240101"
+
+
 def test_resuming_with_another_loss_or_teacher_is_refused_with_the_key_named(trained):
     with pytest.raises(UserError, match=r"--resume: .* started with model\.loss\.beta 0\.25, now it is 1"):
         setup(arguments(trained, "--resume", "model.loss.beta=1"))
@@ -166,6 +173,7 @@ def test_a_start_without_resume_forgets_the_last_checkpoint_of_an_earlier_run_in
         (["train.accumulate_steps=4"], "lazyconfig_train_net: dataloader.train.total_batch_size 2 must be a positive"),
         (["train.accumulate_steps=0"], "lazyconfig_train_net: train.accumulate_steps is 0, expected a whole number"),
         (["train.amp.dtype=bf16"], "lazyconfig_train_net: train.amp.dtype is 'bf16', expected float16 or bfloat16"),
+        (["train.checkpointer.max_to_keep=0"], "lazyconfig_train_net: train.checkpointer.max_to_keep is 0, expected"),
         (["train.checkpointer.period=0"], "lazyconfig_train_net: train.checkpointer.period is 0, expected a whole"),
         (["train.ema.decay=2"], "lazyconfig_train_net: train.ema.decay is 2.0, expected a number in [0, 1)"),
         (["model.roi_heads.num_classes=7"], "lazyconfig_train_net: dataloader.train.dataset.names: digits_train has"),

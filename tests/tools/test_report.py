@@ -13,6 +13,8 @@ import yaml
 from helpers.few_digits import few_digits
 from helpers.report_runs import Page, write_run
 from kd_core.utils.report.results import kept
+from kd_core.utils.report.runs import Run
+from kd_core.utils.report.tables import Metric, paired_table, seeds_table
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -108,6 +110,20 @@ def test_seeds_give_mean_std_and_paired_differences(report, three, tmp_path):
     assert "paired" not in page.text and "Difference to plain with the same seed" in page.text
     with pytest.raises(SystemExit, match="--baseline KD: the runs' methods are teacher, plain, DKD"):
         report(*folders, "--baseline", "KD")
+
+
+def test_runs_whose_seeds_do_not_tell_them_apart_are_not_paired():
+    def runs(title: str, *values: float, seeds: tuple = (-1, -1, -1)) -> list[Run]:
+        pairs = zip(seeds, values, strict=True)
+        return [Run(Path(f"{title}{v}"), {"SEED": s}, [{"iteration": 1, "a": v}], title=title) for s, v in pairs]
+
+    groups = {"plain": runs("plain", 30, 40, 50), "DKD": runs("DKD", 31, 41, 51)}
+    assert paired_table(groups, "plain", [Metric("a", "a")]).rows == []
+    assert seeds_table(groups, Metric("a", "a"), "plain").header == ["", "a", "difference to plain"]
+    values = {"plain": (30, 40, 9), "DKD": (31, 41, 0)}
+    groups = {name: runs(name, *of_name, seeds=(0, 1, -1)) for name, of_name in values.items()}
+    (row,) = paired_table(groups, "plain", [Metric("a", "a")]).rows
+    assert row[1][0] == ["2 (0, 1)"]
 
 
 def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(report, tmp_path):

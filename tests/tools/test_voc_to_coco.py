@@ -126,6 +126,10 @@ def spoil(root: Path, what: str) -> None:
         (annotations / "b.xml").write_text("<annotation><object><name>dog</name></object></annotation>")
     elif what == "number":
         (annotations / "b.xml").write_text(f"<annotation>{voc_object('dog', 1, 2, 3, 'x')}</annotation>")
+    elif what == "nan":
+        (annotations / "b.xml").write_text(f"<annotation>{voc_object('dog', 'nan', 2, 3, 4)}</annotation>")
+    elif what == "encoding":
+        (annotations / "b.xml").write_text('<?xml version="1.0" encoding="gb2312"?><annotation/>')
     elif what == "name":
         (annotations / "b.xml").write_text(f"<annotation>{voc_object('', 1, 2, 3, 4)}</annotation>")
     elif what == "annotation":
@@ -144,6 +148,8 @@ def spoil(root: Path, what: str) -> None:
         ("xml", r"b\.xml is not XML: "),
         ("box", r"b\.xml: object 'dog' has no box of four numbers, but \[None, "),
         ("number", r"b\.xml: object 'dog' has no box of four numbers, but .*'x'"),
+        ("nan", r"b\.xml: object 'dog' has no box of four numbers, but .*'nan'"),
+        ("encoding", r"b\.xml cannot be read: multi-byte encodings are not supported"),
         ("name", r"b\.xml: the object at .* has no name"),
         ("annotation", r"there is no annotation file .*b\.xml"),
         ("image", r"JPEGImages has no image b with a suffix among"),

@@ -106,12 +106,12 @@ def results_table(groups: dict[str, list[Run]], metrics: Sequence[Metric], capti
 
 def seeds_table(groups: dict[str, list[Run]], metric: Metric, baseline: str | None = None) -> Table:
     """A row for each method: its mean ± std, a value for each seed, and the paired difference to `baseline`."""
-    seeds = sorted({run.seed for runs in groups.values() for run in runs})
+    seeds = sorted({seed for runs in groups.values() for seed in by_seed(runs)})
     differences = dict(paired_table(groups, baseline, [metric]).rows) if baseline else {}
     rows = []
     for title, runs in groups.items():
-        by_seed = {run.seed: run for run in runs}
-        each = [group_cell(metric, [by_seed[seed]]) if seed in by_seed else ["–"] for seed in seeds]
+        known = by_seed(runs)
+        each = [group_cell(metric, [known[seed]]) if seed in known else ["–"] for seed in seeds]
         paired = [differences.get(title, [["–"]])[-1]] if baseline else []
         rows.append((title, [group_cell(metric, runs), *each, *paired]))
     header = ["", metric.label, *(f"seed {seed}" for seed in seeds)]
@@ -140,6 +140,12 @@ def runs_table(runs: Sequence[Run], metrics: Sequence[Metric], status: Callable[
     return Table(["run", "method", "seed", "state", *(metric.label for metric in shown)], rows)
 
 
+def by_seed(runs: Sequence[Run]) -> dict[int, Run]:
+    """The runs whose seed tells them apart: one that was drawn (−1, or none) or that several have does not."""
+    seeds = [run.seed for run in runs]
+    return {run.seed: run for run in runs if run.seed is not None and run.seed >= 0 and seeds.count(run.seed) == 1}
+
+
 def paired_table(groups: dict[str, list[Run]], baseline: str, metrics: Sequence[Metric]) -> Table:
     """Differences to the method `baseline` over the seeds that both have: mean ± std, and how many are above it.
 
@@ -148,10 +154,10 @@ def paired_table(groups: dict[str, list[Run]], baseline: str, metrics: Sequence[
     """
     if baseline not in groups:
         raise UserError(f"--baseline {baseline}: the runs' methods are {', '.join(groups)}")
-    base = {run.seed: run for run in groups[baseline]}
+    base = by_seed(groups[baseline])
     rows = []
     for title, runs in groups.items():
-        pairs = [(run, base[run.seed]) for run in runs if run.seed in base]
+        pairs = [(run, base[seed]) for seed, run in by_seed(runs).items() if seed in base]
         if title == baseline or not pairs or runs[0].role == "teacher":
             continue
         cells = [[f"{len(pairs)} ({', '.join(str(run.seed) for run, _ in pairs)})"]]

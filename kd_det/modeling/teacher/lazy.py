@@ -95,7 +95,8 @@ def as_yacs(cfg: DictConfig) -> CfgNode:
     if pixel_classes := select(cfg, "model.sem_seg_head.num_classes"):
         found.MODEL.SEM_SEG_HEAD.NUM_CLASSES = int(pixel_classes)
     found.INPUT.FORMAT = model.get("input_format") or found.INPUT.FORMAT
-    found.MODEL.PIXEL_MEAN, found.MODEL.PIXEL_STD = list(model.pixel_mean), list(model.pixel_std)
+    for key, name in (("PIXEL_MEAN", "pixel_mean"), ("PIXEL_STD", "pixel_std")):
+        found.MODEL[key] = list(model.get(name) or found.MODEL[key])
     for key, split in (("TRAIN", "train"), ("TEST", "test")):
         if names := select(cfg, f"dataloader.{split}.dataset.names"):
             found.DATASETS[key] = (names,) if isinstance(names, str) else tuple(names)

@@ -121,6 +121,10 @@ def test_maps_may_be_named(tiny: Callable) -> None:
     assert (student.channels, teacher.channels) == ((64, 64), (16, 64))
     for words, message in (
         (("KD.FEATURE.STUDENT_MAPS", [1]), r"STUDENT_MAPS \[1\] and TEACHER_MAPS \[\] must name as many maps"),
+        (
+            ("KD.FEATURE.STUDENT_MAPS", [2, 1], "KD.FEATURE.TEACHER_MAPS", [1, 2]),
+            r"KD.FEATURE.STUDENT_MAPS is \[2, 1\]: list the maps from fine to coarse, each once",
+        ),
         (("KD.FEATURE.TEACHER_MAPS", [3]), r"TEACHER_MAPS is \[3\], but the teacher CifarResNet has maps 0 to 2"),
     ):
         with pytest.raises(UserError, match=message):

@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 
 from kd_cls.build import build_trainer, fingerprint
+from kd_cls.data.bad_images import SkipsUnreadable
 from kd_cls.data.images import ImageList
+from kd_cls.data.wrapped import AllButEveryNth, EveryNth
 from kd_cls.distributed import Process
 from kd_cls.task.logit_cache import LogitCache
 from kd_cls.train import train
@@ -164,3 +166,9 @@ def test_another_file_of_a_folder_makes_another_data_set_wherever_the_folder_is(
             Image.new("RGB", (2, 2)).save(path)
         found.append(fingerprint(ImageList(samples, ["cat"])))
     assert found[0] == found[1] != found[2]
+    for wrap in (SkipsUnreadable, lambda data: EveryNth(data, 30), lambda data: AllButEveryNth(data, 5)):
+        found = []
+        for folder, second in (("a", 1), ("c", 77)):
+            samples = [(str(tmp_path / folder / "cat" / f"{name}.png"), 0) for name in (0, second, *range(2, 39))]
+            found.append(fingerprint(wrap(ImageList(samples, ["cat"]))))
+        assert found[0] != found[1]
