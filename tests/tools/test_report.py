@@ -236,6 +236,9 @@ def test_a_search_is_drawn_from_its_results(load_tool, tmp_path):
     (tmp_path / "page.md").write_text("<!-- drawn: {what: tries, from: cls.json} -->\n<!-- end -->\n")
     with pytest.raises(SystemExit, match="tries needs by, a key of the grids"):
         load_tool("report").main(["--page", str(tmp_path / "page.md")])
+    (tmp_path / "page.md").write_text("<!-- drawn: {what: seeds, from: cls.json} -->\n<!-- end -->\n")
+    with pytest.raises(SystemExit, match="seeds needs of, a key of metrics"):
+        load_tool("report").main(["--page", str(tmp_path / "page.md")])
     (tmp_path / "page.md").write_text(tries % "SOLVER.RATE")
     with pytest.raises(SystemExit, match=r"no grid of .*cls_digits.yaml has SOLVER.RATE"):
         load_tool("report").main(["--page", str(tmp_path / "page.md")])

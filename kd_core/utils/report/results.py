@@ -78,6 +78,8 @@ def redraw(page: Path, runs_of: Callable[[Path], list[Run]], search_table: Calla
             if "by" not in asked:
                 raise UserError(f"{page}: {block[2]}: tries needs by, a key of the grids")
             text = search_table(source, asked["by"])
+        elif what in ("seeds", "curves") and "of" not in asked:
+            raise UserError(f"{page}: {block[2]}: {what} needs of, a key of metrics.json")
         elif what == "seeds":
             metric = Metric(asked.get("label", asked["of"]), asked["of"])
             text = markdown(seeds_table(by_title(runs_of(source)), metric, asked.get("baseline")))
