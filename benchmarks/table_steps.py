@@ -15,6 +15,7 @@ import torch
 from figures import ROOT, Table
 from timing import by_turns
 
+from kd_core.utils.arguments import count
 from kd_core.utils.config import read_yaml
 from kd_det.analysis.iteration import Iteration, build_iteration
 from kd_det.data import register_datasets
@@ -26,7 +27,7 @@ RANDOM_TEACHER = {"KD.TEACHER.WEIGHTS": "", "KD.TEACHER.ALLOW_RANDOM": True}
 def main(arguments: Sequence[str] | None = None) -> Table:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", type=Path, metavar="TABLE", help="configs/Search/*.yaml of detectors")
-    parser.add_argument("--rounds", type=int, default=20, help="iterations of each method that are timed")
+    parser.add_argument("--rounds", type=count, default=20, help="iterations of each method that are timed")
     args = parser.parse_args(arguments)
     table = read_yaml(str(args.table))
     sides = {name: iteration(method, table["options"]) for name, method in table["methods"].items()}

@@ -46,7 +46,7 @@ from kd_det.data.bad_images import NamedTestImages, TestLoader
 from kd_det.data.loader import TrainLoader, build_train_loader
 from kd_det.engine.console import describe, restore_console
 from kd_det.engine.hooks.checkpointing import KeepBest, SaveStudentConfig, SeedEachStep
-from kd_det.engine.hooks.evaluation import AVERAGE, Evaluate
+from kd_det.engine.hooks.evaluation import Evaluate
 from kd_det.engine.hooks.health import WatchHealth
 from kd_det.engine.hooks.monitoring import StageTimes, StreamScalars
 from kd_det.engine.hooks.moving_average import MovingAverage, UpdateAverage
@@ -141,10 +141,10 @@ class DistillationTrainer(TrainerBase):
             CheckRanksAgree(save_period),
             hooks.PeriodicCheckpointer(self.checkpointer, save_period) if main else None,
             Evaluate(eval_period, self.evaluate_student, output / "metrics.json"),
-            Evaluate(eval_period, self.evaluate_average, output / "metrics.json", of_average=True) if average else None,
+            Evaluate(eval_period, self.evaluate_average, output / "metrics.json") if average else None,
             Report(cfg, self.build_writers(), self.log_period) if main else None,
             KeepBest(output / "model_best.pth", student),
-            KeepBest(output / "model_best_ema.pth", average.model, AVERAGE) if average else None,
+            KeepBest(output / "model_best_ema.pth", average.model, "ema") if average else None,
         ]
 
     def build_student_writer(self) -> HookBase:
@@ -176,7 +176,7 @@ class DistillationTrainer(TrainerBase):
         cfg = self.cfg.clone()
         cfg.defrost()
         cfg.OUTPUT_DIR = str(Path(self.cfg.OUTPUT_DIR, "ema"))
-        results = {AVERAGE: self.test(cfg, self.average.model)}
+        results = {"ema": self.test(cfg, self.average.model)}
         self._last_eval_results = {**self._last_eval_results, **results}
         return results
 

@@ -9,8 +9,6 @@ from detectron2.utils import comm
 
 from kd_core.utils.report.runs import EVALUATED, read_lines
 
-AVERAGE = "ema"  # what the results of the moving average are called
-
 
 class Evaluate(hooks.EvalHook):
     """detectron2's EvalHook, which makes up for an evaluation that a kill interrupted.
@@ -21,13 +19,12 @@ class Evaluate(hooks.EvalHook):
     Args:
         period: iterations between evaluations.
         function: evaluates.
-        metrics: the training's metrics.json.
-        of_average: whether it is the moving average that is evaluated.
+        metrics: the training's metrics.json, to which the results of student and moving average are written together.
     """
 
-    def __init__(self, period: int, function: Callable[[], Any], metrics: Path, of_average: bool = False) -> None:
+    def __init__(self, period: int, function: Callable[[], Any], metrics: Path) -> None:
         super().__init__(period, function)
-        self.metrics, self.of_average = metrics, of_average
+        self.metrics = metrics
 
     def before_train(self) -> None:
         done = self.trainer.start_iter
@@ -37,8 +34,8 @@ class Evaluate(hooks.EvalHook):
 
     def is_logged(self, iteration: int) -> bool:
         """Whether metrics.json has results of the evaluation after `iteration`."""
-        keys = {key for line in read_lines(self.metrics) if line.get("iteration") == iteration for key in line}
-        return any((key.split("/")[0] == AVERAGE) == self.of_average and is_result(key) for key in keys)
+        lines = (line for line in read_lines(self.metrics) if line.get("iteration") == iteration)
+        return any(is_result(key) for line in lines for key in line)
 
 
 def is_result(key: str) -> bool:

@@ -142,6 +142,12 @@ def test_an_evaluation_that_a_kill_interrupted_is_made_up_for(cfg, tmp_path, mon
     evaluated[1:] = []
     train(cfg, resume=True)
     assert len(evaluated) == 1 + 2  # the first was not interrupted
+    text = (output / "metrics.json").read_text()
+    (output / "metrics.json").write_text(text.replace('"ema/bbox/AP"', '"other"'))  # trained without an average so far
+    (output / "last_checkpoint").write_text("model_0000001.pth")
+    evaluated[1:] = []
+    train(cfg, resume=True)
+    assert len(evaluated) == 1 + 2  # its results alone would be taken for the student's
 
 
 def test_evaluation_alone_needs_weights(cfg):
