@@ -69,7 +69,7 @@ class Writers:
         self.started, self.start_iter = time.perf_counter(), start_iter
         self.wandb = None
         if cfg.WANDB.ENABLED:
-            self.wandb = start_wandb(cfg.OUTPUT_DIR, cfg.WANDB.PROJECT, yaml.safe_load(cfg.dump()))
+            self.wandb = start_wandb(cfg.OUTPUT_DIR, cfg.WANDB.PROJECT, yaml.safe_load(cfg.dump()), start_iter)
         self.metrics_file = Path(cfg.OUTPUT_DIR, "metrics.json")
         cut_metrics(self.metrics_file, last=start_iter)
         self.tensorboard = SummaryWriter(cfg.OUTPUT_DIR, purge_step=start_iter + 1)

@@ -163,7 +163,8 @@ class DistillationTrainer(TrainerBase):
 
     def build_writers(self) -> list[EventWriter]:
         """detectron2's: console, metrics.json and TensorBoard; and Weights & Biases where WANDB.ENABLED asks for it."""
-        return [*default_writers(self.cfg.OUTPUT_DIR, self.max_iter), *build_wandb_writers(self.cfg)]
+        ours = build_wandb_writers(self.cfg, lambda: self.start_iter)
+        return [*default_writers(self.cfg.OUTPUT_DIR, self.max_iter), *ours]
 
     def evaluate_student(self) -> dict[str, Any]:
         """The student's results on DATASETS.TEST."""

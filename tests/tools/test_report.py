@@ -13,7 +13,7 @@ import yaml
 from helpers.few_digits import few_digits
 from helpers.report_runs import Page, write_run
 from kd_core.utils.report.results import kept
-from kd_core.utils.report.runs import Run
+from kd_core.utils.report.runs import Run, method_title, with_common_keys
 from kd_core.utils.report.tables import Metric, paired_table, seeds_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -129,6 +129,22 @@ def test_runs_whose_seeds_do_not_tell_them_apart_are_not_paired():
 def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(report, tmp_path):
     folders = [write_run(tmp_path / "short", 40), write_run(tmp_path / "long", 41, 1, max_iter=80)]
     assert report(*folders).rows[0] == ["", "plain [short]", "plain [long]"]
+
+
+@pytest.mark.parametrize(
+    "loss, feature, optimizer, title",
+    [
+        (None, None, "torch.optim.SGD", "plain"),
+        ("kd_core.losses.DKDLoss", None, "torch.optim.SGD", "DKD"),
+        ("kd_core.losses.DKDLoss", None, "kd_core.optim.presets.deepkd_sgd_released", "DeepKD (DKD)"),
+        (None, {"_target_": "functools.partial"}, "torch.optim.SGD", "feature loss"),
+        ("kd_core.losses.KDLoss", {"_target_": "functools.partial"}, "torch.optim.SGD", "KD + feature loss"),
+    ],
+)
+def test_a_lazy_config_has_the_title_of_its_losses_and_optimizer(loss, feature, optimizer, title):
+    model = {"loss": loss and {"_target_": loss}, "feature": feature}
+    config = {"model": model, "dataloader": {}, "optimizer": {"_target_": optimizer}}
+    assert method_title(with_common_keys(config)) == title
 
 
 def test_an_unfinished_run_is_said_to_be_one_and_left_out_of_the_mean(report, tmp_path):

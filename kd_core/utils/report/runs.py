@@ -124,11 +124,13 @@ def with_common_keys(config: dict[str, Any]) -> dict[str, Any]:
         return config
     loss, names = lookup(config, "model", "loss") or {}, lookup(config, "dataloader", "test", "dataset", "names")
     name = loss.get("_target_", "none").rpartition(".")[2].removesuffix("Loss").lower()
-    optimizer = lookup(config, "optimizer", "_target_", default="").rpartition(".")[2]
+    feature = "none" if lookup(config, "model", "feature") is None else "feature loss"
+    optimizer = lookup(config, "optimizer", "_target_", default="").rpartition(".")[2].removesuffix("_released")
     return {
         **config,
         "KD": {
             "LOSS": {"NAME": name, "TOPK": {"ENABLED": bool(loss.get("topk"))}},
+            "FEATURE": {"NAME": feature},
             "TEACHER": {"WEIGHTS": lookup(config, "model", "teacher", "weights")},
         },
         "SOLVER": {"MAX_ITER": lookup(config, "train", "max_iter", default=0), "OPTIMIZER": optimizer},

@@ -1,5 +1,6 @@
 """Weights & Biases: asked for only when it is wanted, and given every scalar once, under its iteration."""
 
+import os
 import sys
 
 import pytest
@@ -23,12 +24,12 @@ class Run:
 
 def test_it_is_not_imported_unless_it_is_wanted_and_its_absence_is_said_with_the_remedy(tiny_cfg, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
-    assert build_wandb_writers(tiny_cfg()) == []
+    assert build_wandb_writers(tiny_cfg(), int) == []
     with pytest.raises(ValueError, match=r"WANDB.ENABLED is True, but the wandb package is not installed: pip install"):
-        build_wandb_writers(tiny_cfg("WANDB.ENABLED", True))
+        build_wandb_writers(tiny_cfg("WANDB.ENABLED", True), int)
 
 
-def test_a_run_is_begun_with_the_config_and_goes_on_under_the_same_identity(tiny_cfg, monkeypatch):
+def test_a_resumed_training_continues_its_run_and_a_new_one_has_its_own(tiny_cfg, monkeypatch):
     begun = []
 
     class Package:
@@ -39,17 +40,22 @@ def test_a_run_is_begun_with_the_config_and_goes_on_under_the_same_identity(tiny
 
     monkeypatch.setitem(sys.modules, "wandb", Package)
     cfg = tiny_cfg("WANDB.ENABLED", True, "WANDB.PROJECT", "birds")
-    for _ in range(2):
-        (writer,) = build_wandb_writers(cfg)
+    os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+    for start in (0, 20, 0):
+        (writer,) = build_wandb_writers(cfg, lambda start=start: start)
         assert isinstance(writer, WandbWriter)
-    first, second = begun
-    assert first == second and first["resume"] == "allow" and first["project"] == "birds"
+        with EventStorage(start):
+            writer.write()
+        writer.close()
+    first, resumed, again = begun
+    assert first == resumed and first["resume"] == "allow" and first["project"] == "birds"
     assert first["config"]["MODEL"]["RESNETS"]["DEPTH"] == 50 and first["name"] == "output"
+    assert again["id"] != first["id"]
 
 
 def test_each_scalar_is_sent_once_under_its_iteration():
     run = Run()
-    writer = WandbWriter(run)
+    writer = WandbWriter(lambda: run)
     with EventStorage() as storage:
         storage.put_scalar("loss", 4.0)
         storage.put_scalar("lr", 0.1, smoothing_hint=False)
