@@ -14,13 +14,16 @@ A table with one try has no search: every method is trained as its config says, 
 
 Interrupt it at any time: the same command skips what is finished and resumes the rest. So does --minutes, which ends
 it in time. Everything is in OUTPUT (by default output/search/TABLE): a folder for each training, results.json, and
-report.md, which is drawn from the former. A training that fails, such as one that diverges, counts as a try without a
-result. TABLE may grow: new methods and seeds are trained beside what is there. With a results.json from elsewhere in
-OUTPUT, only the teacher and what is missing are trained. A test that fails makes the exit status 1, and is tried again
-by the same command.
+report.md, which is drawn from the former. A try that diverges counts as a try without a result. Every other failure,
+and a test that diverges, makes the exit status 1, and is tried again by the same command. TABLE may grow: new methods
+and seeds are trained beside what is there. With a results.json from elsewhere in OUTPUT, only the teacher and what is
+missing are trained.
 """
 
 import argparse
+import contextlib
+import fcntl
+import hashlib
 import itertools
 import json
 import math
@@ -30,7 +33,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,7 +44,7 @@ from demo import ROOT, Trainings, interrupt, run_command, wait_for
 
 from kd_core.utils.arguments import count
 from kd_core.utils.config import read_yaml
-from kd_core.utils.errors import UserError
+from kd_core.utils.errors import DIVERGED, UserError
 from kd_core.utils.files import write_text
 from kd_core.utils.report.runs import Run, read_lines
 from kd_core.utils.report.tables import Table, markdown, mean_std
@@ -102,16 +105,22 @@ class Results:
                 raise UserError(f"{self.path} is of another {name}: remove its folder, or choose another --output")
         self.entries = {entry["training"]: entry for entry in found["trainings"]}
 
-    def check(self, key: str, config: str, words: Sequence[str]) -> None:
+    def check(self, key: str, config: str, words: Sequence[str], file_too: bool) -> None:
         """The entry of a training, where there is one, is of this config and these overrides.
+
+        Args:
+            file_too: the config's file, with its `_BASE_`, must set what it set then.
 
         Raises:
             UserError: it is of others.
         """
-        entry = self.entries.get(key)
-        if entry and (entry["config"], pairs(entry["overrides"])) != (config, pairs(words)):
-            raise UserError(f"{self.path}: {key} was trained with other options than the table has now; remove this "
-                            "entry and its folder, or choose another --output")  # fmt: skip
+        if not (entry := self.entries.get(key)):
+            return
+        remedy = "remove this entry and its folder, or choose another --output"
+        if (entry["config"], pairs(entry["overrides"])) != (config, pairs(words)):
+            raise UserError(f"{self.path}: {key} was trained with other options than the table has now; {remedy}")
+        if file_too and "config_digest" in entry and entry["config_digest"] != config_digest(config):
+            raise UserError(f"{self.path}: {config}, or its _BASE_, has changed since {key} was trained; {remedy}")
 
     def add(self, entry: dict[str, Any]) -> None:
         with self.lock:
@@ -142,6 +151,11 @@ def words_of(options: dict[str, Any]) -> tuple[str, ...]:
 def pairs(words: Sequence[str]) -> dict[str, str]:
     """What a command line's KEY VALUE words set: the last of equal keys counts."""
     return dict(zip(words[::2], words[1::2], strict=True))
+
+
+def config_digest(config: str) -> str:
+    """Of what a config's file sets, with its `_BASE_`."""
+    return hashlib.sha256(json.dumps(read_yaml(config), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_table(path: Path) -> dict[str, Any]:
@@ -196,9 +210,17 @@ class Search:
             name: design(method.get("grid", {}), table["tries"], table["design_seed"], name)
             for name, method in table["methods"].items()
         }
-        self.results.check("teacher", table["teacher"]["config"], self.teacher_words)
+        self.check_results(files_too=not args.report)
+
+    def check_results(self, files_too: bool) -> None:
+        """What is finished is of this table.
+
+        Raises:
+            UserError: a training is not.
+        """
+        self.results.check("teacher", self.table["teacher"]["config"], self.teacher_words, files_too)
         for training in (*self.searches(), *self.tests()):
-            self.results.check(training.key, training.config, self.words(training))
+            self.results.check(training.key, training.config, self.words(training), files_too)
 
     def training(self, name: str, phase: str, number: int, seed: int) -> Training:
         method = self.table["methods"][name]
@@ -249,20 +271,22 @@ class Search:
         """Train whatever is missing: the teacher, every try, and the best of each method on the fresh seeds.
 
         Raises:
-            UserError: a test failed, now or in an earlier call and now again.
+            UserError: a training failed, but for tries that diverged.
         """
         for phase in (self.searches, self.tests):
             if missing := [training for training in phase() if self.is_missing(training)]:
                 self.train_teacher(trainings)
             for future in [trainings.pool.submit(self.train, trainings, training) for training in missing]:
                 wait_for(future)
-        if failed := [training.key for training in self.tests() if self.value(training) is None]:
-            raise UserError(f"{', '.join(failed)} failed; run the same command again to try again")
+            if failed := [training.key for training in phase() if self.is_missing(training)]:
+                raise UserError(f"{', '.join(failed)} failed; run the same command again to try again")
 
     def is_missing(self, training: Training) -> bool:
-        """A failed try stays failed, as one that diverged. A failed test is missing: it may lack memory or disk."""
+        """A try that diverged is a result. Every other failure is missing: it may have lacked memory or disk."""
         entry = self.results.entries.get(training.key)
-        return entry is None or (training.phase == "test" and entry.get("value") is None)
+        if entry is None or entry.get("value") is not None:
+            return entry is None
+        return training.phase == "test" or entry.get("exit") != DIVERGED
 
     def train_teacher(self, trainings: Trainings) -> None:
         """Train the teacher, unless this folder has it.
@@ -276,9 +300,10 @@ class Search:
             if finished.read_text(encoding="utf-8") != identity:
                 raise UserError(f"{self.teacher} is of another table: remove it, or choose another --output")
             return
+        origin = self.origin(0, config, words)
         wait_for(trainings.pool.submit(trainings.run, self.command_of(config, self.teacher, 0, words)))
         found = evaluations(self.teacher / "metrics.json", self.metric)
-        self.results.add({"training": "teacher", **found} | self.origin(0, config, words))
+        self.results.add({"training": "teacher", **found} | origin)
         write_text(finished, identity)
 
     def command_of(self, config: str, folder: Path, seed: int, words: Sequence[str]) -> list[str]:
@@ -293,7 +318,7 @@ class Search:
         teacher = ("KD.TEACHER.WEIGHTS", str(self.teacher / self.weights)) if taught else ()
         folder = self.output / training.key
         entry: dict[str, Any] = {"training": training.key, "method": training.method, "phase": training.phase}
-        entry["try"] = training.number
+        entry |= {"try": training.number, **self.origin(training.seed, training.config, words)}
         try:
             trainings.run(self.command_of(training.config, folder, training.seed, (*words, *teacher)))
             entry |= evaluations(folder / "metrics.json", self.metric)
@@ -302,11 +327,12 @@ class Search:
                 raise
             entry |= {"value": None, "exit": error.returncode}
             print(f"[search] {training.key} failed (exit {error.returncode}); its message is above", flush=True)
-        self.results.add(entry | self.origin(training.seed, training.config, words))
+        self.results.add(entry)
 
     def origin(self, seed: int, config: str, words: Sequence[str]) -> dict[str, Any]:
-        """What a training's value depends on, and where it was found."""
+        """What a training's value depends on, and where it is found, when it starts."""
         what = {"metric": self.metric, "seed": seed, "config": config, "overrides": list(words)}
+        what["config_digest"] = config_digest(config)
         where = {"cores": os.cpu_count(), "threads": self.args.threads, "jobs": self.args.jobs}
         return what | source() | {"versions": versions(), "machine": machine()} | where
 
@@ -393,9 +419,27 @@ def of_results(path: Path) -> Search:
     if not table.is_file():
         raise UserError(f"{path} is of {table.name}, which is not in configs/Search: move it there, or draw it with "
                         "tools/search.py TABLE --report")  # fmt: skip
-    search = Search(read_table(table), parse([str(table), *found.get("command line options", [])]), path.parent)
+    words = [str(table), "--report", *found.get("command line options", [])]
+    search = Search(read_table(table), parse(words), path.parent)
     search.results.entries = {entry["training"]: entry for entry in found["trainings"]}
+    search.check_results(files_too=False)
     return search
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a folder against other processes of this tool, which would write its results.json too.
+
+    Raises:
+        UserError: another one holds it.
+    """
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another tools/search.py works in {folder}: wait for it, or choose another --output, and "
+                            "--jobs for trainings side by side") from None  # fmt: skip
+        yield
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -420,8 +464,15 @@ def main(arguments: Sequence[str] | None = None) -> str:
     table = read_table(args.table)
     if unknown := set(args.methods or ()) - set(table["methods"]):
         raise UserError(f"--methods {', '.join(sorted(unknown))}: {args.table} has {', '.join(table['methods'])}")
-    search = Search(table, args, (args.output or ROOT / "output" / "search" / args.table.stem).resolve())
-    search.output.mkdir(parents=True, exist_ok=True)
+    output = (args.output or ROOT / "output" / "search" / args.table.stem).resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    with contextlib.nullcontext() if args.report else held(output):
+        return run(Search(table, args, output))
+
+
+def run(search: Search) -> str:
+    """Train what is missing, unless only the report is asked for; returns the report."""
+    args = search.args
     if args.minutes:
         signal.signal(signal.SIGALRM, interrupt)
         signal.setitimer(signal.ITIMER_REAL, 60 * args.minutes)

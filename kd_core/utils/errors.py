@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 Result = TypeVar("Result")
+DIVERGED = 3  # exit status
 
 
 class UserError(ValueError):
@@ -27,7 +28,8 @@ def one_line(error: BaseException, length: int = 300) -> str:
 def exit_on_user_error(name: str, main: Callable[[], Result], interrupted: str = "interrupted") -> Result:
     """`main()`; what the user can fix ends the process with one line on stderr and status 1.
 
-    That is a `UserError`, an OSError that names a file, and Ctrl-C. Works in any process of a training.
+    That is a `UserError`, an OSError that names a file, and Ctrl-C. A `DivergedError` has the status `DIVERGED`: the
+    same training would diverge again. Works in any process of a training.
 
     Args:
         name: of the command, which opens the line.
@@ -36,6 +38,9 @@ def exit_on_user_error(name: str, main: Callable[[], Result], interrupted: str =
     """
     try:
         return main()
+    except DivergedError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(DIVERGED)
     except UserError as error:
         sys.exit(f"{name}: {error}")
     except OSError as error:

@@ -20,7 +20,7 @@ TABLE = {
     "teacher": {"config": "configs/Digits/cls_teacher.yaml", "options": {"SOLVER.EPOCHS": 0.1}},
     "search": {"seed": 100, "options": {"DATA.HELD_OUT": 50}},
     "test": {"seeds": [0], "options": {}},
-    "methods": {"DKD": {"config": "configs/Digits/cls_dkd.yaml", "grid": {"SOLVER.BASE_LR": [0.05, -1.0]}}},
+    "methods": {"DKD": {"config": "configs/Digits/cls_dkd.yaml", "grid": {"SOLVER.BASE_LR": [0.05, 1e30]}}},
 }
 SHORT = ["DATA.TRAIN_IMAGES", "24", "DATA.VAL_IMAGES", "20", "SOLVER.IMS_PER_BATCH", "12", "REPORT.ENABLED", "False"]
 
@@ -71,7 +71,7 @@ def test_a_search_stopped_in_time_and_interrupted_resumes_counts_a_failed_try_an
     assert done.returncode == 0, done.stderr
     _, good, failed, tested = read_results(tmp_path)
     assert weights.stat().st_mtime_ns == written
-    assert (failed["training"], failed["value"], failed["exit"]) == ("search/DKD/try1_seed100", None, 1)
+    assert (failed["training"], failed["value"], failed["exit"]) == ("search/DKD/try1_seed100", None, 3)
     assert (tested["training"], tested["config"]) == ("test/DKD/try0_seed0", "configs/Digits/cls_dkd.yaml")
     assert "logits_100" in good["overrides"] and "logits_0" in tested["overrides"]
     assert "DATA.HELD_OUT" in good["overrides"] and "DATA.HELD_OUT" not in tested["overrides"]
@@ -99,6 +99,42 @@ def test_a_failed_test_is_trained_again_and_one_that_fails_again_is_the_exit_sta
     found = {entry["training"]: entry["value"] for entry in read_results(tmp_path)}
     assert found["test/DKD/try0_seed0"] > 0 and found["test/bad/try0_seed0"] is None
     assert [line.split("|")[-2].strip() for line in done.stdout.splitlines() if line.startswith("| bad")] == ["1"]
+
+
+def test_of_failed_tries_only_those_that_diverged_stay_failed(load_tool, tmp_path: Path) -> None:
+    tool, path = load_tool("search"), write_table(tmp_path)
+    search = tool.Search(tool.read_table(path), tool.parse([str(path)]), tmp_path)
+    full_disk, diverged = search.searches()
+    assert search.is_missing(full_disk) and search.is_missing(diverged)
+    search.results.add({"training": full_disk.key, "value": None, "exit": 1})
+    search.results.add({"training": diverged.key, "value": None, "exit": 3})
+    assert search.is_missing(full_disk) and not search.is_missing(diverged)
+
+
+def test_a_second_process_on_the_same_output_is_refused(load_tool, tmp_path: Path) -> None:
+    tool, words = load_tool("search"), [str(write_table(tmp_path)), "--output", str(tmp_path / "out")]
+    (tmp_path / "out").mkdir()
+    with tool.held(tmp_path / "out"):
+        with pytest.raises(ValueError, match=r"another tools/search\.py works in"):
+            tool.main(words)
+        assert "DKD" in tool.main([*words, "--report"])
+    with tool.held(tmp_path / "out"):
+        pass
+
+
+def test_a_result_of_a_config_file_that_has_changed_is_refused_but_drawn(load_tool, tmp_path: Path) -> None:
+    tool, config = load_tool("search"), tmp_path / "dkd.yaml"
+    config.write_text(f"_BASE_: {ROOT / 'configs' / 'Digits' / 'cls_dkd.yaml'}\n")
+    path = write_table(tmp_path, tries=1, methods={"DKD": {"config": str(config), "grid": {}}})
+    words = [str(path), "--output", str(tmp_path)]
+    search = tool.Search(tool.read_table(path), tool.parse(words), tmp_path)
+    add(search, search.tests()[0], 61.0)
+    config.write_text(config.read_text() + "# a comment\n")
+    assert tool.Search(tool.read_table(path), tool.parse(words), tmp_path).report() == search.report()
+    config.write_text(config.read_text() + "SOLVER: {BASE_LR: 0.3}\n")
+    with pytest.raises(ValueError, match=r"dkd.yaml, or its _BASE_, has changed since test/DKD/try0_seed0 was trained"):
+        tool.main(words)
+    assert "61.00" in tool.main([*words, "--report"])
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kd_core.utils.errors import DivergedError, UserError, exit_on_user_error
+from kd_core.utils.errors import DIVERGED, DivergedError, UserError, exit_on_user_error
 
 
 def raising(error: BaseException):
@@ -16,7 +16,6 @@ def raising(error: BaseException):
     ("error", "line"),
     [
         (UserError("KD.X is 3: set it to 4"), "tool: KD.X is 3: set it to 4"),
-        (DivergedError("nckd is nan"), "tool: nckd is nan"),
         (FileNotFoundError(2, "No such file or directory", "a.yaml"), "tool: a.yaml: No such file or directory"),
         (KeyboardInterrupt(), "\ntool: interrupted"),
     ],
@@ -25,6 +24,12 @@ def test_what_the_user_can_mend_ends_in_one_line(error, line):
     with pytest.raises(SystemExit) as ended:
         exit_on_user_error("tool", raising(error))
     assert ended.value.code == line
+
+
+def test_a_training_that_diverged_has_a_status_of_its_own(capsys):
+    with pytest.raises(SystemExit) as ended:
+        exit_on_user_error("tool", raising(DivergedError("nckd is nan")))
+    assert ended.value.code == DIVERGED and capsys.readouterr().err == "tool: nckd is nan\n"
 
 
 @pytest.mark.parametrize("error", [ValueError("zip() argument 2 is shorter"), OSError("no name"), RuntimeError("bug")])
