@@ -4,11 +4,12 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-# timm.task.evaluator came with timm 1.0.31; torch.nn.utils.get_total_norm and the donated buffers with torch 2.6.
-COMMON = ["torchvision", "timm>=1.0.31", "yacs", "PyYAML", "pillow", "tabulate", "tensorboard", "scikit-learn"]
+# timm.task.evaluator came with timm 1.0.31; torch.nn.utils.get_total_norm and the donated buffers with torch 2.6;
+# Pillow's own font in any size with 10.1; matplotlib's legends outside the axes with 3.7.
+COMMON = ["torchvision", "timm>=1.0.31", "yacs", "PyYAML", "pillow>=10.1", "tabulate", "tensorboard", "scikit-learn"]
 COMMON += ["huggingface_hub"]  # comes with timm; tells whether weights are in the hub's cache
 # Draw the report of a training (kd_core.utils.report); a training without them has none.
-REPORT = ["matplotlib", "jinja2"]
+REPORT = ["matplotlib>=3.7", "jinja2"]
 COMMON += REPORT
 # detectron2 is in no extra: no package index has it under its own name. tools/install_detectron2.py installs it.
 DET = [

@@ -71,6 +71,8 @@ def timed(step: Step, clock: Callable[[], float] | None = None) -> float:
     if clock is None:
         alone = torch.get_num_threads() == 1 and not torch.cuda.is_available()
         clock = time.process_time if alone else time.perf_counter
+    if torch.cuda.is_available():  # what was queued before is not the step's
+        torch.cuda.synchronize()
     start = clock()
     step()
     if torch.cuda.is_available():

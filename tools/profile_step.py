@@ -42,6 +42,7 @@ def main(arguments: list[str] | None = None) -> str:
     with build(args.config, args.options) as (step, parts):
         for _ in range(2):
             step()
+        wait()
         with marked(parts), profile(activities=activities()) as profiled:
             start = time.perf_counter()
             for _ in range(args.steps):
@@ -130,11 +131,12 @@ def mark(name: str, module: nn.Module) -> tuple[RemovableHandle, RemovableHandle
 def table(profiled: profile, steps: int, seconds: float) -> str:
     """Milliseconds of a step in each part, and its share."""
     times = {}
+    clock = "device_time_total" if torch.cuda.is_available() else "cpu_time_total"  # a launch is not its kernel
     for event in profiled.key_averages():
         if event.key.startswith(PREFIX):
-            times[event.key.removeprefix(PREFIX)] = event.cpu_time_total / 1e3 / steps
+            times[event.key.removeprefix(PREFIX)] = getattr(event, clock) / 1e3 / steps
         elif event.key.startswith("Optimizer.step"):
-            times["optimizer step"] = event.cpu_time_total / 1e3 / steps
+            times["optimizer step"] = getattr(event, clock) / 1e3 / steps
     total = 1e3 * seconds
     times["backward and the rest"] = total - sum(times.values())
     rows = [[name, ms, f"{100 * ms / total:.1f} %"] for name, ms in [*times.items(), ("step", total)]]

@@ -16,8 +16,9 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -25,6 +26,9 @@ from demo import CONFIGS, ROOT, Trainings, run_command, wait_for
 
 from kd_core.utils.arguments import count
 from kd_core.utils.files import write_text
+
+if TYPE_CHECKING:
+    from kd_det.analysis.iteration import Iteration
 
 NO_MASK = ("KD.LOSS.TOPK.ENABLED", "False")
 # name → title, config in configs/Digits, overrides
@@ -107,17 +111,20 @@ def report_table(args: argparse.Namespace, output: Path, seconds: dict[str, floa
 
 def iteration_times(args: argparse.Namespace, words: tuple[str, ...]) -> dict[str, float]:
     """Median seconds of an iteration of each method, without loading data."""
+    from kd_core.utils.latency import wait_for_device
+
     steps = {name: iteration(METHODS[name][1], [*own_words(name, words), *args.options]) for name in args.methods}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _, (name, step) in itertools.product(range(args.rounds + 2), steps.items()):
         start = time.perf_counter()
         step()
+        wait_for_device(step.model)
         times[name].append(time.perf_counter() - start)
     return {name: statistics.median(measured[2:]) for name, measured in times.items()}
 
 
-def iteration(config: str, words: list[str]) -> Callable[[], None]:
-    """A function that runs one iteration of a config's training."""
+def iteration(config: str, words: list[str]) -> "Iteration":
+    """Runs one iteration of a config's training where it is called."""
     from kd_det.analysis.iteration import build_iteration
     from kd_det.engine.launch import choose_device, read_config
 

@@ -14,7 +14,7 @@ much as those of a second slow run whose first weights differ by a millionth, or
 The gain is slow step / fast step, the median of alternating pairs, in float32 (with torch's own setting of TF32) and
 under SOLVER.AMP (on a GPU). A key is worth setting where that is at least 1.03, and above 1 in three pairs of four.
 
-Exit status: 0, 1 if a test fails or a fast path fails or differs, 2 without a GPU.
+Exit status: 0, 1 if a test fails or a fast path fails or differs, 2 without a GPU, 3 if time was up before the end.
 """
 
 import argparse
@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from kd_core.utils.errors import UserError, exit_on_user_error, one_line
 
 ROOT = Path(__file__).resolve().parents[1]
+TIME_WAS_UP = "time was up"
 WORTH = 1.03
 
 
@@ -344,12 +345,12 @@ def measure(row: Row, device: str, steps: int, rounds: int, work: Path) -> dict[
 
 def in_own_process(row: Row, options: argparse.Namespace, work: Path, seconds: float) -> dict[str, Any]:
     """`measure` in a process of its own: a CUDA error would spoil every row after it."""
-    words = f"--device {options.device} --steps {options.steps} --rounds {options.rounds} --work {work}".split()
-    command = [sys.executable, str(Path(__file__).resolve()), *words, "--row", row.name]
+    words = ["--device", options.device, "--steps", str(options.steps), "--rounds", str(options.rounds)]
+    command = [sys.executable, str(Path(__file__).resolve()), *words, "--work", str(work), "--row", row.name]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, cwd=ROOT)
     except subprocess.TimeoutExpired:
-        return {"skipped": "not finished: time was up"}
+        return {"skipped": f"not finished: {TIME_WAS_UP}"}
     *_, last = done.stdout.splitlines() or [""]
     if done.returncode == 0 and last.startswith("{"):
         return json.loads(last)
@@ -384,7 +385,7 @@ def run_tests(seconds: float) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, cwd=ROOT)
     except subprocess.TimeoutExpired:
-        return "not finished: time was up"
+        return f"not finished: {TIME_WAS_UP}"
     lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     *_, last = done.stdout.strip().splitlines() or [f"pytest ends with status {done.returncode}"]
     return "\n".join([*lines, last]) if done.returncode == 0 else "\n".join([*lines, f"fails: {last}"])
@@ -430,7 +431,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as work:
         for row in rows:
             left = end - time.monotonic()
-            late = {"skipped": "not run: time was up"}
+            late = {"skipped": f"not run: {TIME_WAS_UP}"}
             results[row] = in_own_process(row, options, Path(work), left) if left > 0 else late
             print(f"{row.name}: {verdict(row, results[row])}", flush=True)
     titles = ["", "logits", "losses (noise)", "weights (noise)", "slow step / fast step", ""]
@@ -440,7 +441,9 @@ def main(arguments: list[str] | None = None) -> int:
     for network in RUNS:
         keys = [f"{row.key} {row.on}" for row, text in words.items() if row.network == network and "worth" in text]
         print(f"Safe and worth setting here for a {network}: {', '.join(keys) or 'none'}")
-    return int("fails" in tests or any(text.startswith(("fails", "differs")) for text in words.values()))
+    if "fails" in tests or any(text.startswith(("fails", "differs")) for text in words.values()):
+        return 1
+    return 3 if any(TIME_WAS_UP in text for text in (tests, *words.values())) else 0
 
 
 if __name__ == "__main__":

@@ -50,8 +50,9 @@ def read_run_info(output_dir: str | Path, file: str = FILE) -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """The words that started this process."""
-    return shlex.join(["python", *sys.orig_argv[1:]] if len(sys.orig_argv) > 1 else sys.argv)
+    """The words that started this process, or the one that started it as one of several."""
+    spawned = "--multiprocessing-fork" in sys.orig_argv  # by multiprocessing, which hands sys.argv down
+    return shlex.join(["python", *(sys.argv if spawned or len(sys.orig_argv) < 2 else sys.orig_argv[1:])])
 
 
 def versions() -> dict[str, str]:

@@ -60,6 +60,7 @@ def measure(cfg: CfgNode, world_size: int, stands_in: bool) -> Estimate:
             trainer.model.train()
             with peak_memory(trainer.model) as peak:
                 trainer.run_step()
+                wait_for_device(trainer.model)
                 start = time.perf_counter()
                 trainer.run_step()
                 wait_for_device(trainer.model)

@@ -1,6 +1,7 @@
 """What `--resume` may continue, and what to say where a checkpoint or a config is of another training."""
 
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -210,12 +211,17 @@ def check_resumable(cfg: CfgNode) -> None:
     path = config_file(cfg.OUTPUT_DIR)
     if not path.is_file() or not Path(cfg.OUTPUT_DIR, "last_checkpoint").is_file():
         return
+    check_same_config(path, cfg, kd_defaults(), IGNORED_ON_RESUME, f"the run in OUTPUT_DIR {cfg.OUTPUT_DIR}")
+
+
+def check_same_config(path: Path, now: Any, defaults: Any, ignored: Collection[str], source: str) -> None:
+    """`check_same_run` with the config.yaml of a run; one that cannot be read, as after a kill, is not compared."""
     try:
         saved = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
     except yaml.YAMLError:
         saved = None
     if isinstance(saved, dict):
-        check_same_run(saved, cfg, kd_defaults(), IGNORED_ON_RESUME, f"the run in OUTPUT_DIR {cfg.OUTPUT_DIR}")
+        check_same_run(saved, now, defaults, ignored, source)
     else:
         logger.warning("--resume: %s cannot be read, so it was not compared with this config", path)
 

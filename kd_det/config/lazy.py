@@ -156,12 +156,18 @@ def name_of(value: Any) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, partial):
-        arguments = [*map(repr, value.args), *(f"{key}={argument!r}" for key, argument in value.keywords.items())]
+        arguments = [*map(argument_name, value.args)]
+        arguments += [f"{key}={argument_name(argument)}" for key, argument in value.keywords.items()]
         return f"{name_of(value.func)}({', '.join(arguments)})"
     if not hasattr(value, "__qualname__"):
-        return repr(value)
+        return name_of(type(value)) if type(value).__repr__ is object.__repr__ else repr(value)
     module = getattr(value, "__module__", None) or ""
     return value.__qualname__ if "_cfg_loader" in module else f"{module}.{value.__qualname__}".lstrip(".")
+
+
+def argument_name(value: Any) -> str:
+    """`repr` of plain values, `name_of` others."""
+    return repr(value) if value is None or isinstance(value, str | bool | int | float) else name_of(value)
 
 
 def plain_model(lazy: DictConfig) -> DictConfig:

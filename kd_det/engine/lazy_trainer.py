@@ -6,7 +6,6 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import yaml
 from detectron2.config import CfgNode, instantiate
 from detectron2.data import build_detection_train_loader
 from detectron2.data.samplers import TrainingSampler
@@ -20,9 +19,8 @@ from torch.optim import Optimizer
 
 from kd_core.utils.errors import UserError
 from kd_core.utils.report.runs import lookup, method_title, with_common_keys
-from kd_core.utils.resume import check_same_run
 from kd_det.checkpoint.checkpointer import check_local_file
-from kd_det.checkpoint.resume import config_file
+from kd_det.checkpoint.resume import check_same_config, config_file
 from kd_det.checks import data_checks
 from kd_det.config.lazy import (
     IGNORED_ON_RESUME,
@@ -40,7 +38,7 @@ from kd_det.engine.launch import choose_device, prepare_output
 from kd_det.engine.trainer import DistillationTrainer
 from kd_det.evaluation.evaluator import BoxEvaluator
 from kd_det.modeling.backbone.timm_backbone import TimmBackbone
-from kd_det.modeling.teacher.lazy import build_lazy, load_lazy, select
+from kd_det.modeling.teacher.lazy import build_lazy, config_path, load_lazy, select
 from kd_det.solver import check_images, check_values, exempt_from_decay
 
 logger = logging.getLogger(__name__)
@@ -199,6 +197,7 @@ def setup(args: argparse.Namespace) -> tuple[DictConfig, CfgNode]:
     Raises:
         UserError: what is wrong with the file, an override, a data set or the weights, before anything is built.
     """
+    args.config_file = config_path(args.config_file, "--config-file")  # default_setup logs the file
     lazy = load_lazy(args.config_file, args.opts, "--config-file", "the command line:")
     cfg = engine_config(lazy)
     choose_device(cfg, args.num_gpus)
@@ -209,9 +208,8 @@ def setup(args: argparse.Namespace) -> tuple[DictConfig, CfgNode]:
     check_local_file("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS)
     tree, written = as_tree(lazy), config_file(cfg.OUTPUT_DIR)
     resumed = args.resume and not args.eval_only and Path(cfg.OUTPUT_DIR, "last_checkpoint").is_file()
-    if resumed and written.is_file() and (saved := written.read_bytes()):
-        source = f"the run in train.output_dir {cfg.OUTPUT_DIR}"
-        check_same_run(yaml.safe_load(saved), tree, None, IGNORED_ON_RESUME, source)
+    if resumed and written.is_file():
+        check_same_config(written, tree, None, IGNORED_ON_RESUME, f"the run in train.output_dir {cfg.OUTPUT_DIR}")
     prepare_output(OmegaConf.create(tree), args, cfg.OUTPUT_DIR)
     return lazy, cfg
 

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,9 +43,10 @@ def detection_sections(groups: dict[str, list[Run]], student: str, logits: bool)
     section, agreement = Section("Pictures"), Section("Agreement of teacher and student")
     shown, missing = {}, []
     for title, runs in groups.items():
-        run = next((run for run in runs if (run.folder / RESULTS).is_file()), None)
+        run = next((run for run in runs if read_detections(run) is not None), None)
         if run is None:
-            missing.append(f"{title}: no detections are saved: {runs[0].folder / RESULTS} is written by an evaluation.")
+            path = runs[0].folder / RESULTS
+            missing.append(f"{title}: no detections are saved: {path} is written by an evaluation, whole at its end.")
         else:
             shown[title] = run
     judged = shown.get(student) or next(iter(shown.values()), None)
@@ -120,9 +122,16 @@ def open_test_set(run: Run) -> TestSet | None:
     return TestSet(truth, Path(root))
 
 
+def read_detections(run: Run) -> list[dict[str, Any]] | None:
+    """What a run's last evaluation has found; None where there is no whole file of it: detectron2 writes in place."""
+    try:
+        return json.loads((run.folder / RESULTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
 def matches_of(run: Run, test_set: TestSet) -> dict[int, Match]:
-    detections = json.loads((run.folder / RESULTS).read_text(encoding="utf-8"))
-    above = [found for found in detections if found["score"] > THRESHOLD]
+    above = [found for found in read_detections(run) or [] if found["score"] > THRESHOLD]
     return match_detections(test_set.truth, above, test_set.images)
 
 

@@ -1,10 +1,13 @@
 """tools/lazyconfig_train_net.py: a LazyConfig student of a LazyConfig teacher is killed, resumed, evaluated, loaded."""
 
 import json
+import math
 import os
 import runpy
+import shutil
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from helpers.lazy_training import TINY, arguments, in_a_process, register, train
 from helpers.processes import run
 from helpers.report_runs import Page
 from kd_core.utils.errors import UserError
-from kd_det.config.lazy import engine_config, in_lazy_words, write_lazy_student
+from kd_det.config.lazy import engine_config, in_lazy_words, name_of, write_lazy_student
 from kd_det.engine.lazy_trainer import LazyTrainer, main, refuse_random_frozen, setup
 from kd_det.export import read_config
 from kd_det.modeling.backbone import timm_bottom_up
@@ -145,6 +148,27 @@ def test_resuming_with_another_loss_or_teacher_is_refused_with_the_key_named(tra
         setup(arguments(trained, "--resume", "train.clip.max_norm=1"))
 
 
+def test_a_cut_config_is_not_compared_and_a_name_of_a_shipped_config_is_found(trained, entry, tmp_path, monkeypatch):
+    shutil.copytree(trained, tmp_path / "output")
+    written = tmp_path / "output" / "config.yaml"
+    written.write_text(written.read_text()[:1000] + "\n  ]")
+    setup(arguments(tmp_path / "output", "--resume", register(entry)))
+    given = arguments(tmp_path / "new", config="LazyDigits/lsj_r50.py")
+    monkeypatch.chdir(tmp_path)
+    setup(given)
+    assert Path(given.config_file).samefile(ROOT / "configs" / "LazyDigits" / "lsj_r50.py")
+
+
+def test_a_function_or_an_object_has_the_same_name_in_every_process():
+    class Layer:
+        pass
+
+    assert name_of(partial(torch.nn.Conv2d, Layer, norm=math.sqrt, bias=False)).endswith(
+        "Layer, norm=math.sqrt, bias=False)"
+    )
+    assert name_of(Layer()) == name_of(Layer()) and " at 0x" not in name_of(Layer())
+
+
 def test_frozen_layers_of_a_timm_network_may_come_with_weights_of_its_own(tmp_path):
     torch.save(timm.create_model("mobilenetv3_small_050").state_dict(), tmp_path / "weights.pth")
     options = {"name": "mobilenetv3_small_050", "freeze_at": 2}
@@ -154,13 +178,15 @@ def test_frozen_layers_of_a_timm_network_may_come_with_weights_of_its_own(tmp_pa
 
 
 def test_a_start_without_resume_forgets_the_last_checkpoint_of_an_earlier_run_in_its_folder(entry, tmp_path):
-    last = tmp_path / "last_checkpoint"
+    last, found = tmp_path / "last_checkpoint", tmp_path / "inference" / "coco_instances_results.json"
     last.write_text("model_0000001.pth")
+    found.parent.mkdir()
+    found.write_text("[]")
     for kept in ("--eval-only", "--resume"):
         setup(arguments(tmp_path, kept, register(entry)))
-        assert last.exists()
+        assert last.exists() and found.exists()
     setup(arguments(tmp_path, register(entry)))
-    assert not last.exists()
+    assert not last.exists() and not found.exists() and (found.parent / "coco_instances_results_earlier.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,15 @@ def test_runs_whose_seeds_do_not_tell_them_apart_are_not_paired():
     assert row[1][0] == ["2 (0, 1)"]
 
 
+def test_students_of_two_teachers_are_not_averaged_but_each_seed_may_have_its_own(report, three, tmp_path):
+    other = write_run(tmp_path / "teacher_long", 65, max_iter=80)
+    folders = [write_run(tmp_path / f"of_{teacher.name}", 45, 0, teacher=teacher) for teacher in (three[0], other)]
+    heads = report(*folders).rows[0]
+    assert [head for head in heads if head.startswith("DKD")] == ["DKD [of_teacher]", "DKD [of_teacher_long]"]
+    seeds = [write_run(tmp_path / f"own_{seed}", 45, seed, teacher=t) for seed, t in enumerate((three[0], other))]
+    assert [head for head in report(*seeds).rows[0] if head.startswith("DKD")] == ["DKD (2 runs)"]
+
+
 def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(report, tmp_path):
     folders = [write_run(tmp_path / "short", 40), write_run(tmp_path / "long", 41, 1, max_iter=80)]
     assert report(*folders).rows[0] == ["", "plain [short]", "plain [long]"]
@@ -184,6 +193,13 @@ def test_an_evaluation_alone_is_said_to_be_one_and_has_its_figures(report, tmp_p
     assert page.numbers["bbox/AP", str(folder)] == {(7 / 3, "2.33")}
 
 
+def test_detections_that_are_being_written_do_not_end_the_report(report, tmp_path):
+    run = write_run(tmp_path / "plain", 40)
+    (run / "inference").mkdir()
+    (run / "inference" / "coco_instances_results.json").write_text('[{"image_id": 1, ')
+    assert "no detections are saved" in report(run).text
+
+
 def test_a_detector_without_detections_is_drawn_and_said_to_have_none(report, tmp_path):
     entry = few_digits(tmp_path, 2)
     folder = write_run(tmp_path / "plain", lines=[{"iteration": 40, "bbox/AP": math.nan}])
@@ -215,6 +231,11 @@ def test_a_page_of_docs_is_drawn_from_the_results_that_were_kept(load_tool, thre
     assert "+5.00" in next(line for line in text.splitlines() if line.startswith("| DKD"))
     assert "](figures/three_bbox_AP.svg)" in text
     assert (tmp_path / "figures" / "three_bbox_AP.svg").read_text().rstrip().endswith("</svg>")
+    left_open = "\n".join([asked % "seeds", "the page's own words", asked % "curves", "<!-- end -->"])
+    page.write_text(left_open)
+    with pytest.raises(SystemExit, match=r"page\.md: a line .* has no <!-- end --> after it"):
+        tool.main(["--page", str(page)])
+    assert page.read_text() == left_open
     page.write_text("<!-- drawn: {what: table, from: results/three.json} -->\n<!-- end -->")
     with pytest.raises(SystemExit, match="what is 'table', expected seeds, curves, search or tries"):
         tool.main(["--page", str(page)])
@@ -230,11 +251,16 @@ def test_what_every_evaluator_measures_is_kept() -> None:
 
 
 def test_a_search_is_drawn_from_its_results(load_tool, tmp_path):
-    curves = {f"test/KD/try1_seed{seed}": [[20, 50.0], [40, 94.0 + seed]] for seed in range(2)}
-    tests = [{"training": name, "value": curve[-1][1], "curve": curve} for name, curve in curves.items()]
-    searched = [{"training": f"search/KD/try{number}_seed100", "value": 90.0 + number} for number in range(2)]
-    content = {"table": "cls_digits.yaml", "trainings": [*searched, *tests]}
-    (tmp_path / "cls.json").write_text(json.dumps(content))
+    tool, path = load_tool("search"), ROOT / "configs" / "Search" / "cls_digits.yaml"
+    search = tool.Search(tool.read_table(path), tool.parse([str(path)]), tmp_path)
+
+    def entry(training, curve: list[list[float]]) -> dict:
+        what = {"training": training.key, "config": training.config, "overrides": list(search.words(training))}
+        return {**what, "value": curve[-1][1], "curve": curve}
+
+    trained = [entry(search.training("KD", "search", number, 100), [[40, 90.0 + number]]) for number in range(2)]
+    trained += [entry(search.training("KD", "test", 1, seed), [[20, 50.0], [40, 94.0 + seed]]) for seed in range(2)]
+    (tmp_path / "cls.json").write_text(json.dumps({"table": path.name, "trainings": trained}))
     asked = "<!-- drawn: {what: %s, from: cls.json, of: val/top1} -->\n<!-- end -->\n"
     (tmp_path / "page.md").write_text("".join(asked % what for what in ("search", "seeds", "curves")))
     load_tool("report").main(["--page", str(tmp_path / "page.md")])
@@ -257,6 +283,10 @@ def test_a_search_is_drawn_from_its_results(load_tool, tmp_path):
         load_tool("report").main(["--page", str(tmp_path / "page.md")])
     (tmp_path / "page.md").write_text(tries % "SOLVER.RATE")
     with pytest.raises(SystemExit, match=r"no grid of .*cls_digits.yaml has SOLVER.RATE"):
+        load_tool("report").main(["--page", str(tmp_path / "page.md")])
+    trained[0]["overrides"] += ["SOLVER.BASE_LR", "7"]
+    (tmp_path / "cls.json").write_text(json.dumps({"table": path.name, "trainings": trained}))
+    with pytest.raises(SystemExit, match="search/KD/try0_seed100 was trained with other options than the table has"):
         load_tool("report").main(["--page", str(tmp_path / "page.md")])
 
 

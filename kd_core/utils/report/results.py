@@ -25,7 +25,8 @@ from kd_core.utils.report.curves import chart
 from kd_core.utils.report.runs import EVALUATED, Run, by_title
 from kd_core.utils.report.tables import Metric, markdown, seeds_table
 
-BLOCK = re.compile(r"(<!-- drawn: (\{.*?\}) -->\n).*?(<!-- end -->)", re.DOTALL)
+OPENING = "<!-- drawn: "
+BLOCK = re.compile(rf"({OPENING}(\{{.*?\}}) -->\n).*?(<!-- end -->)", re.DOTALL)
 KEPT = re.compile(rf"iteration|(.+/)?({'|'.join(EVALUATED)})/.+|val/.+|time")  # of metrics.json in a committed file
 
 
@@ -65,7 +66,10 @@ def redraw(page: Path, runs_of: Callable[[Path], list[Run]], search_table: Calla
     Raises:
         UserError: a block that does not say what to draw from what.
     """
-    written = [page]
+    written, old = [page], page.read_text(encoding="utf-8")
+    blocks = [block[0] for block in BLOCK.finditer(old)]
+    if len(blocks) != old.count(OPENING) or any(block.count(OPENING) > 1 for block in blocks):
+        raise UserError(f"{page}: a line {OPENING}{{…}} --> has no <!-- end --> after it")
 
     def draw(block: re.Match) -> str:
         asked = yaml.safe_load(block[2])
@@ -99,5 +103,5 @@ def redraw(page: Path, runs_of: Callable[[Path], list[Run]], search_table: Calla
         written.append(path)
         return f"![{drawn.alt}](figures/{name})"
 
-    write_text(page, BLOCK.sub(draw, page.read_text(encoding="utf-8")))
+    write_text(page, BLOCK.sub(draw, old))
     return written

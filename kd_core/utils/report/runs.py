@@ -185,6 +185,12 @@ def assign_roles(runs: Iterable[Run]) -> list[Run]:
     methods: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         methods[run.title][method_identity(run.config)].append(run)
+    for groups in methods.values():
+        for identity, group in list(groups.items()):
+            if repeats_a_seed(group) and len({teacher_folder(run) for run in group}) > 1:
+                del groups[identity]
+                for run in group:
+                    groups[f"{identity} {teacher_folder(run)}"].append(run)
     for title, by_identity in methods.items():
         if len(by_identity) > 1:
             groups = list(by_identity.values())
@@ -193,6 +199,12 @@ def assign_roles(runs: Iterable[Run]) -> list[Run]:
                     run.title = f"{title} [{name}]"
     order = ("teacher", "plain", "student")
     return sorted(runs, key=lambda run: order.index(run.role))
+
+
+def repeats_a_seed(runs: Sequence[Run]) -> bool:
+    """Whether two runs have the same seed: then they are no repetitions, which may have teachers of their own."""
+    seeds = [run.seed for run in runs if run.seed is not None and run.seed >= 0]
+    return len(set(seeds)) < len(seeds)
 
 
 def distinct_names(folders: Sequence[Path]) -> list[str]:
