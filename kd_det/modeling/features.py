@@ -79,6 +79,7 @@ class BackboneFeatures(nn.Module):
         self, number: int, student: Mapping[str, Tensor], view: TeacherView
     ) -> tuple[list[Tensor], list[Tensor]]:
         """The maps of the student and of teacher `number`, level by level."""
+        view.scale()  # refuses images of different scales
         strides, names = list(self.pairs[number]), list(self.pairs[number].values())
         ours, theirs = [student[name] for name, _ in names], [view.features[name] for _, name in names]
         if any(s.shape[2:] != t.shape[2:] for s, t in zip(ours, theirs, strict=True)):

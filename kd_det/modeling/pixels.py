@@ -184,7 +184,7 @@ def cell_centres(labels: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def keep_some(labels: Tensor, count: int, ignore_value: int) -> Tensor:
-    """Labels (B, H, W) in which at most `count` pixels of each image, drawn at random, are not ignored."""
+    """Labels (B, H, W) in which `count` pixels of each image, drawn at random, are not ignored; on a tie a few more."""
     order = torch.rand(labels.shape, device=labels.device).masked_fill(labels == ignore_value, 2.0).flatten(1)
     if count >= order.shape[1]:
         return labels

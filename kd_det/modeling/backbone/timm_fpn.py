@@ -21,14 +21,15 @@ IN_FEATURES = ["res2", "res3", "res4", "res5"]  # strides 4, 8, 16, 32: what p2 
 def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """The extractor that `cfg.MODEL.TIMM` describes under detectron2's FPN, with maps p2 to p6 (RetinaNet: p3 to p7).
 
-    MODEL.FPN.IN_FEATURES names its maps as those of a ResNet, `res2` to `res5` (all four where it is empty), so that
-    a ResNet's config needs no change but MODEL.BACKBONE.NAME and MODEL.TIMM.NAME.
+    MODEL.FPN.IN_FEATURES names its maps as those of a ResNet, so that a ResNet's config needs no change but
+    MODEL.BACKBONE.NAME and MODEL.TIMM.NAME. Where it is empty, they are `res2` to `res5`, a RetinaNet's `res3` to
+    `res5`.
     MODEL.BACKBONE.FREEZE_AT k freezes every layer that `res<k>` is computed from; 0 none.
 
     Raises:
         UserError: names the key under MODEL and what is wrong with its value.
     """
-    in_features = list(cfg.MODEL.FPN.IN_FEATURES) or IN_FEATURES
+    in_features = list(cfg.MODEL.FPN.IN_FEATURES) or IN_FEATURES[reads_p7(cfg) :]  # a RetinaNet reads no p2
     bottom_up = configured_bottom_up(cfg, input_shape, in_features, "MODEL.FPN.IN_FEATURES")
     return FPN(
         bottom_up,
@@ -42,9 +43,14 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 
 def top_block(cfg: CfgNode, bottom_up: TimmBackbone, coarsest: str) -> nn.Module:
     """What makes the maps above the FPN's: p6, or for a RetinaNet that reads them p6 and p7, as in detectron2."""
-    if plain_name(cfg.MODEL.META_ARCHITECTURE) != "RetinaNet" or "p7" not in cfg.MODEL.RETINANET.IN_FEATURES:
+    if not reads_p7(cfg):
         return LastLevelMaxPool()
     return LastLevelP6P7(bottom_up.output_shape()[coarsest].channels, cfg.MODEL.FPN.OUT_CHANNELS, coarsest)
+
+
+def reads_p7(cfg: CfgNode) -> bool:
+    """Whether the detector is a RetinaNet on p3 to p7."""
+    return plain_name(cfg.MODEL.META_ARCHITECTURE) == "RetinaNet" and "p7" in cfg.MODEL.RETINANET.IN_FEATURES
 
 
 @BACKBONE_REGISTRY.register()

@@ -107,6 +107,10 @@ class DenseDistilled(Distilled):
             ]
         return losses
 
+    def inference(self, anchors: Any, pred_logits: list[Tensor], *others: Any) -> Any:
+        """See detectron2, whose sigmoids are in place; in training (VIS_PERIOD) the captured rows are these logits."""
+        return super().inference(anchors, [x.clone() for x in pred_logits] if self.training else pred_logits, *others)
+
     def level_rows(self, logits: Tensor, labels: Tensor) -> LevelRows:
         """The rows (N, K) of one level that KD.DENSE.ROWS names.
 
@@ -135,7 +139,7 @@ class DenseDistilled(Distilled):
         """See `Distilled`; refuses a teacher with other classes, strides or anchors."""
         super().check_teacher(teacher)
         pairs = ((model.num_classes, *anchors_of(model)) for model in (self, teacher))
-        for name, ours, theirs in zip(("classes", "strides", "anchors"), *pairs, strict=True):
+        for name, ours, theirs in zip(("classes", "strides", "offset", "anchors"), *pairs, strict=True):
             if ours != theirs:
                 raise UserError(
                     f"The student has the {name} {ours} and its teacher {theirs}: {type(self).__name__} learns anchor "
@@ -153,11 +157,13 @@ def dense_form(loss: nn.Module | None, gamma: float) -> nn.Module | None:
     return binary_form(loss, "a one-stage detector", gamma=gamma, background_logit=False, validate=False)
 
 
-def anchors_of(model: nn.Module) -> tuple[list[int], list[list[list[float]]]]:
-    """Strides, and for each level the corners of the anchors at a location, to a hundredth of a pixel."""
+def anchors_of(model: nn.Module) -> tuple[list[int], float, list[list[list[float]]]]:
+    """Strides, offset of the first anchor in strides, and for each level the corners of the anchors at a location, to a
+    hundredth of a pixel.
+    """
     generator = model.anchor_generator
     cells = [[[round(x, 2) for x in anchor] for anchor in cell.tolist()] for cell in generator.cell_anchors]
-    return list(generator.strides), cells
+    return list(generator.strides), float(generator.offset), cells
 
 
 def class_maps(head: nn.Module, features: list[Tensor]) -> list[Tensor]:

@@ -84,6 +84,8 @@ class Distilled:
         self.feature, self.feature_problem = None, None
         if feature is not None:
             self.add_feature(feature, in_features)
+            if both := set(getattr(loss, "streams", ())) & set(getattr(self.feature, "streams", ())):
+                raise UserError(f"KD.LOSS and KD.FEATURE both have a term {min(both)}: one would replace the other")
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:

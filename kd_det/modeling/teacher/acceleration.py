@@ -24,10 +24,11 @@ PRODUCTS = (nn.Conv2d.forward, Conv2d.forward, nn.Linear.forward)
 
 @dataclass(frozen=True)
 class TeacherSpeed:
-    """How a teacher's backbone and box head compute; its RPN and other heads, which seldom run, are not changed.
+    """How a teacher's backbone and box head compute; of its RPN and other heads only the batch norms are folded.
 
     Args:
-        fold_bn: fold batch norms into the convolutions before them: the same function up to rounding.
+        fold_bn: fold batch norms into the convolutions before them, in all of the model: the same function up to
+            rounding.
         channels_last: channels-last memory format of their weights, and so of their activations.
         dtype: their own autocast dtype; None: the student's. With a dtype, ROI pooling and the classifier are in
             float32.

@@ -9,6 +9,7 @@ import torch
 from detectron2.config import CfgNode, instantiate
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone, build_model
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from kd_core.utils.config import lookup
@@ -16,7 +17,7 @@ from kd_core.utils.errors import UserError
 from kd_det.checkpoint.checkpointer import check_local_file, load_all_weights
 from kd_det.config import kd_defaults, merge_file
 from kd_det.modeling.meta_arch.registry import class_keys, plain_name
-from kd_det.modeling.teacher.lazy import as_yacs, build_lazy, config_path, is_lazy, load_lazy
+from kd_det.modeling.teacher.lazy import as_yacs, build_lazy, config_path, is_lazy, load_lazy, select
 from kd_det.modeling.teacher.view import convert_channels, square_size
 
 Result = TypeVar("Result")
@@ -88,14 +89,19 @@ def teacher_config(cfg: CfgNode, any_classes: bool = False) -> CfgNode:
             "KD.TEACHER.CONFIG_FILE is empty: name the teacher's detectron2 yaml or LazyConfig .py, a path or a "
             "model-zoo name such as COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml (or set KD.LOSS.NAME none)"
         )
+    architecture = cfg.MODEL.META_ARCHITECTURE
     if is_lazy(name):
-        teacher = as_yacs(load_lazy(name, cfg.KD.TEACHER.OVERRIDES))
+        lazy = load_lazy(name, cfg.KD.TEACHER.OVERRIDES)
+        teacher = as_yacs(lazy)
+        pixels_alone = "sem_seg_head" in lazy.model and "roi_heads" not in lazy.model
+        architecture = architecture or ("SemanticSegmentor" if pixels_alone else "GeneralizedRCNN")
     elif cfg.KD.TEACHER.OVERRIDES:
         raise UserError(f"KD.TEACHER.OVERRIDES is for LazyConfigs (.py), but KD.TEACHER.CONFIG_FILE is {name}")
     else:
         teacher = yacs_teacher(name)
     teacher.MODEL.DEVICE = cfg.MODEL.DEVICE
-    for key in class_keys(cfg.MODEL.META_ARCHITECTURE):
+    keys = class_keys(architecture) if architecture else class_keys(teacher.MODEL.META_ARCHITECTURE)[:1]
+    for key in keys:
         theirs, ours = lookup(teacher, key), lookup(cfg, key)
         if theirs != ours and not any_classes:
             raise UserError(f"The teacher ({name}) has {key} {theirs} and the student {ours}: they must agree")
@@ -123,7 +129,7 @@ def build_teacher(cfg: CfgNode) -> nn.Module:
     weights = cfg.KD.TEACHER.WEIGHTS
     node = cfg.KD.TEACHER
     if is_lazy(node.CONFIG_FILE):
-        model = build_lazy(load_lazy(node.CONFIG_FILE, node.OVERRIDES)).to(config.MODEL.DEVICE)
+        model = build_lazy(lazy_teacher(node)).to(config.MODEL.DEVICE)
     else:
         model = build_model(config)
     if not hasattr(model, "input_format"):  # a SemanticSegmentor's channel order is known to its config alone
@@ -136,19 +142,35 @@ def build_teacher(cfg: CfgNode) -> nn.Module:
     return model
 
 
+def lazy_teacher(node: CfgNode) -> DictConfig:
+    """The LazyConfig of KD.TEACHER; its timm networks get their weights from KD.TEACHER.WEIGHTS, as all else does."""
+    lazy = load_lazy(node.CONFIG_FILE, node.OVERRIDES)
+    for part in (select(lazy, "model.backbone"), select(lazy, "model.backbone.bottom_up")):
+        target = part.get("_target_") if OmegaConf.is_dict(part) else None
+        if getattr(target, "__name__", str(target)).endswith("timm_bottom_up"):
+            part.pretrained, part.weights = False, ""
+    return lazy
+
+
 def backbone_shape(cfg: CfgNode) -> dict[str, ShapeSpec]:
-    """The maps of the backbone that `build_teacher` would build, without memory for its weights.
+    """The maps of the backbone that `build_teacher` would build, without memory for its weights where it can.
 
     Raises:
-        UserError: what `teacher_config` refuses; a backbone that pads images to a square, and shrinks those that are
-            larger, so that its maps do not lie over the student's.
+        UserError: what `teacher_config` refuses; a backbone that is not registered; one that pads images to a square,
+            and shrinks those that are larger, so that its maps do not lie over the student's.
     """
     config, node = teacher_config(cfg), cfg.KD.TEACHER
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        if is_lazy(node.CONFIG_FILE):
-            backbone = instantiate(load_lazy(node.CONFIG_FILE, node.OVERRIDES).model.backbone)
-        else:
-            backbone = build_backbone(config)
+    lazy = is_lazy(node.CONFIG_FILE)
+    build = partial(instantiate, lazy_teacher(node).model.backbone) if lazy else partial(build_backbone, config)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            try:
+                with torch.device("meta"):
+                    backbone = build()
+            except RuntimeError:  # a constructor that reads values, as those of detectron2's ViT, MViT and Swin
+                backbone = build()
+    except KeyError as error:
+        raise UserError(f"KD.TEACHER.CONFIG_FILE {node.CONFIG_FILE}: its backbone cannot be built: {error}") from error
     if side := square_size(backbone):
         raise UserError(
             f"KD.FEATURE.NAME: the teacher's backbone ({node.CONFIG_FILE}) pads its images to a square of {side} px, "

@@ -29,6 +29,8 @@ class Teacher:
         own_images: refuse inputs without a `teacher_image`: a config that asks for another size must get one.
         speed: how a detector that the function builds is accelerated; a detector that is given is only frozen.
         shape: gives the maps of the backbone that the function would build, without its weights.
+        input_format: channel order of the images of a student that does not say its own, as detectron2's FCOS and
+            SemanticSegmentor; None: the teacher's own.
     """
 
     def __init__(
@@ -37,17 +39,19 @@ class Teacher:
         own_images: bool = False,
         speed: TeacherSpeed | None = None,
         shape: Callable[[], dict[str, ShapeSpec]] | None = None,
+        input_format: str | None = None,
     ) -> None:
         self._build = None if isinstance(model, nn.Module) else model
         self._model = freeze(model) if isinstance(model, nn.Module) else None
         self.own_images, self.speed, self._shape = own_images, speed or TeacherSpeed(), shape
+        self.input_format = input_format
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> "list[Teacher]":
         """The teachers that a student's config names: the one of `KD.TEACHER`, or those of `KD.TEACHERS`."""
         own_images, speed = cfg.KD.TEACHER.IMAGE_SCALE != 1, TeacherSpeed.from_config(cfg)
         pairs = zip(teacher_builders(cfg), teacher_builders(cfg, backbone_shape), strict=True)
-        return [cls(build, own_images, speed, shape) for build, shape in pairs]
+        return [cls(build, own_images, speed, shape, cfg.INPUT.FORMAT) for build, shape in pairs]
 
     @classmethod
     def from_files(
@@ -56,18 +60,20 @@ class Teacher:
         weights: str = "",
         overrides: Sequence[str] = (),
         num_classes: int = 80,
-        input_format: str = "BGR",
+        input_format: str | None = None,
         allow_random: bool = False,
     ) -> "Teacher":
         """The teacher of a config file and a weights file, for a student that is built by keyword.
 
         Args:
             config_file, weights, overrides, allow_random: KD.TEACHER's keys of these names.
-            num_classes: foreground classes of the student.
-            input_format: channel order of its images.
+            num_classes: of the student: foreground classes, those of its pixels where the teacher has no boxes.
+            input_format: channel order of its images, where it does not say so itself.
         """
         cfg = kd_defaults()
-        cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = num_classes
+        for node in (cfg.MODEL.ROI_HEADS, cfg.MODEL.RETINANET, cfg.MODEL.SEM_SEG_HEAD):
+            node.NUM_CLASSES = num_classes
+        cfg.MODEL.META_ARCHITECTURE = ""  # the student has no config: which of these counts, the teacher's says
         cfg.INPUT.FORMAT, cfg.MODEL.DEVICE = input_format, "cpu"
         node = cfg.KD.TEACHER
         node.CONFIG_FILE, node.WEIGHTS, node.OVERRIDES = config_file, weights, list(overrides)
@@ -101,13 +107,13 @@ class Teacher:
         return self.model.backbone.output_shape()
 
     def view(self, batched_inputs: Sequence[dict[str, Any]], input_format: str | None) -> TeacherView:
-        """The batch as the teacher sees it; images in channel order `input_format`, None meaning the teacher's own."""
+        """The batch as the teacher sees it; images in channel order `input_format`, or in that of `__init__`."""
         if self.own_images and not all(TEACHER_IMAGE in item for item in batched_inputs):
             raise UserError(
                 f"KD.TEACHER.IMAGE_SCALE asks for the teacher's own size, but the inputs have no {TEACHER_IMAGE!r}: "
                 "train with tools/train_net.py, or map the data with kd_det.data.TwoSizeMapper"
             )
-        return TeacherView(self.model, batched_inputs, input_format)
+        return TeacherView(self.model, batched_inputs, input_format or self.input_format)
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply a `.to()`, `.double()`, … of the student, but keep the dtype where the teacher has its own.

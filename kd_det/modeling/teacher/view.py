@@ -49,10 +49,31 @@ class TeacherView:
         views = [{"image": fit_square(view["image"], square)} for view in views] if square else views
         images = preprocess_image(model, views)
         self.sizes = images.image_sizes
-        scale = [ours / theirs for ours, theirs in zip(self.student_sizes[0], self.sizes[0], strict=True)]
-        # Height and width of the padded images, in the student's pixels.
-        self.extent = tuple(n * factor for n, factor in zip(images.tensor.shape[2:], scale, strict=True))
+        self.padded_size = images.tensor.shape[2:]
         self.features = model.backbone(images.tensor)
+
+    def scale(self) -> tuple[float, float]:
+        """Of height and width: a pixel of the teacher's images in the student's pixels.
+
+        Raises:
+            UserError: it is not the same for all images of the batch, to rounding: maps of the whole batch, which are
+                compared, do not lie over each other then.
+        """
+        first = self.student_sizes[0]
+        scale = tuple(ours / theirs for ours, theirs in zip(first, self.sizes[0], strict=True))
+        for ours, theirs in zip(self.student_sizes, self.sizes, strict=True):
+            if any(abs(o / s - t) > 1 + o / f for o, s, t, f in zip(ours, scale, theirs, first, strict=True)):
+                raise UserError(
+                    f"The images of a batch are of sizes {self.student_sizes} for the student and {self.sizes} for the "
+                    "teacher, in different ratios: maps of pixels and of features are compared for the whole batch, so "
+                    f"give every {TEACHER_IMAGE!r} the same scale"
+                )
+        return scale
+
+    @property
+    def extent(self) -> tuple[float, float]:
+        """Height and width of the padded images, in the student's pixels; see `scale` for errors."""
+        return tuple(n * factor for n, factor in zip(self.padded_size, self.scale(), strict=True))
 
     @torch.no_grad()
     def box_logits(self, boxes: Sequence[Sequence[Boxes]]) -> list[Tensor]:
@@ -86,7 +107,9 @@ def preprocess_image(model: nn.Module, batched_inputs: Sequence[dict[str, Any]])
     if hasattr(model, "preprocess_image"):
         return model.preprocess_image(batched_inputs)
     images = [(x["image"].to(model.pixel_mean.device) - model.pixel_mean) / model.pixel_std for x in batched_inputs]
-    return ImageList.from_tensors(images, model.backbone.size_divisibility)
+    padding = getattr(model.backbone, "padding_constraints", {})  # of later versions of detectron2, as its own forward
+    options = {"padding_constraints": padding} if padding else {}
+    return ImageList.from_tensors(images, model.backbone.size_divisibility, **options)
 
 
 def square_size(backbone: nn.Module) -> int:
@@ -180,6 +203,8 @@ def stages_on_teacher_proposals(
             f"Cascade and Res5 heads, but not for {type(heads).__name__}: set KD.PROPOSALS student"
         )
     proposals = [merge_proposals(image) for image in zip(*(view.proposals() for view in views), strict=True)]
+    # Only what a box head reads: sampling would copy every mask once for each of its proposals.
+    targets = [Instances(t.image_size, gt_boxes=t.gt_boxes, gt_classes=t.gt_classes) for t in targets]
     with EventStorage(get_event_storage().iter):
         sampled = heads.label_and_sample_proposals(proposals, targets)
         if isinstance(heads, Res5ROIHeads):

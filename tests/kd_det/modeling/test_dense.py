@@ -9,6 +9,7 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import RetinaNet, build_anchor_generator, build_model
+from detectron2.utils.events import EventStorage
 from torch.testing import assert_close
 
 from helpers.tiny_detector import RETINANET
@@ -97,6 +98,18 @@ def test_the_terms_are_sums_over_the_anchors_divided_as_the_focal_loss_is(retina
     assert (losses["loss_kd_tckd"] > 0) == (rows != "background")
 
 
+def test_a_picture_of_the_training_leaves_the_losses_as_they_are(retinanet, batch):
+    """detectron2 draws one every VIS_PERIOD iterations, from logits whose sigmoid it takes in place."""
+
+    def step(*words: object) -> dict[str, float]:
+        with EventStorage():
+            losses = retinanet(*DKD, *words)(copy.deepcopy(batch))
+            sum(losses.values()).backward()
+        return {name: value.item() for name, value in losses.items()}
+
+    assert step("VIS_PERIOD", 1) == step()
+
+
 def test_a_distillation_loss_leaves_the_detection_losses_and_the_boxes_as_they_are(retinanet, batch, storage):
     expected = retinanet()(copy.deepcopy(batch))
     model = retinanet(*DKD)
@@ -141,6 +154,7 @@ def test_the_mean_of_two_teachers_is_of_their_logits(retinanet, batch, storage):
         (("MODEL.RETINANET.NUM_CLASSES", 7), "has MODEL.RETINANET.NUM_CLASSES 7 and the student 10"),
         (("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[1.0]]), "student has the anchors .* anchor by anchor"),
         (("MODEL.ANCHOR_GENERATOR.SIZES", [[16], [32], [60]]), "student has the anchors .* anchor by anchor"),
+        (("MODEL.ANCHOR_GENERATOR.OFFSET", 0.5), r"student has the offset 0\.0 and its teacher 0\.5"),
         (
             ("MODEL.RETINANET.IN_FEATURES", ["p4", "p5", "p6"]),
             r"student has the strides \[8, 16, 32\] and its teacher \[16, 32, 64\]",

@@ -15,7 +15,7 @@ from detectron2.utils.env import seed_all_rng
 from torch import nn
 
 from helpers.tiny_detector import TINY_SEGMENTOR, make_batch, make_labelled_batch
-from kd_core.losses import ReviewLoss, hierarchical_context_loss
+from kd_core.losses import DKDLoss, ReviewLoss, hierarchical_context_loss
 from kd_core.utils.errors import UserError
 from kd_det import DistilledRCNN
 from kd_det.checks import check_max_iter, check_meta_architecture
@@ -146,6 +146,15 @@ def test_the_maps_can_be_named_and_other_names_are_refused(tiny_model, storage):
     assert list(model.feature.pairs[0]) == [16, 32]
     with pytest.raises(UserError, match=r"IN_FEATURES names 'p7', but the student's maps are p2, p3, p4, p5, p6"):
         tiny_model(*REVIEW, "KD.FEATURE.IN_FEATURES", "['p7']").load_teacher()
+
+
+def test_a_logit_loss_with_a_term_of_the_same_name_is_refused(tiny_cfg):
+    class Named(DKDLoss):
+        streams = {"review": "tcg"}
+
+    cfg = tiny_cfg(*REVIEW, *DKD)
+    with pytest.raises(UserError, match=r"KD\.LOSS and KD\.FEATURE both have a term review"):
+        DistilledRCNN(**{**DistilledRCNN.from_config(cfg), "loss": Named()})
 
 
 def test_no_common_stride_is_refused_by_the_maps_names():

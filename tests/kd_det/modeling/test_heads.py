@@ -68,6 +68,16 @@ def captured(model, batch):
     return stages, inputs[0], model.teacher.view(batch, model.input_format)
 
 
+class Uncopied(list):
+    """Masks that must not be indexed."""
+
+    def __init__(self, length: int):
+        super().__init__([None] * length)
+
+    def __getitem__(self, _):
+        raise AssertionError("the masks were copied")
+
+
 def test_the_teachers_proposals_are_sampled_and_labelled_as_the_students_own(tiny_model, batch, storage, monkeypatch):
     monkeypatch.setattr(torch, "randperm", lambda n, device=None, **_: torch.arange(n, device=device))
     model = tiny_model(*DKD)
@@ -79,6 +89,10 @@ def test_the_teachers_proposals_are_sampled_and_labelled_as_the_students_own(tin
         assert torch.equal(ours.tensor, theirs.proposal_boxes.tensor)
     assert torch.equal(stage.student_logits, stage_logits(model.roi_heads, features, stage.boxes, 0))
     assert {10} < set(stage.gt_classes.tolist())  # background, and objects
+    for target in targets:  # of COCO's images half a gigabyte, if every proposal had a copy of its own
+        target.gt_masks = Uncopied(len(target))
+    (again,) = stages_on_teacher_proposals(model.roi_heads, features, targets, [view])
+    assert torch.equal(again.gt_classes, stage.gt_classes)
 
 
 def test_one_seed_draws_one_sample_of_the_teachers_proposals(tiny_model, batch, storage):

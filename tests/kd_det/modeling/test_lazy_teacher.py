@@ -11,7 +11,9 @@ from detectron2.utils.events import EventStorage
 from helpers.tiny_detector import make_batch
 from kd_core.utils.errors import UserError
 from kd_det import DistilledRCNN
-from kd_det.modeling.teacher.build import build_teacher, teacher_config
+from kd_det.config import kd_defaults
+from kd_det.modeling.backbone import TimmBackbone
+from kd_det.modeling.teacher.build import backbone_shape, build_teacher, teacher_config
 from kd_det.modeling.teacher.lazy import as_yacs, load_lazy
 from kd_det.modeling.teacher.view import fit_square
 
@@ -111,6 +113,22 @@ def test_an_image_is_made_to_fit_a_square_and_never_enlarged():
     image = torch.arange(3 * 40 * 60, dtype=torch.uint8).reshape(3, 40, 60)
     assert fit_square(image, 64) is image
     assert fit_square(image, 30).shape == (3, 20, 30) and fit_square(image, 30).dtype == torch.uint8
+
+
+def test_start_weights_of_a_timm_network_are_not_fetched_for_a_teacher(tmp_path):
+    path = tmp_path / "t.py"
+    path.write_text(f"""
+from detectron2 import model_zoo
+from detectron2.config import LazyCall as L
+from kd_det.modeling.backbone import timm_bottom_up
+model = model_zoo.get_config("{LSJ}").model
+model.backbone.bottom_up = L(timm_bottom_up)(name="resnet10t", weights="no/such/file.pth")
+model.backbone.in_features = ["res2", "res3", "res4", "res5"]
+""")
+    cfg = kd_defaults()
+    cfg.KD.TEACHER.CONFIG_FILE, cfg.KD.TEACHER.ALLOW_RANDOM, cfg.MODEL.DEVICE = str(path), True, "cpu"
+    assert list(backbone_shape(cfg)) == ["p2", "p3", "p4", "p5", "p6"]
+    assert isinstance(build_teacher(cfg).backbone.bottom_up, TimmBackbone)
 
 
 def test_the_classes_of_a_segmentation_head_are_read():

@@ -230,6 +230,33 @@ def test_a_teacher_with_another_stride_channel_order_and_size_of_image_teaches(c
     assert_close(seen[0], theirs.movedim(1, -1)[labels != 255])
 
 
+def test_teacher_images_of_different_scales_in_one_batch_are_refused(cfg_of, storage):
+    model, batch = make(cfg_of("segmentor", *DKD, "KD.TEACHER.IMAGE_SCALE", 2.0)), labelled("segmentor")
+    for item, factor in zip(batch, (2, 1.5), strict=True):
+        item["teacher_image"] = F.interpolate(item["image"][None].float(), scale_factor=factor)[0].byte()
+    with pytest.raises(UserError, match=r"in different ratios: .* give every 'teacher_image' the same scale"):
+        model(batch)
+
+
+def test_the_order_of_channels_that_a_keyword_names_counts_where_the_student_has_none(cfg_of, tmp_path, storage):
+    other = cfg_of("segmentor", "INPUT.FORMAT", "BGR", "MODEL.META_ARCHITECTURE", "SemanticSegmentor")
+    (tmp_path / "other.yaml").write_text(other.dump())
+    parts, batch = make(cfg_of("segmentor")), labelled("segmentor")
+    classes = other.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+    options = {"backbone": parts.backbone, "sem_seg_head": parts.sem_seg_head}
+    options |= {"pixel_mean": [0.0] * 3, "pixel_std": [1.0] * 3, "loss": GDKDLoss(k=3)}
+    seen = {}
+    for order in (None, "BGR", "RGB"):
+        torch.manual_seed(0)
+        files = {"num_classes": classes, "input_format": order, "allow_random": True}
+        teacher = Teacher.from_files(str(tmp_path / "other.yaml"), **files)
+        model = DistilledSemanticSegmentor(teacher=teacher, **options).train()
+        model.loss.register_forward_pre_hook(lambda _, args, order=order: seen.update({order: args[1]}))
+        model(copy.deepcopy(batch))
+        model.loss._forward_pre_hooks.clear()
+    assert torch.equal(seen[None], seen["BGR"]) and not torch.equal(seen["RGB"], seen["BGR"])
+
+
 def test_several_teachers_are_averaged_as_log_probabilities(cfg_of, storage):
     parts = make(cfg_of("segmentor"))
     teachers = [make(cfg_of("segmentor")) for _ in range(2)]
@@ -240,7 +267,12 @@ def test_several_teachers_are_averaged_as_log_probabilities(cfg_of, storage):
     seen = []
     model.loss.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
     model(labelled("segmentor"))
-    assert (seen[0].logsumexp(1) < 1e-4).all()  # a geometric mean of distributions sums to at most 1
+    batch = labelled("segmentor")
+    images, labels = (torch.stack([item[key] for item in batch]) for key in ("image", "sem_seg"))
+    with torch.no_grad():
+        theirs = [t.sem_seg_head.layers(t.backbone((images - t.pixel_mean) / t.pixel_std)) for t in teachers]
+    mean = torch.stack([z.log_softmax(1) for z in theirs]).mean(0)
+    assert_close(seen[0], mean.movedim(1, -1)[labels[:, 2::4, 2::4] != 255])
     assert copy.deepcopy(model).teachers[0] is model.teachers[0] and len(seen) == 1
 
 

@@ -4,10 +4,12 @@ import pytest
 import torch
 import yaml
 from detectron2.config import get_cfg
-from detectron2.modeling import build_model
+from detectron2.modeling import BACKBONE_REGISTRY, build_model
+from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
 
+from kd_core.utils.errors import UserError
 from kd_det.config.student import copy_shared
-from kd_det.modeling.teacher.build import build_teacher
+from kd_det.modeling.teacher.build import backbone_shape, build_teacher
 from kd_det.modeling.teacher.lazy import config_path
 from kd_det.modeling.teacher.teacher import Teacher
 from kd_det.modeling.teacher.view import convert_channels
@@ -115,6 +117,38 @@ def test_the_yamls_own_weights_are_never_used(tiny_cfg, tmp_path):
     path.write_text(yaml.safe_dump(config))
     with pytest.raises(ValueError, match=r"KD.TEACHER.WEIGHTS is empty"):
         build_teacher(tiny_cfg("KD.TEACHER.CONFIG_FILE", path, "KD.TEACHER.ALLOW_RANDOM", False))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "key"),
+    [("RetinaNet", "RETINANET"), ("SemanticSegmentor", "SEM_SEG_HEAD"), ("GeneralizedRCNN", "ROI_HEADS")],
+)
+def test_the_number_of_classes_of_a_keyword_is_compared_with_that_of_the_teachers_architecture(
+    architecture, key, tiny_cfg, tmp_path
+):
+    words = ("MODEL.META_ARCHITECTURE", architecture, f"MODEL.{key}.NUM_CLASSES", 7)
+    (tmp_path / "t.yaml").write_text(tiny_cfg(*words).dump())
+    with pytest.raises(UserError, match=rf"has MODEL\.{key}\.NUM_CLASSES 7 and the student 6"):
+        Teacher.from_files(str(tmp_path / "t.yaml"), num_classes=6, allow_random=True).load()
+    with pytest.raises(UserError, match=r"KD\.TEACHER\.WEIGHTS is empty"):  # what is looked at next
+        Teacher.from_files(str(tmp_path / "t.yaml"), num_classes=7).load()
+
+
+@BACKBONE_REGISTRY.register()
+def build_reading_backbone(cfg, input_shape):
+    """Reads values in its constructor, as detectron2's ViT, MViT and Swin, which no meta tensor has."""
+    assert torch.linspace(0, 1, 3)[1].item() == 0.5
+    return build_resnet_fpn_backbone(cfg, input_shape)
+
+
+def test_the_maps_of_a_backbone_that_reads_values_are_known_and_of_an_unknown_one_it_is_said(tiny_cfg, tmp_path):
+    reading = tiny_cfg("MODEL.BACKBONE.NAME", "build_reading_backbone")
+    (tmp_path / "t.yaml").write_text(reading.dump())
+    cfg = tiny_cfg("KD.TEACHER.CONFIG_FILE", tmp_path / "t.yaml")
+    assert list(backbone_shape(cfg)) == ["p2", "p3", "p4", "p5", "p6"]
+    (tmp_path / "t.yaml").write_text(tiny_cfg("MODEL.BACKBONE.NAME", "build_no_backbone").dump())
+    with pytest.raises(UserError, match=r"t\.yaml: its backbone cannot be built: .*build_no_backbone"):
+        backbone_shape(cfg)
 
 
 def test_the_student_draws_the_same_initial_weights_with_or_without_a_teacher(tiny_model):

@@ -340,6 +340,12 @@ def test_a_teachers_own_start_weights_are_not_fetched(tiny_cfg, tmp_path):
     assert teacher_config(cfg).MODEL.TIMM.PRETRAINED is False
 
 
+def test_a_retinanet_reads_no_p2_so_none_is_made():
+    words = ("MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.RETINANET.IN_FEATURES", ["p3", "p4", "p5", "p6", "p7"])
+    shape = backbone("resnet10t", *words, "MODEL.FPN.IN_FEATURES", "[]").output_shape()
+    assert list(shape) == ["p3", "p4", "p5", "p6", "p7"]
+
+
 def test_a_timm_teacher_teaches_a_timm_student(tiny_cfg, tmp_path, batch, storage):
     (tmp_path / "t.yaml").write_text(student(tiny_cfg, "MODEL.TIMM.NAME", "resnet10t").dump())
     model = build_model(student(tiny_cfg, "KD.LOSS.NAME", "dkd", "KD.TEACHER.CONFIG_FILE", tmp_path / "t.yaml"))
