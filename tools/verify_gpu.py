@@ -401,10 +401,10 @@ def machine(device: str) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=20, help="time limit")
+    parser.add_argument("--minutes", type=float, default=20, help="time limit (default: %(default)s)")
     parser.add_argument("--only", default="", help="the rows whose name has this word, also on a CPU; no tests")
-    parser.add_argument("--steps", type=int, default=20, help="training steps to compare")
-    parser.add_argument("--rounds", type=int, default=20, help="pairs of steps that are timed")
+    parser.add_argument("--steps", type=int, default=20, help="training steps to compare (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=20, help="pairs of steps that are timed (default: %(default)s)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a self-test of this tool")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--row", help=argparse.SUPPRESS)

@@ -24,6 +24,6 @@ def suggest_fpn_norm(spread: dict[str, float]) -> str:
     """"GN" for maps that an FPN without norms would pass on too large or too small, else "" (detectron2's default).
 
     EfficientNet's maps come from linear bottlenecks: at stride 4 their standard deviation is 8. An FPN without norms
-    let them grow until every box had the same score, and nothing was detected (docs/detection.md).
+    let them grow until every box had the same score, and nothing was detected (docs/distill.md).
     """
     return "GN" if max(spread.values()) > WIDEST or min(spread.values()) < NARROWEST else ""
