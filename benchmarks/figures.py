@@ -18,6 +18,7 @@ import torch
 from tabulate import tabulate
 
 from kd_core.utils.files import write_text
+from kd_core.utils.run_info import processor
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "output" / "bench"
@@ -100,16 +101,6 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: installed(name) for name in PACKAGES},
     }
-
-
-def processor() -> str:
-    """The processor's name, if the system reports it, and the widest vector instructions that torch uses."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def installed(name: str) -> str | None:

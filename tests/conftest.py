@@ -2,14 +2,21 @@
 
 import os
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers of pytest-xdist share the cores; read when torch is loaded
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # the processes that tests start compile our modules once
+# What this machine has in the caches of weights, and its proxy, decide about no test.
+os.environ["HF_HOME"] = os.environ["TORCH_HOME"] = str(Path(tempfile.gettempdir(), "kd_tests_without_weights"))
+for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+    os.environ.pop(name, None)
+for name in ("NO_PROXY", "no_proxy"):
+    os.environ[name] = ",".join(filter(None, [os.environ.get(name), "localhost", "127.0.0.1"]))
 
-import torch
+import torch  # noqa: E402  (after the variables that it reads)
 
 ROOT = Path(__file__).resolve().parent.parent
 # The files that take longest, begun first: at the end no worker waits for another that has just begun one of them. The

@@ -36,12 +36,17 @@ class CompiledOrPlain:
         config.donated_buffer = False
         self.compiled = torch.compile(function, **options)
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether no call has fallen back to eager."""
+        return self.compiled is not self.function
+
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """A copy compiles its own `function`: what torch has compiled is bound to the original."""
         return partial(type(self), **self.options), (self.function, self.name, self.log)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.compiled is self.function:
+        if not self.is_compiled:
             return self.function(*args, **kwargs)
         try:
             return self.compiled(*args, **kwargs)

@@ -67,12 +67,24 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> str:
-    """GPU, or processor architecture and operating system."""
+    """GPUs, or operating system and processor."""
     import torch
 
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
-    return f"{platform.system()} {platform.machine()}, no GPU"
+    return f"{platform.system()}, {processor()}, no GPU"
+
+
+def processor() -> str:
+    """The processor's name, if the system reports it, and the widest vector instructions that torch uses."""
+    import torch
+
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def source() -> dict[str, Any]:

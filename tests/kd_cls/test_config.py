@@ -56,7 +56,7 @@ def test_numbers_that_yaml_reads_as_words_or_integers_become_floats(tmp_path: Pa
     ],
 )
 def test_bad_input_is_named_with_its_key(tmp_path: Path, text: str, options: list[str], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         load_cfg(write(tmp_path / "bad.yaml", text), options)
 
 
@@ -68,7 +68,7 @@ def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
 
 
 def test_a_missing_config_file_is_named() -> None:
-    with pytest.raises(ValueError, match=r"--config-file: there is no file nowhere.yaml"):
+    with pytest.raises(UserError, match=r"--config-file: there is no file nowhere.yaml"):
         load_cfg("nowhere.yaml")
 
 

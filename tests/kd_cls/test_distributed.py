@@ -12,6 +12,7 @@ from kd_cls.build import build_trainer
 from kd_cls.checks import check_config
 from kd_cls.distributed import Process
 from kd_cls.evaluate import evaluate_checkpoint
+from kd_core.utils.errors import UserError
 
 WORKER = HELPERS / "train_ranks.py"
 # 20 steps of DeepKD, no augmentation, BatchNorm in eval mode. 33 images for validation: not a multiple of 2.
@@ -67,5 +68,5 @@ def test_every_image_counts_once_in_an_evaluation(ranks: list[dict[str, Any]], a
 
 
 def test_a_batch_that_does_not_divide_is_refused(tiny: Callable) -> None:
-    with pytest.raises(ValueError, match=r"SOLVER.IMS_PER_BATCH is 16, expected a multiple of 3 \(3 processes"):
+    with pytest.raises(UserError, match=r"SOLVER.IMS_PER_BATCH is 16, expected a multiple of 3 \(3 processes"):
         check_config(tiny(), Process(torch.device("cpu"), world_size=3))

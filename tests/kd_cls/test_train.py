@@ -135,10 +135,10 @@ def test_a_missing_teacher_is_trained_first_and_only_once(
     teacher = tmp_path / "teacher.yaml"
     teacher.write_text(yaml.safe_dump({"_BASE_": str(tiny_yaml), "OUTPUT_DIR": str(tmp_path / "teacher")}))
     options = ("KD.LOSS.NAME", "kd", "KD.TEACHER.CONFIG_FILE", teacher)
-    with pytest.raises(ValueError, match=r"has not been trained.*python -m kd_cls.train --config-file .*teacher.yaml"):
+    with pytest.raises(UserError, match=r"has not been trained.*python -m kd_cls.train --config-file .*teacher.yaml"):
         train(tiny(*options), process)
     for wrong in (("KD.LOSS.TEMPERATURE", 0), ("MODEL.NAME", "cifar_resnet9")):  # said before the teacher is trained
-        with pytest.raises(ValueError, match=r"temperature|cifar_resnet9"):
+        with pytest.raises(UserError, match=r"temperature|cifar_resnet9"):
             train(tiny(*options, "KD.TEACHER.TRAIN_IF_MISSING", True, *wrong), process)
     assert not (tmp_path / "teacher").exists()
     train(tiny(*options, "KD.TEACHER.TRAIN_IF_MISSING", True, "KD.TEACHER.EVALUATE", True), process)
@@ -361,7 +361,7 @@ def test_bad_input_is_named_before_training_starts(
     if options[0] == "DEVICE" and torch.cuda.is_available():
         options, message = ["DEVICE", "tpu"], "tpu"
     cfg: CfgNode = tiny(*options)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         main(["--config-file", write(cfg)])
 
 
@@ -369,7 +369,7 @@ def test_wandb_is_asked_for_only_when_it_is_wanted(
     tiny: Callable, process: Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
-    with pytest.raises(ValueError, match=r"WANDB.ENABLED is True, but the wandb package is not installed: pip"):
+    with pytest.raises(UserError, match=r"WANDB.ENABLED is True, but the wandb package is not installed: pip"):
         train(tiny("WANDB.ENABLED", True), process)
     train(tiny("SOLVER.EPOCHS", 0.25), process)
 

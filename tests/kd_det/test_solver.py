@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kd_core.utils.errors import UserError
 from kd_det.checks import check_synchronised_norms
 from kd_det.solver import build_optimizer, check_solver, scale_to_world_size
 
@@ -74,12 +75,12 @@ def test_the_matched_step_reaches_the_optimizer(tiny_cfg, tiny_model):
     ],
 )  # fmt: skip
 def test_what_no_run_could_mean_is_refused_with_its_key(tiny_cfg, overrides, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         check_solver(tiny_cfg(*DEEPKD, *overrides), world_size=2)
 
 
 def test_a_momentum_out_of_range_names_its_keys(tiny_cfg, tiny_model):
-    with pytest.raises(ValueError, match=r"SOLVER.OPTIMIZER deepkd_sgd, MOMENTUM 0.95, DEEPKD .*'tog' is 1.02"):
+    with pytest.raises(UserError, match=r"SOLVER.OPTIMIZER deepkd_sgd, MOMENTUM 0.95, DEEPKD .*'tog' is 1.02"):
         build_optimizer(tiny_cfg(*DEEPKD, "SOLVER.MOMENTUM", 0.95), tiny_model())
 
 
@@ -113,15 +114,15 @@ def test_nothing_is_scaled_without_a_reference_or_at_it_and_one_that_does_not_fi
     cfg.SOLVER.REFERENCE_WORLD_SIZE = 0
     assert scale_to_world_size(cfg, 8) is cfg
     cfg.SOLVER.REFERENCE_WORLD_SIZE = 3
-    with pytest.raises(ValueError, match=r"SOLVER.REFERENCE_WORLD_SIZE is 3: it must divide SOLVER.IMS_PER_BATCH 8"):
+    with pytest.raises(UserError, match=r"SOLVER.REFERENCE_WORLD_SIZE is 3: it must divide SOLVER.IMS_PER_BATCH 8"):
         scale_to_world_size(cfg, 4)
 
 
 def test_synchronised_norms_that_need_gpus_are_refused_on_cpu_processes(tiny_cfg):
     cfg = tiny_cfg("MODEL.FPN.NORM", "SyncBN")
-    with pytest.raises(ValueError, match=r"MODEL.FPN.NORM SyncBN .* in 2 processes on the CPU: set .* naiveSyncBN"):
+    with pytest.raises(UserError, match=r"MODEL.FPN.NORM SyncBN .* in 2 processes on the CPU: set .* naiveSyncBN"):
         check_synchronised_norms(cfg, world_size=2)
     check_synchronised_norms(cfg, world_size=1)  # torch's is a BatchNorm there
-    with pytest.raises(ValueError, match=r"set MODEL.TIMM.NORM BN$"):  # all that set_norm takes
+    with pytest.raises(UserError, match=r"set MODEL.TIMM.NORM BN$"):  # all that set_norm takes
         check_synchronised_norms(tiny_cfg("MODEL.TIMM.NORM", "SyncBN"), world_size=2)
     check_synchronised_norms(tiny_cfg("MODEL.FPN.NORM", "naiveSyncBN"), world_size=2)

@@ -56,11 +56,11 @@ def spread_scores(model: torch.nn.Module) -> None:
 
 
 @pytest.fixture
-def save_run() -> Callable[[CfgNode], Path]:
-    """`save_run(cfg)`: an OUTPUT_DIR with the checkpoint and the configs of a training of no iterations."""
+def save_run() -> Callable[..., Path]:
+    """`save_run(cfg, seed=0)`: an OUTPUT_DIR with the checkpoint and the configs of a training of no iterations."""
 
-    def save(cfg: CfgNode) -> Path:
-        torch.manual_seed(0)
+    def save(cfg: CfgNode, seed: int = 0) -> Path:
+        torch.manual_seed(seed)
         model, output = build_model(cfg), Path(cfg.OUTPUT_DIR)
         spread_scores(model)
         output.mkdir(parents=True)

@@ -187,25 +187,25 @@ def changed(name: str, **values: Tensor | None) -> dict[str, Tensor]:
     ],
 )
 def test_what_does_not_fit_a_resnet_is_named(state_dict: dict[str, Tensor], message: str):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         convert(Classifier(changed("resnet18", **state_dict)))
 
 
 def test_bottlenecks_of_an_impossible_width_are_refused():
     for shape in ((60, 7, 3, 3), (64,)):
-        with pytest.raises(ValueError, match="the weights do not fit ResNet-50"):
+        with pytest.raises(UserError, match="the weights do not fit ResNet-50"):
             convert(Classifier(changed("resnet50", layer1__0__conv2__weight=torch.ones(shape))))
 
 
 def test_what_does_not_fit_mobilenet_v2_is_named():
-    with pytest.raises(ValueError, match=r"MobileNetV2 lacks features\.0\.0\.weight$"):
+    with pytest.raises(UserError, match=r"MobileNetV2 lacks features\.0\.0\.weight$"):
         convert(Classifier(changed("mobilenet_v2", features__0__0__weight=None)))
-    with pytest.raises(ValueError, match=r"do not fit timm's mobilenetv2_100: .*conv_stem\.weight"):
+    with pytest.raises(UserError, match=r"do not fit timm's mobilenetv2_100: .*conv_stem\.weight"):
         convert(Classifier(models.mobilenet_v2(width_mult=0.5).state_dict()))
 
 
 def test_another_architecture_is_refused_with_its_names():
-    with pytest.raises(ValueError, match=r"no ResNet or MobileNetV2 of torchvision or timm: .*features\.0\.weight"):
+    with pytest.raises(UserError, match=r"no ResNet or MobileNetV2 of torchvision or timm: .*features\.0\.weight"):
         convert(Classifier(models.squeezenet1_1().state_dict()))
 
 
@@ -215,19 +215,19 @@ def test_a_damaged_file_is_named(tmp_path: Path, file: str):
     whole = (tmp_path / "whole.pth").read_bytes()
     content = {"cut": whole[: len(whole) // 2], "noise": b"noise" * 100, "empty": b""}[file.split(".")[0]]
     (tmp_path / file).write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{file} is not a complete file of weights only"):
+    with pytest.raises(UserError, match=rf"{file} is not a complete file of weights only"):
         read_classifier(str(tmp_path / file))
 
 
 def test_a_file_that_would_run_code_is_refused(tmp_path: Path):
     torch.save(models.resnet18(), tmp_path / "pickled.pth")
-    with pytest.raises(ValueError, match=r"pickled\.pth is not a complete file of weights only"):
+    with pytest.raises(UserError, match=r"pickled\.pth is not a complete file of weights only"):
         read_classifier(str(tmp_path / "pickled.pth"))
 
 
 def test_a_file_without_weights_is_named(tmp_path: Path):
     torch.save({"epoch": 3}, tmp_path / "log.pth")
-    with pytest.raises(ValueError, match=r"log\.pth holds no state dict"):
+    with pytest.raises(UserError, match=r"log\.pth holds no state dict"):
         read_classifier(str(tmp_path / "log.pth"))
 
 
@@ -240,7 +240,7 @@ def test_a_file_without_weights_is_named(tmp_path: Path):
     ],
 )
 def test_an_unknown_source_is_named(source: str, message: str):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         read_classifier(source)
 
 

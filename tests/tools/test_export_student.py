@@ -9,6 +9,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
+from kd_core.utils.errors import UserError
 from kd_det.export import adapter, check_equal, read_config, read_student
 
 FIRST = "backbone.fpn_lateral2.weight"
@@ -109,7 +110,7 @@ def spoil(run: Path, change) -> None:
 
 
 def test_without_the_average_or_a_tracing_adapter_it_says_so(run, tmp_path, export_student, monkeypatch):
-    with pytest.raises(ValueError, match=r"holds no moving average: it was trained without SOLVER.EMA.ENABLED"):
+    with pytest.raises(UserError, match=r"holds no moving average: it was trained without SOLVER.EMA.ENABLED"):
         read_student(run, average=True)
     monkeypatch.setitem(sys.modules, "detectron2.export", None)  # as v0.5's own, which imports caffe2
     with pytest.raises(SystemExit, match=r"need detectron2.export.TracingAdapter, and detectron2 .* cannot import it"):

@@ -13,6 +13,7 @@ from detectron2 import model_zoo
 from detectron2.modeling import build_backbone, build_model
 from torch import Tensor
 
+from kd_core.utils.errors import UserError
 from kd_det.checkpoint.convert_classifier import mobilenet_names
 from kd_det.checkpoint.split_released import released_name, split
 from kd_det.config import add_timm_config
@@ -114,7 +115,7 @@ def test_the_released_mobilenet_gets_timms_names():
 def test_what_fits_neither_is_named(change, message):
     weights = merged(detector(18), detector(50))
     change(weights)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         split(weights)
 
 

@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 
 from helpers.tiny_detector import write_training
+from kd_core.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["INPUT.MIN_SIZE_TRAIN", "(64,)", "SOLVER.IMS_PER_BATCH", "1", "DATALOADER.NUM_WORKERS", "0"]
@@ -68,5 +69,5 @@ def test_a_classification_step_is_too(tool: ModuleType, tmp_path: Path, monkeypa
 
 
 def test_a_config_that_is_not_there_is_named(tool: ModuleType) -> None:
-    with pytest.raises(ValueError, match=r"there is no file configs/none.yaml"):
+    with pytest.raises(UserError, match=r"there is no file configs/none.yaml"):
         tool.main(["configs/none.yaml"])

@@ -11,6 +11,7 @@ import yaml
 
 from helpers import ROOT, forked
 from kd_core.losses.feature_config import distils
+from kd_core.utils.errors import UserError
 
 TABLE = {
     "package": "classification",
@@ -115,7 +116,7 @@ def test_a_second_process_on_the_same_output_is_refused(load_tool, tmp_path: Pat
     tool, words = load_tool("search"), [str(write_table(tmp_path)), "--output", str(tmp_path / "out")]
     (tmp_path / "out").mkdir()
     with tool.held(tmp_path / "out"):
-        with pytest.raises(ValueError, match=r"another tools/search\.py works in"):
+        with pytest.raises(UserError, match=r"another tools/search\.py works in"):
             tool.main(words)
         assert "DKD" in tool.main([*words, "--report"])
     with tool.held(tmp_path / "out"):
@@ -132,7 +133,7 @@ def test_a_result_of_a_config_file_that_has_changed_is_refused_but_drawn(load_to
     config.write_text(config.read_text() + "# a comment\n")
     assert tool.Search(tool.read_table(path), tool.parse(words), tmp_path).report() == search.report()
     config.write_text(config.read_text() + "SOLVER: {BASE_LR: 0.3}\n")
-    with pytest.raises(ValueError, match=r"dkd.yaml, or its _BASE_, has changed since test/DKD/try0_seed0 was trained"):
+    with pytest.raises(UserError, match=r"dkd.yaml, or its _BASE_, has changed since test/DKD/try0_seed0 was trained"):
         tool.main(words)
     assert "61.00" in tool.main([*words, "--report"])
 
@@ -149,7 +150,7 @@ def test_a_result_of_a_config_file_that_has_changed_is_refused_but_drawn(load_to
     ],
 )
 def test_a_table_that_is_wrong_is_refused(changes: dict, message: str, load_tool, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         load_tool("search").main([str(write_table(tmp_path, **changes))])
 
 
@@ -169,7 +170,7 @@ def test_a_page_draws_from_results_with_options_and_names_a_table_that_is_elsewh
     other = tool.Search(tool.read_table(own), tool.parse([str(own)]), tmp_path / "own")
     other.output.mkdir()
     add(other, other.searches()[0], 61.0)
-    with pytest.raises(ValueError, match=r"is of table\.yaml, which is not in configs/Search"):
+    with pytest.raises(UserError, match=r"is of table\.yaml, which is not in configs/Search"):
         tool.of_results(tmp_path / "own" / "results.json")
 
 
@@ -208,7 +209,7 @@ def test_a_design_starts_at_the_config_repeats_nothing_and_is_that_of_its_seed(l
     assert points[0] == {"a": 1, "b": True} and len({tuple(point.values()) for point in points}) == 6
     assert points[:4] == tool.design(grid, 4, 0, "DKD")
     assert len({str(tool.design(grid, 6, seed, "DKD")) for seed in range(5)}) > 1
-    with pytest.raises(ValueError, match=r"methods.DKD.grid has 6 points, fewer than the 8 tries"):
+    with pytest.raises(UserError, match=r"methods.DKD.grid has 6 points, fewer than the 8 tries"):
         tool.design(grid, 8, 0, "DKD")
 
 
@@ -233,14 +234,14 @@ def test_a_table_may_grow_but_a_result_of_other_options_is_refused(load_tool, tm
         {"methods": {"DKD": {**dkd, "grid": {"SOLVER.BASE_LR": [0.1]}}}},
         {"options": {"SOLVER.EPOCHS": 2}},
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             search_of(tries=1, **changes)
     first.results.add({"training": "teacher", "value": 70.0} | first.origin(0, "configs/Digits/cls_teacher.yaml", ()))
-    with pytest.raises(ValueError, match=r"results.json: teacher was trained with other options"):
+    with pytest.raises(UserError, match=r"results.json: teacher was trained with other options"):
         search_of(tries=1)
     (tmp_path / "teacher").mkdir()
     (tmp_path / "teacher" / "finished").write_text('["configs/Digits/cls_kd.yaml"]')
-    with pytest.raises(ValueError, match=r"teacher is of another table: remove it, or choose another --output"):
+    with pytest.raises(UserError, match=r"teacher is of another table: remove it, or choose another --output"):
         second.train_teacher(None)
 
 
@@ -250,7 +251,7 @@ def test_results_of_another_table_or_with_other_options_are_not_mixed(load_tool,
     for table, options, name in (("other.yaml", [], "table"), ("table.yaml", ["SEED", "1"], "command line options")):
         found = {"table": table, "command line options": options, "trainings": []}
         (tmp_path / "out" / "results.json").write_text(json.dumps(found))
-        with pytest.raises(ValueError, match=f"results.json is of another {name}"):
+        with pytest.raises(UserError, match=f"results.json is of another {name}"):
             tool.main([str(write_table(tmp_path)), "--output", str(tmp_path / "out"), "--report"])
 
 

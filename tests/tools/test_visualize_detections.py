@@ -20,7 +20,7 @@ def visualize(load_tool, monkeypatch: pytest.MonkeyPatch):
 @pytest.fixture
 def distilled(tiny_cfg, save_run, tmp_path: Path) -> Path:
     """OUTPUT_DIR of a tiny student with a tiny teacher."""
-    teacher = save_run(tiny_cfg("OUTPUT_DIR", tmp_path / "teacher"))
+    teacher = save_run(tiny_cfg("OUTPUT_DIR", tmp_path / "teacher"), seed=1)
     keys = ("KD.LOSS.NAME", "dkd", "KD.TEACHER.CONFIG_FILE", teacher / "student.yaml")
     return save_run(tiny_cfg(*keys, "KD.TEACHER.WEIGHTS", teacher / "model_final.pth"))
 
@@ -38,8 +38,13 @@ def test_ground_truth_teacher_and_student_stand_side_by_side(visualize, distille
     assert sorted(path.name for path in output.iterdir()) == ["0000_000000.png", "0001_000001.png"]
     assert "2 pictures" in capsys.readouterr().out
     truth, teacher, student = panels(output / "0000_000000.png", 3)
-    assert not np.array_equal(truth, teacher)
-    assert np.array_equal(teacher, student)  # the tiny ones have the same weights
+    shown = {}
+    for name, source in {"teacher": tmp_path / "teacher", "student": distilled}.items():
+        words = ["--images", "1", "--threshold", "0.1", "--no-teacher", "--num-gpus", "0"]
+        visualize.main([str(source / "model_final.pth"), "--output", str(tmp_path / name), *words])
+        _, shown[name] = panels(tmp_path / name / "0000_000000.png", 2)
+    assert np.array_equal(teacher, shown["teacher"]) and np.array_equal(student, shown["student"])
+    assert not np.array_equal(teacher, student) and not np.array_equal(truth, teacher)
 
 
 def test_above_the_highest_score_every_object_is_missed(visualize, distilled, tmp_path):

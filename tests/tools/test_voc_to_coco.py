@@ -9,6 +9,7 @@ import yaml
 from PIL import Image
 from pycocotools.coco import COCO
 
+from kd_core.utils.errors import UserError
 from kd_det.data.voc import EXIF_ORIENTATION
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "voc_to_coco.py"
@@ -159,24 +160,24 @@ def spoil(root: Path, what: str) -> None:
 )
 def test_what_is_wrong_is_named_with_its_file(root: Path, what: str, message: str):
     spoil(root, what)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         converted(root)
 
 
 def test_an_unknown_split_is_answered_with_those_there_are(root: Path):
-    with pytest.raises(ValueError, match=r"there is no list .*test\.txt; lists found: train, val"):
+    with pytest.raises(UserError, match=r"there is no list .*test\.txt; lists found: train, val"):
         converted(root, "test")
 
 
 def test_a_class_that_was_not_named_is_refused(root: Path):
-    with pytest.raises(ValueError, match=r"b\.xml has class 'bird', but the classes are dog, cat"):
+    with pytest.raises(UserError, match=r"b\.xml has class 'bird', but the classes are dog, cat"):
         converted(root, classes=["dog", "cat"])
-    with pytest.raises(ValueError, match="a class is named twice in dog dog"):
+    with pytest.raises(UserError, match="a class is named twice in dog dog"):
         converted(root, classes=["dog", "dog"])
 
 
 def test_another_folder_is_not_taken_for_voc(tmp_path: Path):
-    with pytest.raises(ValueError, match="has no folder Annotations"):
+    with pytest.raises(UserError, match="has no folder Annotations"):
         voc_to_coco.VocDataset(tmp_path)
 
 

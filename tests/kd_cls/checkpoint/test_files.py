@@ -15,6 +15,7 @@ from kd_cls.data import EveryNth, create_datasets
 from kd_cls.data.build import build_data
 from kd_cls.engine.meters import StepMeters
 from kd_cls.engine.writers import Writers
+from kd_core.utils.errors import UserError
 
 WRITE_FOREVER = """
 import sys, torch
@@ -91,7 +92,7 @@ def test_held_out_training_images_are_validated_on_and_not_trained_on(tiny: Call
     assert sorted(train + val) == sorted(image.tobytes() for image, _ in whole)
     data.train.transform = lambda image: image.size
     assert data.train[0][0] == (32, 32) and data.val[0][0].size == (32, 32)
-    with pytest.raises(ValueError, match=r"DATA.HELD_OUT is 1198, expected 0 \(none\) … 1197"):
+    with pytest.raises(UserError, match=r"DATA.HELD_OUT is 1198, expected 0 \(none\) … 1197"):
         build_data(tiny("DATA.HELD_OUT", 1198))
 
 

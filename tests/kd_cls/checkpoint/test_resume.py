@@ -18,6 +18,7 @@ from kd_cls.checkpoint.resume import check_resumable
 from kd_cls.config import load_cfg
 from kd_cls.distributed import Process
 from kd_cls.train import train
+from kd_core.utils.errors import UserError
 
 METHODS = {
     "plain": [],
@@ -124,7 +125,7 @@ def test_kill_9_with_a_worker_and_resume_ends_as_an_undisturbed_run(tiny_yaml: P
 )
 def test_another_run_is_not_resumed(tiny: Callable, process: Process, options: list, message: str) -> None:
     train(tiny("SOLVER.EPOCHS", 2), process)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         train(tiny(*options), process, resume=True)
 
 
@@ -134,11 +135,11 @@ def test_a_run_is_not_resumed_on_other_images(folder_words: list[str], tiny: Cal
     train(tiny(*folder_words), process)
     for name in ("a", "b"):
         shutil.copytree(root / "train" / name, root / "train" / name / "more")
-    with pytest.raises(ValueError, match=r"--resume: the run was started with 4 iterations, now there are 8: "):
+    with pytest.raises(UserError, match=r"--resume: the run was started with 4 iterations, now there are 8: "):
         train(tiny(*folder_words), process, resume=True)
     for split in ("train", "val"):
         shutil.copytree(root / split / "a", root / split / "c")
-    with pytest.raises(ValueError, match=r"--resume: the run was started with 2 classes, now there are 3: "):
+    with pytest.raises(UserError, match=r"--resume: the run was started with 2 classes, now there are 3: "):
         train(tiny(*folder_words), process, resume=True)
 
 
@@ -188,10 +189,10 @@ def test_weights_alone_and_broken_files_are_not_resumed(tiny: Callable, process:
     train(cfg, process)
     path = Path(cfg.OUTPUT_DIR, "last.pth")
     path.write_bytes(Path(cfg.OUTPUT_DIR, "best.pth").read_bytes())
-    with pytest.raises(ValueError, match=r"--resume: this checkpoint holds weights only"):
+    with pytest.raises(UserError, match=r"--resume: this checkpoint holds weights only"):
         train(cfg, process, resume=True)
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"--resume: .*last.pth cannot be read as a checkpoint: it is truncated"):
+    with pytest.raises(UserError, match=r"--resume: .*last.pth cannot be read as a checkpoint: it is truncated"):
         train(cfg, process, resume=True)
 
 
@@ -201,5 +202,5 @@ def test_a_config_written_by_the_first_version_still_resumes() -> None:
     checkpoint = {"training": {}, "metadata": {"config": written.read_text()}}
     check_resumable(checkpoint, load_cfg(str(root / "configs" / "Digits" / "cls_deepkd.yaml"), ["DEVICE", "cpu"]))
     load_cfg(str(written))  # every key is still there
-    with pytest.raises(ValueError, match=r"started with KD.LOSS.NAME 'dkd', now it is 'kd'"):
+    with pytest.raises(UserError, match=r"started with KD.LOSS.NAME 'dkd', now it is 'kd'"):
         check_resumable(checkpoint, load_cfg(str(written), ["KD.LOSS.NAME", "kd"]))

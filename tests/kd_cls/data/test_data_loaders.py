@@ -21,6 +21,7 @@ from kd_cls.data import (
     create_loaders,
     set_epoch,
 )
+from kd_core.utils.errors import UserError
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 SETTINGS = {"augmentation": "cifar", "input_size": (3, 32, 32), "mean": MEAN, "std": STD, "batch_size": 8}
@@ -103,7 +104,7 @@ def test_more_ranks_than_images_still_give_each_an_image() -> None:
 def test_dropping_the_last_batch_leaves_full_batches_only() -> None:
     sampler = EpochSampler(21, 4, world_size=2, drop_last=True)
     assert (sampler.num_samples, sampler.num_batches) == (8, 2)
-    with pytest.raises(ValueError, match=r"7 training images do not fill one batch of 4 on 2 rank\(s\)"):
+    with pytest.raises(UserError, match=r"7 training images do not fill one batch of 4 on 2 rank\(s\)"):
         EpochSampler(7, 4, world_size=2, drop_last=True)
 
 
@@ -328,10 +329,10 @@ def test_every_augmentation_brings_any_image_to_the_input_size(name: str) -> Non
     ],
 )
 def test_a_wrong_setting_is_refused_by_name(change: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         create_loaders(Noise(20), Noise(4), **(SETTINGS | change))
 
 
 def test_a_split_without_images_is_refused() -> None:
-    with pytest.raises(ValueError, match="the validation split has no images"):
+    with pytest.raises(UserError, match="the validation split has no images"):
         create_loaders(Noise(20), Noise(0), **SETTINGS)

@@ -12,6 +12,7 @@ from helpers import HELPERS
 from kd_cls.data import DATASETS, create_datasets, dataset_statistics, default_augmentation
 from kd_cls.data.images import read_rgb
 from kd_cls.data.statistics import CIFAR100_MEAN, CIFAR100_STD
+from kd_core.utils.errors import UserError
 
 
 def write_image(path: Path, value: int = 100, mode: str = "RGB") -> Path:
@@ -115,7 +116,7 @@ def test_images_of_sixteen_bits_are_scaled_and_those_of_unknown_range_named(tmp_
     Image.fromarray(values.astype(np.uint16)).save(tmp_path / "a.png")
     assert np.array_equal(np.asarray(read_rgb(tmp_path / "a.png"))[..., 0], (values.astype(np.uint16) / 257).round())
     Image.fromarray(values.astype(np.float32)).save(tmp_path / "a.tiff")
-    with pytest.raises(ValueError, match=r"a\.tiff is not a readable image \(pixels of 32 bits, mode F: save it "):
+    with pytest.raises(UserError, match=r"a\.tiff is not a readable image \(pixels of 32 bits, mode F: save it "):
         read_rgb(tmp_path / "a.tiff")
 
 
@@ -130,7 +131,7 @@ def half_an_image(format: str) -> bytes:
 def test_a_broken_image_is_named(folders: Path, content: bytes) -> None:
     (folders / "train" / "ant" / "0.png").write_bytes(content)
     train = create_datasets("folder", folders).train
-    with pytest.raises(ValueError, match=r"train/ant/0\.png is not a readable image \(.+\): replace or remove it"):
+    with pytest.raises(UserError, match=r"train/ant/0\.png is not a readable image \(.+\): replace or remove it"):
         train[0]
     assert train[1][1] == 0
 
@@ -138,27 +139,27 @@ def test_a_broken_image_is_named(folders: Path, content: bytes) -> None:
 def test_an_empty_class_folder_is_named(folders: Path) -> None:
     (folders / "train" / "cow").mkdir()
     (folders / "train" / "cow" / "notes.txt").write_text("no image")
-    with pytest.raises(ValueError, match=r"class folder without an image: .*train/cow\. Add images"):
+    with pytest.raises(UserError, match=r"class folder without an image: .*train/cow\. Add images"):
         create_datasets("folder", folders)
 
 
 def test_splits_of_different_classes_are_refused(folders: Path) -> None:
     (folders / "val" / "bee").rename(folders / "val" / "cow")
-    with pytest.raises(ValueError, match=r"only in training: \['bee'\], only in validation: \['cow'\]"):
+    with pytest.raises(UserError, match=r"only in training: \['bee'\], only in validation: \['cow'\]"):
         create_datasets("folder", folders)
 
 
 @pytest.mark.parametrize("name", ["imagenet", "folder"])
 def test_a_missing_folder_says_what_is_expected_where(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match=r"no folder .*nowhere/train: expected .*nowhere/train/<class>/\*\.jpg"):
+    with pytest.raises(UserError, match=r"no folder .*nowhere/train: expected .*nowhere/train/<class>/\*\.jpg"):
         create_datasets(name, tmp_path / "nowhere")
     (tmp_path / "train").mkdir()
-    with pytest.raises(ValueError, match=r"no class folders in .*/train: expected"):
+    with pytest.raises(UserError, match=r"no class folders in .*/train: expected"):
         create_datasets(name, tmp_path)
 
 
 def test_missing_cifar100_says_how_to_get_it(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"'cifar100': .* DATA.ROOT .* \(Dataset not found .* or DATA.DOWNLOAD True"):
+    with pytest.raises(UserError, match=r"'cifar100': .* DATA.ROOT .* \(Dataset not found .* or DATA.DOWNLOAD True"):
         create_datasets("cifar100", tmp_path)
 
 
@@ -195,12 +196,12 @@ def test_tiny_imagenets_validation_may_be_sorted_into_folders(tiny: Path) -> Non
 )
 def test_a_wrong_line_of_tiny_imagenet_is_named(tiny: Path, line: str, message: str) -> None:
     (tiny / "val" / "val_annotations.txt").write_text(f"val_0.JPEG\tn01\t0\t0\t9\t7\n{line}\n")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         create_datasets("tiny_imagenet", tiny)
 
 
 def test_missing_tiny_imagenet_says_how_it_is_published(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"Tiny-ImageNet is expected as published, with train/<wnid>/images"):
+    with pytest.raises(UserError, match=r"Tiny-ImageNet is expected as published, with train/<wnid>/images"):
         create_datasets("tiny_imagenet", tmp_path)
 
 
@@ -230,7 +231,7 @@ def test_cub_is_split_by_its_own_file(cub: Path) -> None:
 )
 def test_a_wrong_file_of_cub_is_named(cub: Path, file: str, text: str | None, message: str) -> None:
     (cub / file).unlink() if text is None else (cub / file).write_text(text)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         create_datasets("cub200", cub)
 
 

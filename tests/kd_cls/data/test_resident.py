@@ -10,6 +10,7 @@ from kd_cls.data import ResidentLoader
 from kd_cls.distributed import Process
 from kd_cls.engine import evaluate
 from kd_cls.train import train
+from kd_core.utils.errors import UserError
 
 RESIDENT = ["DATA.RESIDENT", True]
 
@@ -35,6 +36,6 @@ def test_evaluation_from_the_device_is_that_of_the_loader(tiny: Callable, proces
 def test_a_teacher_cache_of_the_other_draws_is_refused(tiny: Callable, process: Process, tmp_path: Path) -> None:
     words = ["KD.LOSS.NAME", "kd", "KD.TEACHER.CACHE", "full", "KD.TEACHER.CACHE_DIR", tmp_path / "logits"]
     build_trainer(tiny(*words), process)
-    with pytest.raises(ValueError, match=r"is a cache of another resident \(False, this run has True\)"):
+    with pytest.raises(UserError, match=r"is a cache of another resident \(False, this run has True\)"):
         build_trainer(tiny(*words, *RESIDENT), process)
     build_trainer(tiny(*words, "KD.TEACHER.CACHE_DIR", tmp_path / "other", *RESIDENT), process)

@@ -17,6 +17,7 @@ from kd_cls.data.statistics import InputStats
 from kd_cls.data.transforms import build_transforms
 from kd_cls.data.views import Cutout, fixmatch_augment, strong_view
 from kd_cls.distributed import Process
+from kd_core.utils.errors import UserError
 from kd_core.utils.rng import seed_rng
 
 STATS = InputStats((0.1, 0.2, 0.3), (0.5, 0.6, 0.7), 16)
@@ -135,7 +136,7 @@ def test_the_task_s_loss_is_the_sum_over_both_views(tiny: Callable, process: Pro
     ],
 )
 def test_what_knows_one_view_only_is_refused(options: list, message: str, tiny: Callable, process: Process) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         check_config(tiny("DATA.VIEWS", 2, *options), process)
 
 

@@ -22,6 +22,7 @@ from kd_cls.engine.cuda_graph import WARM_UP, GraphedStep
 from kd_cls.engine.trainer import Trainer
 from kd_cls.train import train
 from kd_core.losses import DKDLoss
+from kd_core.utils.errors import UserError
 
 STEPS = 20
 BF16 = ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bfloat16"]  # in which the CPU, too, selects by torch.topk
@@ -215,14 +216,14 @@ def test_what_a_graph_cannot_hold_is_refused_by_its_key(
 ) -> None:
     process = Process(torch.device("cuda"), world_size=world_size)
     check_config(tiny(*options), process)
-    with pytest.raises(ValueError, match=message) as refusal:
+    with pytest.raises(UserError, match=message) as refusal:
         check_config(tiny(*options, "SOLVER.CUDA_GRAPH", True), process)
     assert str(refusal.value).startswith("SOLVER.CUDA_GRAPH True does not go with")
     assert str(refusal.value).endswith("or set SOLVER.CUDA_GRAPH False")
 
 
 def test_a_run_on_the_cpu_refuses(tiny: Callable, process: Process) -> None:
-    with pytest.raises(ValueError, match=r"SOLVER.CUDA_GRAPH True does not go with a run on cpu: set DEVICE cuda"):
+    with pytest.raises(UserError, match=r"SOLVER.CUDA_GRAPH True does not go with a run on cpu: set DEVICE cuda"):
         train(tiny("SOLVER.CUDA_GRAPH", True), process)
 
 
@@ -233,5 +234,5 @@ def test_a_loss_with_a_forward_of_its_own_refuses(tiny: Callable, process: Proce
 
     trainer = build_trainer(tiny("KD.LOSS.NAME", "dkd"), process)
     trainer.task.distillation = Own()
-    with pytest.raises(ValueError, match=r"SOLVER.CUDA_GRAPH: Own has a forward of its own.*row_terms"):
+    with pytest.raises(UserError, match=r"SOLVER.CUDA_GRAPH: Own has a forward of its own.*row_terms"):
         GraphedStep(trainer.run_step, trainer.task, trainer.optimizer, 16, TapeRecorder())

@@ -16,6 +16,7 @@ from kd_cls.data.check import check_images
 from kd_cls.distributed import Process
 from kd_cls.evaluate import evaluate_checkpoint, main
 from kd_cls.train import train
+from kd_core.utils.errors import UserError
 
 
 def test_the_command_prints_what_training_found_and_plain_timm_agrees(
@@ -83,7 +84,7 @@ def test_the_moving_average_is_what_is_evaluated_where_there_is_one(tiny: Callab
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(tiny: Callable, process: Process, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"OUTPUT_DIR: there is no file .*best.pth"):
+    with pytest.raises(UserError, match=r"OUTPUT_DIR: there is no file .*best.pth"):
         evaluate_checkpoint(tiny(), process)
     train(tiny(), process)
     with pytest.raises(
@@ -96,7 +97,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tiny: Callable, process: Proc
             folder.mkdir(parents=True)
             create_datasets("digits").val[0][0].save(folder / "1.png")
     pets = tiny("DATA.NAME", "folder", "DATA.ROOT", tmp_path / "pets", "DATA.TRAIN_IMAGES", 0, "DATA.VAL_IMAGES", 0)
-    with pytest.raises(ValueError, match=r"best.pth knows 10 classes, folder has 2"):
+    with pytest.raises(UserError, match=r"best.pth knows 10 classes, folder has 2"):
         evaluate_checkpoint(pets, process)
 
 
@@ -105,7 +106,7 @@ def test_a_single_class_is_refused(tiny: Callable, process: Process, tmp_path: P
         (tmp_path / "pets" / split / "cat").mkdir(parents=True)
         create_datasets("digits").val[0][0].save(tmp_path / "pets" / split / "cat" / "1.png")
     pets = tiny("DATA.NAME", "folder", "DATA.ROOT", tmp_path / "pets", "DATA.TRAIN_IMAGES", 0, "DATA.VAL_IMAGES", 0)
-    with pytest.raises(ValueError, match=r"pets: cat is the only class: nothing to tell apart"):
+    with pytest.raises(UserError, match=r"pets: cat is the only class: nothing to tell apart"):
         train(pets, process)
     report, _ = check_images("folder", tmp_path / "pets")
     assert report.problems["a single class"] == ["cat: there is nothing to tell apart"]
@@ -117,5 +118,5 @@ def test_an_empty_class_folder_is_named_before_training(tiny: Callable, process:
         create_datasets("digits").val[0][0].save(tmp_path / "pets" / split / "cat" / "1.png")
         (tmp_path / "pets" / split / "unicorn").mkdir()
     pets = tiny("DATA.NAME", "folder", "DATA.ROOT", tmp_path / "pets", "DATA.TRAIN_IMAGES", 0, "DATA.VAL_IMAGES", 0)
-    with pytest.raises(ValueError, match=r"unicorn"):
+    with pytest.raises(UserError, match=r"unicorn"):
         train(pets, process)

@@ -22,6 +22,7 @@ from kd_cls.models.cifar_vgg import CifarVGG
 from kd_cls.models.cifar_wrn import CifarWideResNet
 from kd_cls.models.factory import build_student, input_stats
 from kd_cls.task.teacher import build_teacher
+from kd_core.utils.errors import UserError
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 STATES = json.loads((GOLDEN / "cifar_state_dicts.json").read_text())
@@ -230,7 +231,7 @@ def test_a_network_of_one_size_gets_it_and_is_refused_others_with_the_keys_named
     assert input_stats(cfg, build_student(cfg, 10)).size == 48
     cfg = tiny(*VIT, 32, "MODEL.KWARGS", "{depth: 1}")
     message = r"MODEL: this network takes images of 224 px, not 32 \(.*\): set DATA.INPUT_SIZE 224, or MODEL.KWARGS"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         input_stats(cfg, build_student(cfg, 10))
 
 
@@ -239,5 +240,5 @@ def test_a_teacher_of_one_size_keeps_it(tiny: Callable) -> None:
     student = InputStats((0.5,) * 3, (0.5,) * 3, 16)
     assert build_teacher(tiny(*teacher, "{img_size: 32, depth: 1}"), 10, student).stats.size == 32
     message = r"KD.TEACHER: this network takes images of 224 px, not 64 .* set KD.TEACHER.INPUT_SIZE 224"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         build_teacher(tiny(*teacher, "{depth: 1}", "KD.TEACHER.INPUT_SIZE", 64), 10, student)

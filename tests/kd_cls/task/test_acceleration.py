@@ -18,6 +18,7 @@ from kd_cls.data.statistics import InputStats
 from kd_cls.distributed import Process
 from kd_cls.task.acceleration import TeacherSpeed, accelerate_teacher
 from kd_cls.task.teacher import Teacher, build_teacher
+from kd_core.utils.errors import UserError
 from kd_core.utils.state_dict import weights_digest
 
 STATS = InputStats((0.5, 0.4, 0.3), (0.2, 0.3, 0.4), 16)
@@ -162,7 +163,7 @@ def test_a_type_of_its_own_replaces_the_tasks_autocast_and_float32_follows_it() 
 def test_a_type_in_which_the_logits_overflow_is_refused() -> None:
     fast = teacher(TeacherSpeed(dtype=torch.float16))
     fast.model.fc.weight.mul_(1e7)
-    with pytest.raises(ValueError, match=r"KD.TEACHER.DTYPE is 'float16', in which the teacher's logits overflow"):
+    with pytest.raises(UserError, match=r"KD.TEACHER.DTYPE is 'float16', in which the teacher's logits overflow"):
         fast(torch.randn(2, 3, 16, 16))
 
 
@@ -171,7 +172,7 @@ def test_a_network_that_does_not_run_in_a_type_is_named() -> None:
         def forward(self, images: Tensor) -> Tensor:
             return images.flatten(1) @ torch.ones(images[0].numel(), 10)
 
-    with pytest.raises(ValueError, match=r"KD.TEACHER.DTYPE is 'bfloat16', in which the teacher does not run \(.+\): "):
+    with pytest.raises(UserError, match=r"KD.TEACHER.DTYPE is 'bfloat16', in which the teacher does not run \(.+\): "):
         Teacher(Fixed(), STATS, STATS, speed=BFLOAT16)(torch.randn(2, 3, 16, 16))
 
 
@@ -210,7 +211,7 @@ def test_the_keys_say_how_a_teacher_computes(tiny: Callable) -> None:
     options = ["KD.TEACHER.FOLD_BN", False, "KD.TEACHER.CHANNELS_LAST", True, "KD.TEACHER.DTYPE", "bfloat16"]
     speed = build_teacher(tiny("KD.LOSS.NAME", "kd", *options), 10, STATS).speed
     assert speed == TeacherSpeed(channels_last=True, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match=r"KD.TEACHER.DTYPE is 'int8', expected one of float32, bfloat16, float16"):
+    with pytest.raises(UserError, match=r"KD.TEACHER.DTYPE is 'int8', expected one of float32, bfloat16, float16"):
         check_config(tiny("KD.TEACHER.DTYPE", "int8"), Process(torch.device("cpu")))
 
 
@@ -229,7 +230,7 @@ def test_a_cache_of_one_type_is_refused_in_another(tiny: Callable, process: Proc
     build_trainer(tiny(*cached, *own), process)
     build_trainer(tiny(*cached, *own, "SOLVER.AMP.ENABLED", True), process)  # autocast is not what it computes in
     for other in ([], ["KD.TEACHER.DTYPE", "float16"], ["SOLVER.AMP.ENABLED", True]):
-        with pytest.raises(ValueError, match=r"cache of another precision \(torch.bfloat16, this run has"):
+        with pytest.raises(UserError, match=r"cache of another precision \(torch.bfloat16, this run has"):
             build_trainer(tiny(*cached, *other), process)
 
 
@@ -251,5 +252,5 @@ def test_a_run_resumes_with_another_layout_and_not_with_another_dtype(tiny: Call
     options = ["KD.LOSS.NAME", "kd", "SOLVER.EPOCHS", 1]
     checkpoint = run(*options)
     check_resumable(checkpoint, tiny(*options, "KD.TEACHER.FOLD_BN", False, "KD.TEACHER.CHANNELS_LAST", True))
-    with pytest.raises(ValueError, match=r"KD.TEACHER.DTYPE 'float32', now it is 'bfloat16'"):
+    with pytest.raises(UserError, match=r"KD.TEACHER.DTYPE 'float32', now it is 'bfloat16'"):
         check_resumable(checkpoint, tiny(*options, "KD.TEACHER.DTYPE", "bfloat16"))

@@ -195,17 +195,17 @@ def test_a_last_batch_with_fewer_images_than_micro_batches_trains_in_pairs(run: 
 
 def test_a_last_batch_of_one_image_is_refused_before_training(tiny: Callable, process: Process) -> None:
     message = r"review does not go with a last batch of one image, as 33 .* Set DATA.TRAIN_IMAGES 32"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         build_trainer(tiny(*REVIEW, "DATA.TRAIN_IMAGES", 33), process)
     build_trainer(tiny("DATA.TRAIN_IMAGES", 33), process)  # without a feature loss it trains
     message = r"resnet10t at 32 px does not go with a last batch of one image, as 33 .* Set DATA.TRAIN_IMAGES 32"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         build_trainer(tiny("DATA.TRAIN_IMAGES", 33, "MODEL.NAME", "resnet10t", "DATA.INPUT_SIZE", 32), process)
     frozen = ("MODEL.FREEZE_BN", True, "MODEL.NAME", "resnet10t", "DATA.INPUT_SIZE", 32)
     build_trainer(tiny("DATA.TRAIN_IMAGES", 33, *frozen), process)  # its BatchNorm layers count no batch
     message = r"resnet10t at 32 px does not go with micro-batches of one image .* Set fewer SOLVER.ACCUMULATE_STEPS"
     words = ("SOLVER.IMS_PER_BATCH", 4, "SOLVER.ACCUMULATE_STEPS", 4, "DATA.INPUT_SIZE", 32)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         build_trainer(tiny("MODEL.NAME", "resnet10t", *words), process)
 
 

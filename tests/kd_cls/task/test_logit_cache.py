@@ -16,6 +16,7 @@ from kd_cls.data.wrapped import AllButEveryNth, EveryNth
 from kd_cls.distributed import Process
 from kd_cls.task.logit_cache import LogitCache
 from kd_cls.train import train
+from kd_core.utils.errors import UserError
 
 CACHED = ["KD.LOSS.NAME", "dkd", "KD.TEACHER.CACHE"]
 
@@ -74,11 +75,11 @@ def test_a_cache_of_another_teacher_is_refused(tmp_path: Path) -> None:
 
 
 def test_sizes_that_cannot_be_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"KD.TEACHER.CACHE_TOPK is 50, expected 1 … 49 for 50 classes"):
+    with pytest.raises(UserError, match=r"KD.TEACHER.CACHE_TOPK is 50, expected 1 … 49 for 50 classes"):
         cache(tmp_path, "topk", topk=50)
-    with pytest.raises(ValueError, match=r"KD.TEACHER.CACHE is 'half', expected one of none, full, topk"):
+    with pytest.raises(UserError, match=r"KD.TEACHER.CACHE is 'half', expected one of none, full, topk"):
         cache(tmp_path, "half")
-    with pytest.raises(ValueError, match=r"would take .* GB .* set DATA.AUGMENTATION_EPOCHS"):
+    with pytest.raises(UserError, match=r"would take .* GB .* set DATA.AUGMENTATION_EPOCHS"):
         cache(tmp_path, num_images=10**12)
 
 
@@ -143,7 +144,7 @@ def test_a_cache_is_of_one_teacher_data_set_and_augmentation(
 ) -> None:
     folder = ["KD.TEACHER.CACHE_DIR", tmp_path / "cache"]
     build_trainer(tiny(*CACHED, "full", *folder), process)
-    with pytest.raises(ValueError, match=rf"is a cache of another {what} "):
+    with pytest.raises(UserError, match=rf"is a cache of another {what} "):
         build_trainer(tiny(*CACHED, "full", *folder, *options), process)
 
 
@@ -152,7 +153,7 @@ def test_images_that_do_not_come_again_are_not_cached(tiny: Callable, process: P
         (["DATA.REPRODUCIBLE", False], "DATA.REPRODUCIBLE is False"),
         (["SOLVER.MIXUP.ALPHA", 0.2, "KD.LOSS.NAME", "gdkd"], "SOLVER.MIXUP mixes images at random"),
     ):
-        with pytest.raises(ValueError, match=f"keeps logits of images that come again, and {reason}"):
+        with pytest.raises(UserError, match=f"keeps logits of images that come again, and {reason}"):
             train(tiny(*CACHED, "full", *options), process)
 
 

@@ -18,6 +18,7 @@ from kd_cls.task.student import Student
 from kd_core.losses import SerializationLayer
 from kd_core.optim.gsnr import suggest_momenta
 from kd_core.utils.compiling import CompiledOrPlain
+from kd_core.utils.errors import UserError
 
 METHODS: dict[str, tuple[list, set[str], int]] = {  # options, terms beside the task's, backward passes of a step
     "plain": ([], set(), 1),
@@ -254,9 +255,9 @@ def test_momenta_auto_sets_them_from_the_measured_ratio(tiny: Callable, process:
     assert trainer.auto_momenta.gsnr.count == {"tog": 4, "tcg": 4, "ncg": 4}
     assert trainer.optimizer.param_groups[0]["momenta"] == trainer.auto_momenta.momenta == measured
     for bad in (["SOLVER.OPTIMIZER", "adamw"], ["KD.LOSS.NAME", "none"]):
-        with pytest.raises(ValueError, match=r"SOLVER.MOMENTA auto compares the gradient streams"):
+        with pytest.raises(UserError, match=r"SOLVER.MOMENTA auto compares the gradient streams"):
             check_config(tiny(*options, *bad), process)
-    with pytest.raises(ValueError, match=r"SOLVER.GSNR.WINDOW 1 .*: warmup 1 holds fewer than two samples"):
+    with pytest.raises(UserError, match=r"SOLVER.GSNR.WINDOW 1 .*: warmup 1 holds fewer than two samples"):
         build_trainer(tiny(*options, "SOLVER.GSNR.WINDOW", 1), process)
 
 
@@ -293,6 +294,7 @@ def test_compiled_networks_train_as_plain_ones(tiny: Callable, process: Process)
             trainer.task.compile(backend="eager")  # captures the graph, and needs no C++ compiler
         images, target, *_ = first_batch(trainer)
         losses.append(trainer.task.train()(images, target)["loss"].detach())
+        assert not on or trainer.task.compiled_student.is_compiled
         assert all("_orig_mod" not in name for name in trainer.task.weights(with_factors=True)["model"])
     assert torch.allclose(*losses, rtol=1e-4)
 

@@ -16,6 +16,7 @@ from kd_cls.checkpoint.checkpoint import load_weights
 from kd_cls.data.statistics import InputStats
 from kd_cls.distributed import Process
 from kd_cls.task.teacher import Teacher, build_teacher
+from kd_core.utils.errors import UserError
 from kd_core.utils.state_dict import weights_digest
 
 STUDENT = InputStats((0.5, 0.4, 0.3), (0.2, 0.3, 0.4), 16)
@@ -109,7 +110,7 @@ def test_weights_may_come_from_an_url(tiny: Callable, tmp_path: Path, monkeypatc
         model = create_model("cifar_resnet8", num_classes=10)
         load_weights(model, url, "KD.TEACHER.WEIGHTS")
         assert weights_digest(model.state_dict()) == weights_digest(source.state_dict())
-        with pytest.raises(ValueError, match=r"KD.TEACHER.WEIGHTS: http://.*/gone.pth cannot be fetched"):
+        with pytest.raises(UserError, match=r"KD.TEACHER.WEIGHTS: http://.*/gone.pth cannot be fetched"):
             load_weights(model, url.replace("weights", "gone"), "KD.TEACHER.WEIGHTS")
         written = {"mean": [0.9, 0.8, 0.7], "std": [1, 2, 3], "size": 24}
         metadata = {"architecture": "cifar_resnet8", "num_classes": 10, "input": written}
@@ -117,7 +118,7 @@ def test_weights_may_come_from_an_url(tiny: Callable, tmp_path: Path, monkeypatc
         words = ["KD.LOSS.NAME", "kd", "KD.TEACHER.NAME", "cifar_resnet8"]
         cfg = tiny(*words, "KD.TEACHER.WEIGHTS", url.replace("weights", "ours"))
         assert build_teacher(cfg, 10, STUDENT).stats == ((0.9, 0.8, 0.7), (1, 2, 3), 24)  # as from a file
-        with pytest.raises(ValueError, match="is a teacher of 10 classes, the student learns 20"):
+        with pytest.raises(UserError, match="is a teacher of 10 classes, the student learns 20"):
             build_teacher(cfg, 20, STUDENT)
         server.shutdown()
 
@@ -169,7 +170,7 @@ def damaged(folder: Path) -> dict[str, Path]:
 def test_a_teacher_that_is_not_whole_is_refused(kind: str, message: str, tmp_path: Path, tiny: Callable) -> None:
     path = damaged(tmp_path)[kind]
     cfg = tiny("KD.LOSS.NAME", "kd", "KD.TEACHER.NAME", "cifar_resnet8", "KD.TEACHER.WEIGHTS", path)
-    with pytest.raises(ValueError, match=r"KD.TEACHER.WEIGHTS: .*" + message):
+    with pytest.raises(UserError, match=r"KD.TEACHER.WEIGHTS: .*" + message):
         build_teacher(cfg, 10, STUDENT)
 
 
@@ -194,12 +195,12 @@ def test_a_teacher_that_is_not_whole_is_refused(kind: str, message: str, tmp_pat
     ],
 )
 def test_a_teacher_that_is_not_said_is_asked_for(options: list, message: str, tiny: Callable) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         build_teacher(tiny("KD.LOSS.NAME", "kd", *options), 10, STUDENT)
 
 
 def test_a_teacher_of_other_classes_is_refused(tiny: Callable, run: Callable, tmp_path: Path) -> None:
     run("OUTPUT_DIR", tmp_path / "digits")
     weights = ["KD.TEACHER.NAME", "cifar_resnet8", "KD.TEACHER.WEIGHTS", tmp_path / "digits" / "last.pth"]
-    with pytest.raises(ValueError, match=r"is a teacher of 10 classes, the student learns 100 \(digits\)"):
+    with pytest.raises(UserError, match=r"is a teacher of 10 classes, the student learns 100 \(digits\)"):
         build_teacher(tiny("KD.LOSS.NAME", "kd", *weights), 100, STUDENT)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from kd_core.utils.errors import UserError
 from kd_det.checkpoint.checkpointer import WholeCheckpointer, load_all_weights
 from kd_det.config import kd_defaults
 from kd_det.modeling.teacher.build import check_teacher_weights
@@ -47,7 +48,7 @@ def test_a_file_that_would_run_code_is_refused(tmp_path, monkeypatch, suffix):
         torch.save({"model": Evil()}, path)
     else:
         path.write_bytes(pickle.dumps({"model": Evil()}))
-    with pytest.raises(ValueError, match=f"evil.{suffix} cannot be read as a checkpoint") as raised:
+    with pytest.raises(UserError, match=f"evil.{suffix} cannot be read as a checkpoint") as raised:
         WholeCheckpointer(nn.Linear(2, 3)).load(str(path))
     assert f"it refers to {os.system.__module__}.system" in str(raised.value)
     assert "weights_only" not in str(raised.value)
@@ -75,7 +76,7 @@ def test_a_truncated_file_is_named(tmp_path):
     path = tmp_path / "cut.pth"
     torch.save({"model": nn.Linear(2, 3).state_dict()}, path)
     path.write_bytes(path.read_bytes()[:-300])
-    with pytest.raises(ValueError, match=r"KEY: .*cut.pth cannot be read as a checkpoint: it is truncated"):
+    with pytest.raises(UserError, match=r"KEY: .*cut.pth cannot be read as a checkpoint: it is truncated"):
         load_all_weights(nn.Linear(2, 3), str(path), "KEY")
 
 
@@ -84,9 +85,9 @@ def test_a_teachers_missing_file_is_told_with_the_way_to_train_it(tmp_path):
     cfg = kd_defaults()
     cfg.KD.TEACHER.WEIGHTS = path
     told = rf"there is no file {path} \(tools/train_net.py with KD.TEACHER.CONFIG_FILE trains it\)"
-    with pytest.raises(ValueError, match=rf"^KD.TEACHER.WEIGHTS: {told}"):
+    with pytest.raises(UserError, match=rf"^KD.TEACHER.WEIGHTS: {told}"):
         check_teacher_weights(cfg)
-    with pytest.raises(ValueError, match=rf"^MODEL.WEIGHTS: there is no file {path}$"):
+    with pytest.raises(UserError, match=rf"^MODEL.WEIGHTS: there is no file {path}$"):
         load_all_weights(nn.Linear(2, 3), path, "MODEL.WEIGHTS")
 
 
@@ -98,8 +99,8 @@ def test_a_teachers_missing_file_is_told_with_the_way_to_train_it(tmp_path):
     ],
 )
 def test_an_address_that_cannot_be_reached_is_named_with_its_key(url, message):
-    with pytest.raises(ValueError, match=f"MODEL.WEIGHTS: {message}") as raised:
+    with pytest.raises(UserError, match=f"MODEL.WEIGHTS: {message}") as raised:
         WholeCheckpointer(nn.Linear(2, 3), save_to_disk=False).load(url)
     assert "\n" not in str(raised.value)
-    with pytest.raises(ValueError, match=f"KD.TEACHER.WEIGHTS: {message}"):
+    with pytest.raises(UserError, match=f"KD.TEACHER.WEIGHTS: {message}"):
         load_all_weights(nn.Linear(2, 3), url, "KD.TEACHER.WEIGHTS")

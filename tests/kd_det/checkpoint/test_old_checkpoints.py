@@ -87,13 +87,13 @@ def test_a_last_checkpoint_that_is_not_there_is_named(old, tmp_path):
         resume(old())
     for path in (tmp_path / "output").glob("model_*.pth"):
         path.unlink()
-    with pytest.raises(ValueError, match=r"there is no other checkpoint beside it: train anew, without --resume"):
+    with pytest.raises(UserError, match=r"there is no other checkpoint beside it: train anew, without --resume"):
         resume(old())
 
 
 @pytest.mark.parametrize("name", ["sgd", "dot_sgd", "stream_adamw"])
 def test_the_optimizer_of_another_method_is_refused(old, name):
-    with pytest.raises(ValueError, match=rf"SOLVER.OPTIMIZER deepkd_sgd, but this config says {name}: resume with the"):
+    with pytest.raises(UserError, match=rf"SOLVER.OPTIMIZER deepkd_sgd, but this config says {name}: resume with the"):
         resume(old("SOLVER.OPTIMIZER", name))
 
 
@@ -117,13 +117,13 @@ def test_settings_that_the_checkpoint_overrules_are_said(old, caplog):
 
 def test_a_checkpoint_of_detectron2s_own_trainer_has_no_optimizer_to_go_on_with(old, tmp_path):
     change(tmp_path / "output" / "model_final.pth", trainer={"iteration": 1, "optimizer_name": "deepkd_sgd"})
-    with pytest.raises(ValueError, match=r"holds no optimizer: it was written by detectron2 0.5's own trainer"):
+    with pytest.raises(UserError, match=r"holds no optimizer: it was written by detectron2 0.5's own trainer"):
         resume(old())
 
 
 def test_weights_alone_are_no_training_to_resume(old, tmp_path):
     change(tmp_path / "output" / "model_final.pth", trainer=None)
-    with pytest.raises(ValueError, match=r"model_final.pth holds weights, but no training \(key trainer\)"):
+    with pytest.raises(UserError, match=r"model_final.pth holds weights, but no training \(key trainer\)"):
         resume(old())
 
 
@@ -179,7 +179,7 @@ def test_a_config_saved_by_another_version_is_compared_key_by_key(old, tmp_path)
 def test_a_config_file_with_a_key_of_another_version_is_refused_by_name(old, tmp_path):
     path = tmp_path / "old.yaml"
     path.write_text("KD:\n  TEACHER:\n    FREEZE: True\n")
-    with pytest.raises(ValueError, match=r"KD.TEACHER.FREEZE"):
+    with pytest.raises(UserError, match=r"KD.TEACHER.FREEZE"):
         merge_file(kd_defaults(), str(path))
 
 

@@ -23,7 +23,7 @@ def test_a_whole_number_serves_where_a_float_is_due(tmp_path):
 def test_a_misspelt_key_in_a_file_is_named_with_the_nearest_one(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("KD:\n  TEACHER:\n    WEIGHT: x.pth\n")
-    with pytest.raises(ValueError, match=r"a.yaml: unknown key KD.TEACHER.WEIGHT; did you mean KD.TEACHER.WEIGHTS\?"):
+    with pytest.raises(UserError, match=r"a.yaml: unknown key KD.TEACHER.WEIGHT; did you mean KD.TEACHER.WEIGHTS\?"):
         merge_file(kd_defaults(), str(path))
 
 
@@ -35,7 +35,7 @@ def test_a_misspelt_key_on_the_command_line_is_named():
 
 
 def test_a_key_in_the_wrong_group_is_found_by_its_name():
-    with pytest.raises(ValueError, match=r"unknown key SOLVER.DELTA_TOG; did you mean SOLVER.DEEPKD.DELTA_TOG"):
+    with pytest.raises(UserError, match=r"unknown key SOLVER.DELTA_TOG; did you mean SOLVER.DEEPKD.DELTA_TOG"):
         merge_list(kd_defaults(), ["SOLVER.DELTA_TOG", "0.05"])
 
 
@@ -48,11 +48,11 @@ def test_a_key_in_the_wrong_group_is_found_by_its_name():
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused_with_one_of_the_right(tmp_path, key, word, message):
-    with pytest.raises(ValueError, match=f"the command line: {message}"):
+    with pytest.raises(UserError, match=f"the command line: {message}"):
         merge_list(kd_defaults(), [key, word])
     path, opening = tmp_path / "a.yaml", key.replace(".", ": {")
     path.write_text(f"{opening}: {word}{'}' * key.count('.')}")
-    with pytest.raises(ValueError, match=f"a.yaml: {message}"):
+    with pytest.raises(UserError, match=f"a.yaml: {message}"):
         merge_file(kd_defaults(), str(path))
 
 
@@ -79,19 +79,19 @@ def test_a_word_may_look_like_a_number():
 def test_a_file_that_is_no_config_is_named_with_the_line(tmp_path, text, message):
     path = tmp_path / "a.yaml"
     path.write_text(text)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         merge_file(kd_defaults(), str(path))
 
 
 def test_a_syntax_error_in_a_base_names_the_base(tmp_path):
     (tmp_path / "base.yaml").write_text("SOLVER: {\n")
     (tmp_path / "a.yaml").write_text("_BASE_: base.yaml\n")
-    with pytest.raises(ValueError, match=r"base.yaml, line 2, column 1"):
+    with pytest.raises(UserError, match=r"base.yaml, line 2, column 1"):
         merge_file(kd_defaults(), str(tmp_path / "a.yaml"))
 
 
 def test_overrides_without_a_value_are_refused():
-    with pytest.raises(ValueError, match=r"KEY VALUE pairs"):
+    with pytest.raises(UserError, match=r"KEY VALUE pairs"):
         merge_list(kd_defaults(), ["SEED"])
 
 
@@ -106,7 +106,7 @@ def test_a_classifiers_config_is_refused_with_the_command_that_trains_it():
 
 
 def test_a_config_file_that_is_not_there_is_named():
-    with pytest.raises(ValueError, match=r"--config-file: there is no file configs/none.yaml"):
+    with pytest.raises(UserError, match=r"--config-file: there is no file configs/none.yaml"):
         read_config("configs/none.yaml", [])
 
 
@@ -180,7 +180,7 @@ def test_a_warm_up_is_given_in_iterations_or_as_a_share_and_not_as_both():
     merge_list(cfg, ["KD.LOSS.NAME", "kd", "KD.LOSS.WARMUP_ITERS", "10", "SOLVER.MAX_ITER", "40"])
     assert build_box_loss(cfg).warmup == 0.25
     merge_list(cfg, ["KD.LOSS.WARMUP", "0.5"])
-    with pytest.raises(ValueError, match=r"KD.LOSS.WARMUP_ITERS 10 and KD.LOSS.WARMUP 0.5 both give the length"):
+    with pytest.raises(UserError, match=r"KD.LOSS.WARMUP_ITERS 10 and KD.LOSS.WARMUP 0.5 both give the length"):
         build_box_loss(cfg)
     merge_list(cfg, ["KD.LOSS.WARMUP_ITERS", "0"])
     assert build_box_loss(cfg).warmup == 0.5
@@ -189,7 +189,7 @@ def test_a_warm_up_is_given_in_iterations_or_as_a_share_and_not_as_both():
 def test_a_k_that_the_classes_do_not_allow_is_refused_when_the_loss_is_built():
     cfg = kd_defaults()
     merge_list(cfg, ["KD.LOSS.NAME", "gdkd", "KD.LOSS.GDKD.K", "11", "MODEL.ROI_HEADS.NUM_CLASSES", "10"])
-    with pytest.raises(ValueError, match=r"^KD.LOSS gdkd: k is 11, but it must be below the number of classes, 11"):
+    with pytest.raises(UserError, match=r"^KD.LOSS gdkd: k is 11, but it must be below the number of classes, 11"):
         build_box_loss(cfg)
 
 

@@ -16,6 +16,7 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 from helpers import ROOT
+from kd_core.utils.errors import UserError
 from kd_det.data import builtin, digits, prepare_digits, register_digits
 
 TINY = (replace(digits.TRAIN, name="tiny_train", num_images=6), replace(digits.VAL, name="tiny_val", num_images=4))
@@ -207,13 +208,13 @@ def test_a_folder_that_is_not_ours_is_never_replaced(tiny, tmp_path: Path):
     mine = tmp_path / "digits" / "my_own.txt"
     mine.parent.mkdir()
     mine.write_text("precious")
-    with pytest.raises(ValueError, match="was not written by kd_det"):
+    with pytest.raises(UserError, match="was not written by kd_det"):
         prepare_digits(tmp_path)
     assert mine.read_text() == "precious"
 
 
 def test_a_negative_seed_is_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match="seed of the digits data set is -1"):
+    with pytest.raises(UserError, match="seed of the digits data set is -1"):
         prepare_digits(tmp_path, seed=-1)
 
 
@@ -281,5 +282,5 @@ def test_the_command_writes_and_prints_the_folder(tiny, tmp_path: Path, capsys: 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"cannot be written to .*file/digits .*: set DETECTRON2_DATASETS"):
+    with pytest.raises(UserError, match=r"cannot be written to .*file/digits .*: set DETECTRON2_DATASETS"):
         prepare_digits(tmp_path / "file")

@@ -91,7 +91,7 @@ def test_rare_classes_repeat_by_the_root_of_their_rarity_and_by_the_rarity_itsel
 
 
 def test_a_batch_size_that_the_processes_cannot_share_is_refused(tiny_cfg):
-    with pytest.raises(ValueError, match=r"SOLVER.IMS_PER_BATCH 0 must be a positive multiple of the 1 processes"):
+    with pytest.raises(UserError, match=r"SOLVER.IMS_PER_BATCH 0 must be a positive multiple of the 1 processes"):
         build_train_loader(tiny_cfg("DATASETS.TRAIN", "('digits_train',)", "SOLVER.IMS_PER_BATCH", 0))
 
 

@@ -8,6 +8,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
+from kd_core.utils.errors import UserError
 from kd_det import add_kd_config
 from kd_det.data import check_datasets, register_datasets
 
@@ -97,13 +98,13 @@ def test_registering_twice_does_no_harm(root: Path):
 @pytest.mark.parametrize("taken", ["pets_train", "coco_2017_val", "digits_train"])
 def test_a_name_that_is_taken_is_refused_for_other_paths(root: Path, taken: str):
     register_datasets(config(PETS))
-    with pytest.raises(ValueError, match=rf"DATASETS\.REGISTER: {taken} is already a data set .*other\.json"):
+    with pytest.raises(UserError, match=rf"DATASETS\.REGISTER: {taken} is already a data set .*other\.json"):
         register_datasets(config([taken, "other.json", "images"]))
 
 
 @pytest.mark.parametrize("entry", ["pets,pets.json,images", ["pets", "pets.json"], ["pets", "a", 3], ["", "a", "b"]])
 def test_an_entry_of_another_form_is_refused(entry: object):
-    with pytest.raises(ValueError, match=r"is a list of \[name, json file, image folder\], but one entry is") as info:
+    with pytest.raises(UserError, match=r"is a list of \[name, json file, image folder\], but one entry is") as info:
         register_datasets(config(entry))
     assert "DATASETS.REGISTER" in str(info.value) and repr(entry) in str(info.value)
 
@@ -113,31 +114,31 @@ def test_a_missing_file_or_folder_is_named_with_the_root(root: Path, field: str,
     cfg = config(PETS, test=("pets_train",))
     register_datasets(cfg)
     (root / gone).rename(root / "moved")
-    with pytest.raises(ValueError, match=rf"its {field} {root}/{gone} does not exist") as info:
+    with pytest.raises(UserError, match=rf"its {field} {root}/{gone} does not exist") as info:
         check_datasets(cfg)
     assert str(info.value).startswith("DATASETS.TEST: pets_train is not on disk")
     assert f"DETECTRON2_DATASETS, where relative paths start, is {root}" in str(info.value)
 
 
 def test_a_data_set_of_detectron2_that_is_not_on_disk_is_named_too(root: Path):
-    with pytest.raises(ValueError, match=r"coco_2017_train .*instances_train2017\.json .*DETECTRON2_DATASETS"):
+    with pytest.raises(UserError, match=r"coco_2017_train .*instances_train2017\.json .*DETECTRON2_DATASETS"):
         check_datasets(config(train=("coco_2017_train",), num_classes=80))
 
 
 def test_an_unknown_name_is_answered_with_the_near_ones(root: Path):
     register_datasets(config(PETS))
-    with pytest.raises(ValueError, match=r"DATASETS\.TRAIN: .* called 'pets_trian'; did you mean pets_train"):
+    with pytest.raises(UserError, match=r"DATASETS\.TRAIN: .* called 'pets_trian'; did you mean pets_train"):
         check_datasets(config(train=("pets_trian",)))
-    with pytest.raises(ValueError, match=r"'zzz'; no registered name is similar\. DATASETS\.REGISTER is a list of"):
+    with pytest.raises(UserError, match=r"'zzz'; no registered name is similar\. DATASETS\.REGISTER is a list of"):
         check_datasets(config(test=("zzz",)))
 
 
 def test_the_number_of_classes_must_be_the_models(root: Path):
     cfg = config(PETS, train=("pets_train",), num_classes=80)
     register_datasets(cfg)
-    with pytest.raises(ValueError, match=r"pets_train has 2 classes: .*NUM_CLASSES 80 does not fit, set it to 2$"):
+    with pytest.raises(UserError, match=r"pets_train has 2 classes: .*NUM_CLASSES 80 does not fit, set it to 2$"):
         check_datasets(cfg)
-    with pytest.raises(ValueError, match=r"digits_val has 10 classes: MODEL\.ROI_HEADS\.NUM_CLASSES 80 does not fit"):
+    with pytest.raises(UserError, match=r"digits_val has 10 classes: MODEL\.ROI_HEADS\.NUM_CLASSES 80 does not fit"):
         check_datasets(config(test=("digits_val",), num_classes=80))
 
 
@@ -145,7 +146,7 @@ def test_two_data_sets_must_have_the_same_classes_in_the_same_order(root: Path):
     write_coco(root / "other.json", ["dog", "cat"])
     cfg = config(PETS, ["pets_test", "other.json", "images"], train=("pets_train",), test=("pets_test",))
     register_datasets(cfg)
-    with pytest.raises(ValueError, match=r"DATASETS\.TEST: pets_test has not the classes of pets_train in their order"):
+    with pytest.raises(UserError, match=r"DATASETS\.TEST: pets_test has not the classes of pets_train in their order"):
         check_datasets(cfg)
 
 
@@ -154,7 +155,7 @@ def test_a_file_that_is_no_coco_annotation_is_named(root: Path, content: str):
     cfg = config(PETS, train=("pets_train",))
     register_datasets(cfg)
     (root / "pets.json").write_text(content)
-    with pytest.raises(ValueError, match=r"DATASETS\.TRAIN: pets_train: .*pets\.json is no"):
+    with pytest.raises(UserError, match=r"DATASETS\.TRAIN: pets_train: .*pets\.json is no"):
         check_datasets(cfg)
 
 
@@ -167,7 +168,7 @@ def test_the_images_of_a_test_need_no_annotations(root: Path, annotations: list 
     cfg = config(PETS, train=("pets_train",), test=("pets_train",))
     register_datasets(cfg)
     check_datasets(cfg, keys=["TEST"])
-    with pytest.raises(ValueError, match=r"DATASETS\.TRAIN: pets_train: .*annotations"):
+    with pytest.raises(UserError, match=r"DATASETS\.TRAIN: pets_train: .*annotations"):
         check_datasets(cfg)
 
 

@@ -10,6 +10,7 @@ from fvcore.transforms.transform import CropTransform, HFlipTransform
 from PIL import Image
 from torch.testing import assert_close
 
+from kd_core.utils.errors import UserError
 from kd_det.data.loader import build_train_loader, seeded
 from kd_det.data.two_sizes import TwoSizeMapper, build_train_mapper, scaled_transforms
 from kd_det.modeling.teacher.view import rescale_proposals, scale_boxes
@@ -95,12 +96,12 @@ def test_the_training_loader_brings_both_sizes_to_the_model(tiny_cfg, tiny_model
     ],
 )
 def test_augmentations_that_cannot_be_repeated_in_another_size_are_refused(transforms, what):
-    with pytest.raises(ValueError, match=rf"KD.TEACHER.IMAGE_SCALE: the augmentations have {what}; .* 'teacher_image'"):
+    with pytest.raises(UserError, match=rf"KD.TEACHER.IMAGE_SCALE: the augmentations have {what}; .* 'teacher_image'"):
         scaled_transforms(T.TransformList(transforms), 2.0)
 
 
 def test_a_size_of_0_is_refused(tiny_cfg):
-    with pytest.raises(ValueError, match=r"KD.TEACHER.IMAGE_SCALE is 0.0: a size must be above 0"):
+    with pytest.raises(UserError, match=r"KD.TEACHER.IMAGE_SCALE is 0.0: a size must be above 0"):
         build_train_mapper(tiny_cfg(*TWO, "KD.TEACHER.IMAGE_SCALE", 0.0))
 
 
@@ -141,5 +142,5 @@ def test_proposals_come_back_in_the_students_pixels(tiny_model, batch):
 
 
 def test_inputs_without_the_asked_size_are_refused(tiny_model, batch, storage):
-    with pytest.raises(ValueError, match=r"KD.TEACHER.IMAGE_SCALE asks for .* the inputs have no 'teacher_image'"):
+    with pytest.raises(UserError, match=r"KD.TEACHER.IMAGE_SCALE asks for .* the inputs have no 'teacher_image'"):
         tiny_model(*DKD, "KD.TEACHER.IMAGE_SCALE", 2.0)(batch)

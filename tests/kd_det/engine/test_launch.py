@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from kd_core.losses import DKDLoss
+from kd_core.utils.errors import UserError
 from kd_det.config import build_box_loss, kd_defaults, merge_list
 from kd_det.engine.launch import list_keys, run_in_process
 
@@ -56,5 +57,5 @@ def test_a_result_comes_through():
 def test_keys_are_listed_under_their_groups():
     lines = list_keys("", ["SOLVER.DEEPKD", "SEED"]).splitlines()
     assert "SEED -1" in lines and "SOLVER.DEEPKD.DELTA_TOG 0.075" in lines and len(lines) == 5
-    with pytest.raises(ValueError, match=r"no keys under SOLVER.DEEP"):
+    with pytest.raises(UserError, match=r"no keys under SOLVER.DEEP"):
         list_keys("", ["SOLVER.DEEP"])

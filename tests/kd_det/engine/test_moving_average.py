@@ -9,6 +9,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 
 from helpers.few_digits import few_digits
+from kd_core.utils.errors import UserError
 from kd_det.config.student import student_config
 from kd_det.data import register_datasets
 from kd_det.engine.hooks.moving_average import MovingAverage
@@ -86,7 +87,7 @@ def test_a_checkpoint_without_it_is_continued_with_a_warning_and_one_of_another_
         next(hook for hook in trainer._hooks if type(hook).__name__ == "UpdateAverage").before_train()
     assert "the checkpoint to resume has no moving average (key ema): it starts from" in caplog.text
     state = {**trainer.average.state_dict(), "roi_heads.box_head.fc1.weight": torch.zeros(2, 2)}
-    with pytest.raises(ValueError, match=r"\(key ema\) .* 1 weights .*, the first is roi_heads.box_head.fc1"):
+    with pytest.raises(UserError, match=r"\(key ema\) .* 1 weights .*, the first is roi_heads.box_head.fc1"):
         trainer.average.load_state_dict(state)
 
 
@@ -97,5 +98,5 @@ def test_building_it_costs_the_student_no_random_number(cfg):
     assert torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in average.state_dict().items())
     cfg.SOLVER.EMA.DECAY = 1.0
-    with pytest.raises(ValueError, match=r"SOLVER.EMA.DECAY is 1.0, expected a number in \[0, 1\)"):
+    with pytest.raises(UserError, match=r"SOLVER.EMA.DECAY is 1.0, expected a number in \[0, 1\)"):
         check_solver(cfg)

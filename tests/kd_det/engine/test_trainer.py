@@ -92,7 +92,7 @@ def test_a_run_killed_before_its_last_file_writes_it_when_it_is_resumed(cfg, tmp
 def test_a_resume_with_another_length_of_the_schedule_is_refused(cfg):
     train(cfg)
     cfg.SOLVER.MAX_ITER = 12
-    with pytest.raises(ValueError, match=r"of a training of 4 iterations, but SOLVER.MAX_ITER is 12"):
+    with pytest.raises(UserError, match=r"of a training of 4 iterations, but SOLVER.MAX_ITER is 12"):
         DistillationTrainer(cfg).resume_or_load(resume=True)
 
 
@@ -151,9 +151,9 @@ def test_an_evaluation_that_a_kill_interrupted_is_made_up_for(cfg, tmp_path, mon
 
 
 def test_evaluation_alone_needs_weights(cfg):
-    with pytest.raises(ValueError, match=r"--eval-only: MODEL.WEIGHTS is empty"):
+    with pytest.raises(UserError, match=r"--eval-only: MODEL.WEIGHTS is empty"):
         DistillationTrainer.evaluate_only(cfg)
-    with pytest.raises(ValueError, match=r"there is no checkpoint in OUTPUT_DIR"):
+    with pytest.raises(UserError, match=r"there is no checkpoint in OUTPUT_DIR"):
         DistillationTrainer.evaluate_only(cfg, resume=True)
 
 
@@ -169,9 +169,13 @@ def test_an_evaluation_refuses_a_name_that_is_not_registered_and_augmentation_th
 
 
 def test_the_distillation_loss_warms_up_over_its_iterations(cfg):
-    cfg.SOLVER.BASE_LR = 0.0
-    steps, _ = train(cfg)
-    assert steps[0][1]["loss_kd_nckd"] == 0 and steps[1][1]["loss_kd_nckd"] > 0
+    cfg.SOLVER.BASE_LR, cfg.SOLVER.MAX_ITER = 0.0, 4
+    found = []
+    for iterations in (3, 0):
+        cfg.KD.LOSS.WARMUP_ITERS = iterations
+        found.append([losses["loss_kd_nckd"] for _, losses in train(cfg)[0]])
+    shares = [warming / whole for warming, whole in zip(*found, strict=True)]
+    assert shares == pytest.approx([0, 1 / 3, 2 / 3, 1])
 
 
 def test_the_teachers_ap_is_reported_when_asked_for(cfg, tmp_path, caplog):

@@ -6,6 +6,7 @@ import sys
 import pytest
 from detectron2.utils.events import EventStorage
 
+from kd_core.utils.errors import UserError
 from kd_det.engine.writers import WandbWriter, build_wandb_writers
 
 
@@ -25,7 +26,7 @@ class Run:
 def test_it_is_not_imported_unless_it_is_wanted_and_its_absence_is_said_with_the_remedy(tiny_cfg, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     assert build_wandb_writers(tiny_cfg(), int) == []
-    with pytest.raises(ValueError, match=r"WANDB.ENABLED is True, but the wandb package is not installed: pip install"):
+    with pytest.raises(UserError, match=r"WANDB.ENABLED is True, but the wandb package is not installed: pip install"):
         build_wandb_writers(tiny_cfg("WANDB.ENABLED", True), int)
 
 

@@ -6,6 +6,7 @@ import pytest
 from detectron2.modeling import build_model
 
 from helpers import report_runs
+from kd_core.utils.errors import UserError
 from kd_det.checkpoint.checkpointer import WholeCheckpointer
 from kd_det.config.student import student_config
 from kd_det.evaluation import report
@@ -71,7 +72,7 @@ def test_not_one_detection_is_an_ap_of_zero(finished):
 
 
 def test_an_unfinished_run_is_said_to_be_one(tmp_path):
-    with pytest.raises(ValueError, match=r"holds no finished training: metrics.json has no bbox/AP"):
+    with pytest.raises(UserError, match=r"holds no finished training: metrics.json has no bbox/AP"):
         report.read_run(tmp_path)
 
 

@@ -13,6 +13,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.testing import assert_close
 
+from kd_core.utils.errors import UserError
 from kd_core.utils.folding import folded_weights
 from kd_det import Teacher
 from kd_det.checks import check_before_training
@@ -263,10 +264,10 @@ def test_every_listed_teacher_is_made_fast(tiny_cfg, tmp_path):
 
 def test_another_type_is_refused_by_its_key(tiny_cfg, tiny_model):
     message = r"KD.TEACHER.DTYPE is 'half', expected student or float32 or bfloat16 or float16"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         tiny_model(*DKD, "KD.TEACHER.DTYPE", "half")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         check_before_training(tiny_cfg(*DKD, "KD.TEACHER.DTYPE", "half"), resume=False)
     for key in ("FOLD_BN", "CHANNELS_LAST", "COMPILE"):
-        with pytest.raises(ValueError, match=f"KD.TEACHER.{key} is 'perhaps', expected"):
+        with pytest.raises(UserError, match=f"KD.TEACHER.{key} is 'perhaps', expected"):
             tiny_cfg(f"KD.TEACHER.{key}", "perhaps")

@@ -88,6 +88,7 @@ def test_a_compiled_loss_is_the_eager_one():
     loss.compile(backend="aot_eager")
     for term, value in loss(student, teacher, target).items():
         assert_close(value, expected[term])
+    assert loss.compiled_terms.is_compiled
 
 
 def test_a_negative_gamma_is_refused():

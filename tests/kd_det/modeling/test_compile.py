@@ -111,6 +111,7 @@ def test_two_backward_passes_go_through_one_compiled_graph(tiny_cfg, tiny_model,
         torch.manual_seed(0)
         trainer.run_step()
         weights.append(model.roi_heads.box_head.fc1.weight)
+    assert model.roi_heads.box_head._compiled_call_impl.is_compiled
     assert_close(weights[1], weights[0])
 
 

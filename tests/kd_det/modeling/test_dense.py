@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 from helpers.tiny_detector import RETINANET
 from kd_core.losses import DKDLoss
+from kd_core.utils.errors import UserError
 from kd_det import DistilledRetinaNet, Teacher
 from kd_det.checks import failures, training_checks
 from kd_det.config import kd_defaults, merge_file
@@ -167,7 +168,7 @@ def test_a_teacher_whose_anchors_are_not_the_students_is_refused_by_name(retinan
     with open(tiny_cfg().KD.TEACHER.CONFIG_FILE, "w") as file:
         file.write(tiny_cfg(*RETINANET, "MODEL.RPN.IN_FEATURES", ["p3", "p4", "p5"],
                             "MODEL.ROI_HEADS.IN_FEATURES", ["p3", "p4", "p5"], *teacher).dump())  # fmt: skip
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         model.load_teacher()
 
 
@@ -206,7 +207,7 @@ def test_it_is_built_by_keyword(retinanet, batch, storage):
     teacher = Teacher(retinanet("MODEL.META_ARCHITECTURE", "RetinaNet"))
     student = DistilledRetinaNet(loss=DKDLoss(temperature=1.0), teacher=teacher, gamma=2.0, rows="background", **kwargs)
     assert student.loss.gamma == 2.0 and student(batch)["loss_kd_nckd"].requires_grad
-    with pytest.raises(ValueError, match="needs a teacher"):
+    with pytest.raises(UserError, match="needs a teacher"):
         DistilledRetinaNet(loss=DKDLoss(), **kwargs)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from kd_core.losses import DKDLoss
+from kd_core.utils.errors import UserError
 from kd_det import Teacher
 from kd_det.compat import FCOS, FCOSHead
 from kd_det.config import kd_defaults
@@ -81,5 +82,5 @@ if FCOS is not None:  # a test that is skipped would hide another that is
 
     def test_a_yaml_that_names_it_is_told_of_lazy_configs():
         cfg = kd_defaults()
-        with pytest.raises(ValueError, match="detectron2's FCOS has no yaml config"):
+        with pytest.raises(UserError, match="detectron2's FCOS has no yaml config"):
             dense.DistilledFCOS(cfg)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kd_core.utils.errors import UserError
 from kd_det.engine.trainer import DistillationTrainer
 
 FROZEN = (
@@ -32,7 +33,7 @@ def test_a_frozen_weight_that_the_file_lacks_is_refused_by_name(tiny_cfg, tiny_m
     first = f"backbone.bottom_up.{lacking}"
     path = weights_without(tiny_model, tmp_path / "cut.pth", first.removesuffix("conv1.weight"))
     message = f"MODEL.WEIGHTS: .*cut.pth lacks {count} weights that stay frozen, the first is {first}: .*FREEZE_AT 0"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         load(tiny_cfg(*FROZEN, "MODEL.WEIGHTS", path))
 
 

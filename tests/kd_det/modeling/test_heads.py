@@ -10,6 +10,7 @@ from detectron2.structures import BitMasks, Keypoints
 from detectron2.utils.events import EventStorage
 from torch.testing import assert_close
 
+from kd_core.utils.errors import UserError
 from kd_det import Teacher
 from kd_det.engine.train_step import pool_in_float32
 from kd_det.modeling.box_stages import capture_box_stages, capture_head_inputs
@@ -135,13 +136,13 @@ def test_what_the_teachers_rows_would_log_does_not_mix_with_the_students(tiny_mo
 def test_a_teacher_without_an_rpn_has_no_proposals(tiny_model, batch, storage):
     model = tiny_model(*DKD, *BOTH)
     model.teacher.model.proposal_generator = None
-    with pytest.raises(ValueError, match=r"KD.PROPOSALS student\+teacher: the teacher has no RPN"):
+    with pytest.raises(UserError, match=r"KD.PROPOSALS student\+teacher: the teacher has no RPN"):
         model(batch)
 
 
 def test_other_heads_are_not_run_again():
     heads = ROIHeads(num_classes=10, batch_size_per_image=8, positive_fraction=0.25, proposal_matcher=None)
-    with pytest.raises(ValueError, match=r"KD.PROPOSALS student\+teacher runs .* but not for ROIHeads: set KD"):
+    with pytest.raises(UserError, match=r"KD.PROPOSALS student\+teacher runs .* but not for ROIHeads: set KD"):
         stages_on_teacher_proposals(heads, {}, [], [])
 
 
@@ -199,7 +200,7 @@ def test_a_batch_without_foreground_gives_zero_with_a_gradient_for_foreground_ro
     ],
 )
 def test_what_is_no_option_is_refused(tiny_model, overrides, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         tiny_model(*DKD, *overrides)
 
 

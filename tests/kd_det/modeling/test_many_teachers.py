@@ -8,6 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from kd_core.losses import DKDLoss
+from kd_core.utils.errors import UserError
 from kd_det import Teacher
 from kd_det.analysis.findings import use_random_teacher
 from kd_det.config import kd_defaults, merge_file, merge_list
@@ -139,7 +140,7 @@ def test_what_names_no_teachers_is_refused(overrides, message):
     cfg = kd_defaults()
     cfg.KD.TEACHERS = PAIRS
     merge_list(cfg, overrides)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         each_teacher(cfg)
 
 
@@ -161,7 +162,7 @@ def test_a_model_is_built_with_every_listed_teacher_and_its_errors_say_which(tin
     first, second = (teacher.model for teacher in model.teachers)
     assert first is not second and model.teacher is model.teachers[0]
     broken = tiny_model(*DKD, *listed, f"[['{path}', ''], ['{path}', 'no/such.pth']]")
-    with pytest.raises(ValueError, match=r"KD.TEACHERS\[1\]: KD.TEACHER.WEIGHTS: there is no file no/such.pth"):
+    with pytest.raises(UserError, match=r"KD.TEACHERS\[1\]: KD.TEACHER.WEIGHTS: there is no file no/such.pth"):
         broken.load_teacher()
-    with pytest.raises(ValueError, match=r"KD.TEACHERS_MEAN is 'median', expected log_probs or losses"):
+    with pytest.raises(UserError, match=r"KD.TEACHERS_MEAN is 'median', expected log_probs or losses"):
         tiny_model(*DKD, "KD.TEACHERS_MEAN", "median")

@@ -9,6 +9,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
 from kd_core.losses import DKDLoss
+from kd_core.utils.errors import UserError
 from kd_det import DistilledRCNN, Teacher
 from kd_det.config.student import copy_shared
 
@@ -188,5 +189,5 @@ def test_it_can_be_built_from_parts_without_any_config_of_ours(tiny_cfg, batch, 
     parts = type(teacher.model).from_config(cfg)
     model = DistilledRCNN(loss=DKDLoss(temperature=1.0), teacher=teacher, **parts)
     assert {"loss_kd_tckd", "loss_kd_nckd"} <= set(model(batch))
-    with pytest.raises(ValueError, match="needs a teacher"):
+    with pytest.raises(UserError, match="needs a teacher"):
         DistilledRCNN(loss=DKDLoss(), **parts)

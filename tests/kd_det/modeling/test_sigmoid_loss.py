@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from kd_core.losses import AEKTLoss, DKDLoss, GDKDLoss, KDLoss
 from kd_core.topk import TopKSchedule
+from kd_core.utils.errors import UserError
 from kd_det.modeling.sigmoid_loss import BinaryDKDLoss, binary_form, binary_kl, uses_sigmoid
 
 DKD = ("KD.LOSS.NAME", "dkd", "KD.LOSS.TEMPERATURE", 1.0)
@@ -79,7 +80,7 @@ def test_a_float64_divergence_passes_gradcheck():
     ],
 )
 def test_a_loss_that_partitions_a_softmax_is_refused(loss):
-    with pytest.raises(ValueError, match=rf"USE_SIGMOID_CE: {type(loss).__name__} .* takes KD.LOSS.NAME kd, or dkd"):
+    with pytest.raises(UserError, match=rf"USE_SIGMOID_CE: {type(loss).__name__} .* takes KD.LOSS.NAME kd, or dkd"):
         binary_form(loss)
 
 
@@ -104,5 +105,5 @@ def test_a_student_of_sigmoids_learns_from_a_teacher_of_sigmoids_alone(tiny_mode
     assert losses["loss_kd_nckd"].requires_grad and losses["loss_kd_nckd"].item() >= 0
     softmax = Teacher(tiny_model("MODEL.META_ARCHITECTURE", "GeneralizedRCNN"))
     mixed = DistilledRCNN(loss=DKDLoss(), teacher=softmax, **kwargs)
-    with pytest.raises(ValueError, match=r"student classifies by one sigmoid per class .*, its teacher by a softmax"):
+    with pytest.raises(UserError, match=r"student classifies by one sigmoid per class .*, its teacher by a softmax"):
         mixed.load_teacher()

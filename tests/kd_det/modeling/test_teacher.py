@@ -53,7 +53,7 @@ def test_channels_are_swapped_only_between_bgr_and_rgb():
     image = torch.arange(12).view(3, 2, 2)
     assert torch.equal(convert_channels(image, "BGR", "RGB"), image[[2, 1, 0]])
     assert convert_channels(image, "RGB", "RGB") is image
-    with pytest.raises(ValueError, match=r"only BGR and RGB convert"):
+    with pytest.raises(UserError, match=r"only BGR and RGB convert"):
         convert_channels(image, "YUV-BT.601", "RGB")
 
 
@@ -75,7 +75,7 @@ def test_a_name_of_the_model_zoo_is_a_config_file():
     ],
 )
 def test_what_is_wrong_with_a_teacher_is_said_with_its_key(tiny_cfg, overrides, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         build_teacher(tiny_cfg(*overrides))
 
 
@@ -94,7 +94,7 @@ def test_weights_with_a_missing_key_do_not_train(tiny_cfg, tmp_path):
 def test_a_resnet_101_config_with_resnet_50_weights_does_not_train(tiny_cfg, tiny_model, tmp_path):
     path, _, _ = other_teacher(tiny_cfg, tmp_path)
     torch.save({"model": tiny_model().state_dict()}, tmp_path / "r50.pth")
-    with pytest.raises(ValueError, match=r"lacks .* weights of the model, the first is backbone.bottom_up.res4.6"):
+    with pytest.raises(UserError, match=r"lacks .* weights of the model, the first is backbone.bottom_up.res4.6"):
         build_teacher(tiny_cfg("KD.TEACHER.CONFIG_FILE", path, "KD.TEACHER.WEIGHTS", tmp_path / "r50.pth"))
 
 
@@ -115,7 +115,7 @@ def test_the_yamls_own_weights_are_never_used(tiny_cfg, tmp_path):
     config = yaml.safe_load(path.read_text())
     config["MODEL"]["WEIGHTS"] = str(weights)
     path.write_text(yaml.safe_dump(config))
-    with pytest.raises(ValueError, match=r"KD.TEACHER.WEIGHTS is empty"):
+    with pytest.raises(UserError, match=r"KD.TEACHER.WEIGHTS is empty"):
         build_teacher(tiny_cfg("KD.TEACHER.CONFIG_FILE", path, "KD.TEACHER.ALLOW_RANDOM", False))
 
 

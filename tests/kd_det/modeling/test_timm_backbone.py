@@ -22,6 +22,7 @@ from torchvision.models import mobilenet_v2
 
 import kd_cls.models  # noqa: F401  (registers kd_mobilenetv1, which gives no maps)
 import kd_det
+from kd_core.utils.errors import UserError
 from kd_det.checkpoint.classifier_weights import Classifier
 from kd_det.checkpoint.convert_classifier import convert, save
 from kd_det.checks import failures, training_checks
@@ -199,16 +200,16 @@ def test_a_file_that_lacks_a_weight_is_refused(tmp_path):
     del state["blocks.3.0.conv_pw.weight"]
     torch.save(state, tmp_path / "mv2.pth")
     message = r"mv2.pth does not fit MODEL.TIMM.NAME mobilenetv2_100: 1 of 51 .* the first is blocks.3.0.conv_pw.weight"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         backbone("mobilenetv2_100", "MODEL.TIMM.WEIGHTS", tmp_path / "mv2.pth")
 
 
 def test_a_file_of_another_network_is_refused(tmp_path):
     path = tmp_path / "other.pth"
     torch.save(timm.create_model("mobilenetv2_050").state_dict(), path)
-    with pytest.raises(ValueError, match=r"MODEL.TIMM.WEIGHTS .*other.pth: timm cannot load that file .*size mismatch"):
+    with pytest.raises(UserError, match=r"MODEL.TIMM.WEIGHTS .*other.pth: timm cannot load that file .*size mismatch"):
         backbone("mobilenetv2_100", "MODEL.TIMM.WEIGHTS", path)
-    with pytest.raises(ValueError, match=r"NAME convnext_atto, .*other.pth: timm cannot load that file into the"):
+    with pytest.raises(UserError, match=r"NAME convnext_atto, .*other.pth: timm cannot load that file into the"):
         backbone("convnext_atto", "MODEL.TIMM.WEIGHTS", path)
 
 
@@ -244,7 +245,7 @@ def test_weights_of_the_whole_detector_make_those_of_the_backbone_needless(caplo
     ],
 )
 def test_what_cannot_be_a_backbone_is_refused_by_its_key(name, overrides, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         backbone(name, *overrides)
 
 
@@ -257,7 +258,7 @@ def test_a_network_whose_maps_do_not_fit_an_fpn_is_refused():
         def forward(self, images):
             return [super().forward(images)]
 
-    with pytest.raises(ValueError, match=r"its map res1 .* is \(1, 4, 30, 46\), and an FPN needs \(1, 4, 32, 48\)"):
+    with pytest.raises(UserError, match=r"its map res1 .* is \(1, 4, 30, 46\), and an FPN needs \(1, 4, 32, 48\)"):
         TimmBackbone(Unpadded(3, 4, 5, stride=2)).check_maps(["res1"])
 
 
@@ -320,7 +321,7 @@ def test_evaluating_the_last_checkpoint_asks_for_no_start_weights(tiny_cfg, tmp_
     torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "output/model_final.pth")
     (tmp_path / "output/last_checkpoint").write_text("model_final.pth")
     merge_list(cfg, ["MODEL.TIMM.WEIGHTS", str(tmp_path / "gone.pth")])
-    with pytest.raises(ValueError, match=r"gone\.pth"):
+    with pytest.raises(UserError, match=r"gone\.pth"):
         build_model(cfg)
     assert DistillationTrainer.evaluate_only(cfg, resume=True) == {}
 
