@@ -52,7 +52,6 @@ from kd_cls.engine.derive import (
     check_published,
     derive_student,
     own_size,
-    weights_at_hand,
     without_teacher,
 )
 from kd_cls.engine.evaluation import evaluate
@@ -66,7 +65,7 @@ from kd_core.utils.config import changes_as_yaml, find_config, merge_list
 from kd_core.utils.errors import UserError, exit_on_user_error
 from kd_core.utils.files import write_text
 from kd_core.utils.latency import COST_HEADERS, Cost, clock, cost_cells
-from kd_core.utils.packaged_weights import PACKAGED
+from kd_core.utils.packaged_weights import PACKAGED, weights_at_hand
 from kd_core.utils.resume import remember_request
 
 UNDECODABLE = "train image that cannot be decoded"

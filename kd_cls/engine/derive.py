@@ -3,11 +3,9 @@
 import difflib
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from fvcore.common.config import CfgNode
 
 import kd_cls.models  # noqa: F401  (registers the papers' networks with timm)
@@ -15,7 +13,6 @@ from kd_cls.config import get_cfg
 from kd_cls.data import default_augmentation
 from kd_core.utils.config import set_values
 from kd_core.utils.errors import UserError, one_line
-from kd_core.utils.packaged_weights import PACKAGED, find_package
 
 # The papers' settings for ImageNet (configs/ImageNet). DOT and DeepKD keep the step size of plain SGD (matched, ours).
 KD = {"KD.LOSS.NAME": "kd", "KD.TASK_WEIGHT": 0.5, "KD.LOSS.WEIGHT": 0.5}
@@ -155,24 +152,3 @@ def check_published(name: str, option: str) -> None:
 def own_size(name: str) -> int:
     """Side of the images that a network was made for."""
     return timm.create_model(name).pretrained_cfg["input_size"][-1]
-
-
-def weights_at_hand(name: str) -> str:
-    """ImageNet weights of a network that need no download: an installed package, "timm" for its cache, or ""."""
-    for package, network in PACKAGED.items():
-        if network == name and find_package(package):
-            return package
-    return "timm" if in_cache(name) else ""
-
-
-def in_cache(name: str) -> bool:
-    """Whether timm's weights of a network are in the cache of the hub or of torch."""
-    from huggingface_hub import try_to_load_from_cache
-
-    known = timm.get_pretrained_cfg(name)
-    if known is None:
-        return False
-    files = ("model.safetensors", "pytorch_model.bin")
-    if known.hf_hub_id and any(isinstance(try_to_load_from_cache(known.hf_hub_id, file), str) for file in files):
-        return True
-    return bool(known.url) and Path(torch.hub.get_dir(), "checkpoints", known.url.split("/")[-1]).is_file()

@@ -1,4 +1,4 @@
-"""ImageNet weights that a package index ships as packages, for machines that reach an index and no hub."""
+"""ImageNet weights that need no download: packages of a package index, and what timm has fetched before."""
 
 import importlib.util
 from collections.abc import Mapping
@@ -20,6 +20,28 @@ def find_package(name: str) -> Path | None:
     if spec is None:
         return None
     return next(path for root in spec.submodule_search_locations for path in Path(root).rglob("*.pth"))
+
+
+def weights_at_hand(name: str) -> str:
+    """Where this machine has weights of timm's network `name`: a package of `PACKAGED`, "timm" (its cache), or ""."""
+    for package, network in PACKAGED.items():
+        if network == name and find_package(package):
+            return package
+    return "timm" if in_timms_cache(name) else ""
+
+
+def in_timms_cache(name: str) -> bool:
+    """Whether timm's weights of a network are in the cache of the hub or of torch."""
+    import timm  # the one function here that needs it
+    from huggingface_hub import try_to_load_from_cache
+
+    known = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    if known is None:
+        return False
+    files = ("model.safetensors", "pytorch_model.bin")
+    if known.hf_hub_id and any(isinstance(try_to_load_from_cache(known.hf_hub_id, file), str) for file in files):
+        return True
+    return bool(known.url) and Path(torch.hub.get_dir(), "checkpoints", known.url.split("/")[-1]).is_file()
 
 
 def packaged_weights(name: str, network: Mapping[str, Tensor]) -> dict[str, Tensor]:

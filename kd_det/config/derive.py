@@ -10,7 +10,6 @@ from detectron2.config import CfgNode
 
 from kd_core.utils.config import lookup, set_values
 from kd_core.utils.errors import UserError
-from kd_core.utils.packaged_weights import PACKAGED, find_package
 from kd_det.checkpoint.classifier_weights import IMAGENET_MEAN, IMAGENET_STD
 from kd_det.config.defaults import kd_defaults
 from kd_det.config.files import merge_file
@@ -269,23 +268,3 @@ def iterations(teacher_solver: CfgNode, batch: int, request: Request) -> int:
     if count < 1:
         raise UserError(f"the training would have {count} iterations: raise --iterations or --epochs")
     return count
-
-
-def default_weights(student: str) -> str:
-    """ImageNet weights for a student that are at hand without a download: the index's packages, or timm's cache."""
-    packaged = {network: name for name, network in PACKAGED.items()}
-    if student in packaged:
-        return packaged[student] if find_package(packaged[student]) else ""
-    return "timm" if in_timms_cache(student) else ""
-
-
-def in_timms_cache(name: str) -> bool:
-    """Whether timm's weights of a network are in the hub's cache already."""
-    import timm
-    from huggingface_hub import try_to_load_from_cache
-
-    if not timm.is_model(name):
-        return False
-    pretrained = timm.get_pretrained_cfg(name)
-    hub = getattr(pretrained, "hf_hub_id", None)
-    return bool(hub) and isinstance(try_to_load_from_cache(hub, "model.safetensors"), str)

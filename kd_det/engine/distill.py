@@ -25,12 +25,13 @@ from kd_core.utils.data_check import summary
 from kd_core.utils.errors import UserError
 from kd_core.utils.files import write_text
 from kd_core.utils.latency import COST_HEADERS, Cost, clock, cost_cells, measure_cost
+from kd_core.utils.packaged_weights import weights_at_hand
 from kd_core.utils.resume import remember_request
 from kd_det.analysis.cost import measure
 from kd_det.checkpoint.checkpointer import WholeCheckpointer, check_local_file
 from kd_det.checks import check_named, training_checks
 from kd_det.config.defaults import kd_defaults
-from kd_det.config.derive import METHODS, Request, check_request, default_weights, derive_student
+from kd_det.config.derive import METHODS, Request, check_request, derive_student
 from kd_det.config.files import merge_file
 from kd_det.data import register_datasets
 from kd_det.data.check import FATAL, check_coco
@@ -104,7 +105,7 @@ def build_config(args: argparse.Namespace, output: Path) -> CfgNode:
             f"--teacher: {teacher_file} is a {teacher.MODEL.META_ARCHITECTURE}, and students are derived from "
             "detectors only: write the student's config (docs/segmentation.md) and train it with tools/train_net.py"
         )
-    weights = default_weights(args.student) if args.student_weights is None else args.student_weights
+    weights = weights_at_hand(args.student) if args.student_weights is None else args.student_weights
     request = Request(
         student=args.student,
         method=args.method,

@@ -14,7 +14,7 @@ import kd_cls.models  # noqa: F401  (registers cifar_<name>)
 from kd_cls import distill, evaluate
 from kd_cls.config import load_cfg
 from kd_cls.data.statistics import InputStats
-from kd_cls.engine.derive import METHODS, Request, derive_student, weights_at_hand, without_teacher
+from kd_cls.engine.derive import METHODS, Request, derive_student, without_teacher
 from kd_cls.engine.forecast import training_seconds
 from kd_cls.engine.trainer import Trainer
 from kd_core.losses.feature_config import distils
@@ -213,11 +213,6 @@ def test_a_broken_image_and_a_used_folder_are_refused_before_anything_is_trained
         copy.write_bytes(path.read_bytes()[: 60 if path.match("train/red/0.png") else None])
     with pytest.raises(SystemExit, match=r"image that cannot be decoded, the first: .*train/red/0\.png"):
         command("--data", root, "--output", tmp_path / "other")
-
-
-def test_a_package_of_weights_is_found_by_the_networks_name():
-    assert weights_at_hand("tf_efficientnet_lite2") == "efficientnet-lite2"
-    assert weights_at_hand("cifar_resnet8") == ""
 
 
 def test_the_derived_rate_follows_the_batch_and_where_the_student_starts():

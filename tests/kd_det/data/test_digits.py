@@ -17,7 +17,7 @@ from PIL import Image
 
 from helpers import ROOT
 from kd_core.utils.errors import UserError
-from kd_det.data import builtin, digits, prepare_digits, register_digits
+from kd_det.data import builtin, digit_maps, digits, prepare_digits, register_digits
 
 TINY = (replace(digits.TRAIN, name="tiny_train", num_images=6), replace(digits.VAL, name="tiny_val", num_images=4))
 
@@ -167,6 +167,27 @@ def test_clutter_keeps_the_ink_of_its_digit_and_is_another_picture():
     shuffled = digits._shuffled(sample, np.random.default_rng(0))
     assert sorted(shuffled.ravel()) == sorted(sample.ravel())
     assert (shuffled != sample).any()
+
+
+def test_label_maps_show_each_digit_within_its_box_and_agree_with_each_other(tiny, tmp_path: Path):
+    folder = prepare_digits(tmp_path, seed=3)
+    truth = json.loads((folder / "annotations" / "tiny_val.json").read_text())
+    segments = json.loads((folder / "annotations" / "panoptic_tiny_val.json").read_text())["annotations"]
+    for image, parts in zip(truth["images"], segments, strict=True):
+        boxes = [one for one in truth["annotations"] if one["image_id"] == image["id"]]
+        kinds = ("sem_seg", "panoptic_sem_seg", "panoptic")
+        paths = [folder / kind / "tiny_val" / parts["file_name"] for kind in kinds]
+        classes, stuff, ids = (np.asarray(Image.open(path)) for path in paths)
+        assert {part["id"] for part in parts["segments_info"]} == set(np.unique(ids[..., 0])) and not ids[..., 1:].any()
+        assert np.array_equal(stuff == 0, ids[..., 0] != digit_maps.PHOTO_ID)
+        assert np.array_equal(classes[stuff == 1] == digit_maps.PHOTO, classes[stuff == 1] != digit_maps.IGNORED)
+        for number, box in enumerate(boxes, start=1):
+            own = ids[..., 0] == number
+            left, top, width, height = box["bbox"]
+            rows, columns = np.nonzero(own)
+            assert top <= rows.min() and rows.max() < top + height and left <= columns.min()
+            assert columns.max() < left + width and (classes[own] == digit_maps.IGNORED).mean() < 0.7
+            assert set(np.unique(classes[own])) - {digit_maps.IGNORED} == {box["category_id"] - 1}
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tiny, tmp_path: Path):

@@ -178,6 +178,21 @@ def test_the_distillation_loss_warms_up_over_its_iterations(cfg):
     assert shares == pytest.approx([0, 1 / 3, 2 / 3, 1])
 
 
+def test_precise_statistics_are_those_of_the_weights_that_are_evaluated(cfg):
+    """detectron2's PreciseBN, from a loader of its own: the mean over batches, not a moving average."""
+    norms = ("MODEL.RESNETS.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", 0, "TEST.EVAL_PERIOD", 2, "SOLVER.MAX_ITER", 2)
+    cfg.merge_from_list([*norms, "SOLVER.STEPS", (1,), "TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 3])
+    seed_all_rng(1)
+    trainer = DistillationTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    student, seen = trainer.checkpointer.model, []
+    norm = student.backbone.bottom_up.stem.conv1.norm
+    norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    trainer.train()
+    assert len(seen) == 2 + 3  # two iterations, then three batches
+    torch.testing.assert_close(norm.running_mean, torch.stack([x.mean((0, 2, 3)) for x in seen[2:]]).mean(0))
+
+
 def test_the_teachers_ap_is_reported_when_asked_for(cfg, tmp_path, caplog):
     entry = few_digits(tmp_path, 3)
     cfg.DATASETS.REGISTER, cfg.DATASETS.TEST = [entry], (entry[0],)

@@ -5,11 +5,12 @@ import sys
 from types import ModuleType
 
 import pytest
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import coco_evaluation
 from pycocotools.cocoeval import COCOeval
 
 from helpers.few_digits import few_digits
+from kd_core.utils.errors import UserError
 from kd_det.compat import evaluating_with
 from kd_det.data import register_datasets
 from kd_det.evaluation.evaluator import build_evaluator, coco_eval_class
@@ -63,6 +64,23 @@ def test_detectron2s_own_class_is_put_back_after_an_error():
         assert coco_evaluation.COCOeval is Faster
         raise KeyError
     assert coco_evaluation.COCOeval is COCOeval
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("lvis", r"DATASETS\.TEST: one_of_ours needs the evaluator 'lvis', which tools/train_net\.py does not have"),
+        ("cityscapes_sem_seg", r"one_of_ours is evaluated by Cityscapes' own scripts: pip install cityscapesscripts"),
+    ],
+)
+def test_data_that_cannot_be_evaluated_are_refused_by_name(kind, message, tiny_cfg, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cityscapesscripts", None)  # as if it were not installed
+    MetadataCatalog.get("one_of_ours").evaluator_type = kind
+    try:
+        with pytest.raises(UserError, match=message):
+            build_evaluator(tiny_cfg(), "one_of_ours")
+    finally:
+        MetadataCatalog.pop("one_of_ours")
 
 
 def test_a_model_that_detects_nothing_is_told_so_loudly(evaluated, caplog):
