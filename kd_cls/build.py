@@ -40,8 +40,16 @@ from kd_core.utils.state_dict import weights_digest
 logger = logging.getLogger("kd_cls")
 
 
-def build_trainer(cfg: CfgNode, process: Process, resumed: dict[str, Any] | None = None) -> Trainer:
-    """The trainer of a config that has passed `check_config`; `resumed` as in `input_stats`.
+def build_trainer(
+    cfg: CfgNode, process: Process, resumed: dict[str, Any] | None = None, sampler: EpochSampler | None = None
+) -> Trainer:
+    """The trainer of a config that has passed `check_config`.
+
+    Args:
+        cfg: the config.
+        process: this process among all.
+        resumed: as in `input_stats`.
+        sampler: whose last batch is checked, where this is a trial of one process of several; None for the trainer's.
 
     Raises:
         UserError: data, weights, a network or a loss that does not exist or does not fit the rest of the config.
@@ -55,7 +63,7 @@ def build_trainer(cfg: CfgNode, process: Process, resumed: dict[str, Any] | None
     loaders = build_loaders(cfg, data, stats, process)
     teacher = attach_teacher(cfg, data, stats, process) if distils(cfg.KD) else None
     criterion = create_classification_loss(smoothing=cfg.SOLVER.LABEL_SMOOTHING, soft_targets=mixes(cfg))
-    check_last_batch(cfg, student, stats, loaders.train.sampler)
+    check_last_batch(cfg, student, stats, sampler or loaders.train.sampler)
     features = build_features(cfg, model, stats, teacher)
     amp_dtype, device = autocast_dtype(cfg), process.device
     task = DistillationTask(
@@ -103,7 +111,7 @@ def build_features(
 
 def check_last_batch(cfg: CfgNode, student: Student, stats: InputStats, sampler: EpochSampler) -> None:
     """Refuse a batch, or a micro-batch, of one image for a network that has a BatchNorm of a 1×1 map."""
-    batch, steps = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE_STEPS
+    batch, steps = sampler.batch_size * sampler.world_size, cfg.SOLVER.ACCUMULATE_STEPS
     if sampler.batch_size == steps:
         cause = f"micro-batches of one image (SOLVER.IMS_PER_BATCH {batch}, SOLVER.ACCUMULATE_STEPS {steps})"
         fix = "fewer SOLVER.ACCUMULATE_STEPS"

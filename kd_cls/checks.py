@@ -149,6 +149,11 @@ def check_optimizer(cfg: CfgNode, process: Process) -> None:
                     f"SOLVER.{key} is {solver[key]!r}, which only {', '.join(SGD)} read, but SOLVER.OPTIMIZER is "
                     f"{solver.OPTIMIZER}: set SOLVER.{key} {default}"
                 )
+    if "kron" in solver.OPTIMIZER and process.world_size > 1:
+        raise UserError(
+            f"SOLVER.OPTIMIZER {solver.OPTIMIZER} draws random numbers in its step, other ones in each of "
+            f"{process.world_size} processes, whose weights would drift apart: start one process, or use another"
+        )
 
 
 def check_augmentation(cfg: CfgNode, process: Process) -> None:

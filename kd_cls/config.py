@@ -199,6 +199,8 @@ def add_solver_config(cfg: CfgNode) -> None:
     # Micro-batches per optimizer step.
     cfg.SOLVER.ACCUMULATE_STEPS = 1
     # timm's schedule: multistep, cosine, step, poly, tanh, wsd, rsqrt, constant. MILESTONES and WARMUP in epochs.
+    # GAMMA is the factor of multistep and step, and the power of poly (0.9 is usual). DECAY_EPOCHS is the interval of
+    # step, and the length of the decay of wsd and rsqrt.
     # WARMUP_PREFIX True: the schedule starts after the warm-up and takes the epochs that are left. False: at epoch 0.
     cfg.SOLVER.SCHEDULE = CfgNode(
         {

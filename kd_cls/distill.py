@@ -11,6 +11,7 @@ what will come out and how long it takes, and prints a table at the end. If it i
 
 import argparse
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -39,6 +40,7 @@ from kd_cls.checkpoint.checkpoint import (
     read_weights,
     save_checkpoint,
 )
+from kd_cls.checkpoint.resume import check_resumable
 from kd_cls.checks import check_config
 from kd_cls.config import get_cfg, load_cfg
 from kd_cls.data.build import build_data, build_loaders
@@ -59,7 +61,7 @@ from kd_cls.engine.forecast import inference_costs, on_trial, training_seconds
 from kd_cls.models.factory import build_student, create_network, input_stats, trained_statistics
 from kd_cls.task.head import fit_head
 from kd_cls.task.teacher import build_teacher
-from kd_cls.train import train, train_missing_teacher
+from kd_cls.train import settle_seed, train, train_missing_teacher
 from kd_core.utils.arguments import refuse_not_positive
 from kd_core.utils.config import changes_as_yaml, find_config, merge_list
 from kd_core.utils.errors import UserError, exit_on_user_error
@@ -71,6 +73,7 @@ from kd_core.utils.resume import remember_request
 UNDECODABLE = "train image that cannot be decoded"
 FATAL = (UNDECODABLE, "val image that cannot be decoded", "class without an image", "a single class")
 FITTED = ("teacher/head.pth", "start.pth", "teacher/results.json")  # in --output, before the training
+HEAD_BATCH = 64  # images that one process passes through a network to fit its head
 HEAD_IMAGES = 50_000  # more would not fit in memory as features, and a linear layer needs no more
 
 
@@ -121,6 +124,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.name != "digits" and not Path(args.data).is_dir():
         raise UserError(f"--data: there is no folder {args.data!r}; expected train/<class>/ and val/<class>/ in it")
     check_name(args.student, "--student")
+    for key in ("SEEDS", "OUTPUT_DIR", "DEVICE"):
+        if key in args.options[::2]:
+            raise UserError(f"{key} is decided by this command (--output, --num-gpus; one SEED a call): leave it out")
     if args.method not in METHODS:
         raise UserError(f"--method {args.method}: expected one of {', '.join(METHODS)}")
     if is_config(args.teacher):
@@ -137,7 +143,9 @@ def check_arguments(args: argparse.Namespace) -> None:
 def build_config(args: argparse.Namespace, output: Path) -> CfgNode:
     """The derived config, with its data and values checked."""
     options = dict(zip(args.options[::2], args.options[1::2], strict=False))
-    classes, images = look_at_data(args.name, args.data, options.get("DATA.BAD_IMAGES") == "skip")
+    classes, images = look_at_data(
+        args.name, args.data, options.get("DATA.BAD_IMAGES") == "skip", options.get("DATA.DOWNLOAD") == "True"
+    )
     weights = weights_at_hand(args.student) if args.student_weights is None else args.student_weights
     say_weights(args.student, weights)
     size = args.size or own_size(args.student)
@@ -174,12 +182,15 @@ def linear_classifier(name: str) -> bool:
     return isinstance(timm.create_model(name).get_classifier(), nn.Linear)
 
 
-def look_at_data(name: str, root: str, skips_bad_images: bool = False) -> tuple[int, int]:
+def look_at_data(
+    name: str, root: str, skips_bad_images: bool = False, downloads: bool = False
+) -> tuple[int, int]:
     """Decode every image once; returns the numbers of classes and of training images.
 
     Raises:
         UserError: training would fail on these data.
     """
+    data = build_data(config_of_data(name, root, downloads))
     report, found = check_images(name, root, progress=progress)
     say(found)
     for line in report.lines():
@@ -187,14 +198,13 @@ def look_at_data(name: str, root: str, skips_bad_images: bool = False) -> tuple[
     for kind in FATAL:
         if kind in report.problems and not (kind == UNDECODABLE and skips_bad_images):
             raise UserError(f"--data {root}: {kind}, the first: {report.problems[kind][0]}")
-    data = build_data(config_of_data(name, root))
     return data.num_classes, len(data.train)
 
 
-def config_of_data(name: str, root: str) -> CfgNode:
+def config_of_data(name: str, root: str, downloads: bool = False) -> CfgNode:
     """A config with these data alone."""
     cfg = get_cfg()
-    cfg.DATA.NAME, cfg.DATA.ROOT = name, root
+    cfg.DATA.NAME, cfg.DATA.ROOT, cfg.DATA.DOWNLOAD = name, root, downloads
     return cfg
 
 
@@ -274,15 +284,15 @@ def fit_classifier(cfg: CfgNode, node: CfgNode, size: int, weights: str, process
 
 
 def still_images(cfg: CfgNode, stats: InputStats, process: Process) -> Iterator[Any]:
-    """Training images in order, each once and without augmentation."""
+    """Training images in order, each once, transformed as in an evaluation."""
     still = cfg.clone()
-    still.DATA.AUGMENTATION, still.DATA.TIMM_OPTIONS, still.DATA.VIEWS = "none", "", 1
-    still.DATA.SHUFFLE = still.DATA.RESIDENT = False
-    still.SOLVER.MIXUP.ALPHA = still.SOLVER.MIXUP.CUTMIX_ALPHA = 0.0
-    images = len(build_data(cfg).train)
-    if images > HEAD_IMAGES:
+    still.DATA.RESIDENT = False
+    still.DATA.VAL_BATCH = cfg.DATA.VAL_BATCH or min(cfg.SOLVER.IMS_PER_BATCH, HEAD_BATCH)
+    data = build_data(cfg)
+    if len(data.train) > HEAD_IMAGES:
         still.DATA.TRAIN_IMAGES = HEAD_IMAGES
-    loader = build_loaders(still, build_data(still), stats, process).train
+    images = build_data(still).train  # of its own: a data set has one transform
+    loader = build_loaders(still, data._replace(val=images), stats, process).val
     return tqdm(loader, unit="batch", leave=False, disable=not sys.stderr.isatty())
 
 
@@ -318,6 +328,8 @@ def forecast(trainings: dict[str, CfgNode], process: Process, processes: int) ->
 def run_training(config_file: Path, output: Path, processes: int, device: str, process: Process) -> None:
     """One training, from its last checkpoint if there is one, unless it is finished."""
     if read_metadata(output / LAST).get("finished"):
+        cfg = settle_seed(load_cfg(str(config_file), ["OUTPUT_DIR", str(output)]), resume=True)
+        check_resumable(read_checkpoint(output / LAST, "--output"), cfg)  # the file may have been edited since
         return say(f"{output} is finished")
     say(f"training into {output} …")
     options = ["OUTPUT_DIR", str(output), "DEVICE", device]
@@ -326,6 +338,8 @@ def run_training(config_file: Path, output: Path, processes: int, device: str, p
         return None
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command += ["-m", "kd_cls.train", "--config-file", str(config_file), "--resume", *options]
+    gc.collect()  # what the forecast and the teacher's evaluation hold of the GPU belongs to the first process now
+    torch.cuda.empty_cache()
     code = subprocess.run(command, env=os.environ | {"PYTHONWARNINGS": "ignore"}).returncode
     return sys.exit(code) if code else None  # it has said why
 

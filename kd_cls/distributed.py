@@ -56,11 +56,11 @@ def start_process(device: str) -> Iterator[Process]:
             dist.destroy_process_group()
 
 
-def broadcast_object(value: Any) -> Any:
-    """Rank 0's `value`, on every process: what depends on files or on chance must be decided once."""
+def broadcast_object(value: Any, source: int = 0) -> Any:
+    """The `value` of rank `source`, on every process: what depends on files or on chance must be decided once."""
     values = [value]
     if dist.is_initialized():
-        dist.broadcast_object_list(values)
+        dist.broadcast_object_list(values, source)
     return values[0]
 
 

@@ -8,6 +8,7 @@ SEEDS runs several seeds in turn and reports mean ± std. Plain training and tea
 
 import json
 import logging
+import math
 import random
 import statistics
 import warnings
@@ -24,8 +25,10 @@ from kd_cls.config import load_cfg
 from kd_cls.data.build import augmentation, build_data
 from kd_cls.distributed import Process, broadcast_object, start_process
 from kd_cls.engine.cli import option_parser, run_command
+from kd_cls.engine.solver import build_optimizer, build_scheduler
 from kd_cls.engine.writers import setup_logging
 from kd_cls.models.factory import build_student
+from kd_cls.task.student import Student
 from kd_cls.task.teacher import teacher_description
 from kd_core.losses.feature_config import distils
 from kd_core.utils.config import list_values, read_yaml
@@ -45,6 +48,8 @@ def train(cfg: CfgNode, process: Process, resume: bool = False) -> dict[str, flo
         UserError: bad input, before training starts; DivergedError: a loss that is not finite.
     """
     check_config(cfg, process)
+    if process.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
     cfg = settle_seed(cfg, resume)
     train_missing_teacher(cfg, process)
     output = Path(cfg.OUTPUT_DIR)
@@ -54,10 +59,10 @@ def train(cfg: CfgNode, process: Process, resume: bool = False) -> dict[str, flo
     trainer = build_trainer(cfg, process, read_metadata(last).get("input") if resumes else None)
     if resumes:
         trainer.resume(read_checkpoint(last, "--resume"))
-        if trainer.iteration >= trainer.max_iter:
+        if trainer.iteration >= trainer.max_iter and trainer.evaluated:
             logger.info("%s is complete (%d iterations): there is nothing left to train", last, trainer.iteration)
     elif process.is_main:
-        for path in (last, output / BEST):
+        for path in (last, output / BEST, output / "metrics.json"):
             if kept := set_aside(path):
                 logger.warning("%s is of an earlier run, and now called %s; --resume continues a run", path, kept.name)
     if process.is_main:
@@ -95,10 +100,11 @@ def train_missing_teacher(cfg: CfgNode, process: Process) -> None:
 
 
 def check_student(cfg: CfgNode) -> None:
-    """Build the loss and the student once, so that an error in them is found before hours of a teacher's training."""
+    """Build loss, student, optimizer and schedule once: their errors are found before hours of a teacher's training."""
     data = build_data(cfg)
     build_distillation_loss(cfg, data.num_classes)
-    build_student(cfg, data.num_classes)
+    student = Student(build_student(cfg, data.num_classes))
+    build_scheduler(cfg, build_optimizer(cfg, student), math.ceil(len(data.train) / cfg.SOLVER.IMS_PER_BATCH))
 
 
 def train_seeds(cfg: CfgNode, process: Process, resume: bool = False) -> dict[str, dict[str, float]]:
@@ -140,8 +146,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, object]:
         return {}
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
     with start_process(cfg.DEVICE) as process:
-        if process.device.type == "cuda":
-            torch.backends.cudnn.benchmark = True
         return train_seeds(cfg, process, options.resume) if cfg.SEEDS else train(cfg, process, options.resume)
 
 

@@ -1,5 +1,6 @@
 """The data sets and loaders of a config."""
 
+import torch.distributed as dist
 from fvcore.common.config import CfgNode
 from torch.utils.data import Dataset
 
@@ -16,7 +17,7 @@ from kd_cls.data import (
 )
 from kd_cls.data.bad_images import SkipsUnreadable
 from kd_cls.data.statistics import InputStats
-from kd_cls.distributed import Process
+from kd_cls.distributed import Process, broadcast_object
 from kd_core.utils.errors import UserError
 
 
@@ -27,7 +28,9 @@ def build_data(cfg: CfgNode) -> DataSets:
         UserError: an unknown data set, missing files, an empty class, a single one, or too few images for HELD_OUT,
             TRAIN_IMAGES or VAL_IMAGES.
     """
-    data = create_datasets(cfg.DATA.NAME, cfg.DATA.ROOT, download=cfg.DATA.DOWNLOAD)
+    if cfg.DATA.DOWNLOAD:
+        download(cfg)
+    data = create_datasets(cfg.DATA.NAME, cfg.DATA.ROOT)
     if data.num_classes < 2:
         raise UserError(f"DATA.ROOT {cfg.DATA.ROOT}: {data.train.classes[0]} is the only class: nothing to tell apart")
     if cfg.DATA.HELD_OUT:
@@ -38,6 +41,26 @@ def build_data(cfg: CfgNode) -> DataSets:
         train=take(data.train, cfg.DATA.TRAIN_IMAGES, "DATA.TRAIN_IMAGES"),
         val=take(data.val, cfg.DATA.VAL_IMAGES, "DATA.VAL_IMAGES"),
     )
+
+
+def download(cfg: CfgNode) -> None:
+    """Download the data, process after process: two at once would write one file.
+
+    Every process has its turn, since machines may share a disk or not; whoever finds the files there is done.
+
+    Raises:
+        UserError: on every process, what a download failed of.
+    """
+    world_size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    for turn in range(world_size):
+        error = None
+        if turn == rank:
+            try:
+                create_datasets(cfg.DATA.NAME, cfg.DATA.ROOT, download=True)
+            except UserError as failed:
+                error = str(failed)
+        if error := broadcast_object(error, turn):
+            raise UserError(error)
 
 
 def hold_out(data: DataSets, cfg: CfgNode) -> DataSets:

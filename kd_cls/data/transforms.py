@@ -38,7 +38,12 @@ TIMM_OPTIONS = (
 
 def fit_size(size: Size, *augmentations: Callable) -> T.Compose:
     """Resize (bilinear) and crop images that are not `size` yet, then augment. Others are not changed."""
-    return T.Compose([_FitSize(size), *augmentations, MaybePILToTensor()])
+    return T.Compose([as_rgb, _FitSize(size), *augmentations, MaybePILToTensor()])
+
+
+def as_rgb(image: Any) -> Any:
+    """An image of one of torchvision's grey data sets, such as MNIST, in three channels."""
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 class _FitSize:
@@ -79,7 +84,8 @@ def imagenet(size: Size, is_training: bool, **timm_options: Any) -> Transform:
     `TIMM_OPTIONS`) go to timm's `create_transform`.
     """
     options = {"interpolation": "bilinear", "color_jitter": None, "crop_pct": 0.875} | timm_options
-    return create_transform(size, is_training=is_training, use_prefetcher=True, **options)
+    timms = create_transform(size, is_training=is_training, use_prefetcher=True, **options)
+    return T.Compose([as_rgb, *timms.transforms])
 
 
 def none(size: Size, is_training: bool) -> Transform:

@@ -122,7 +122,8 @@ def set_schedule(cfg: CfgNode, request: Request) -> None:
 def without_teacher(cfg: CfgNode) -> CfgNode:
     """The same student and schedule, trained on the labels alone."""
     plain, defaults = cfg.clone(), get_cfg()
-    plain.KD, plain.DATA.VIEWS = defaults.KD, defaults.DATA.VIEWS
+    plain.KD = defaults.KD
+    plain.DATA.VIEWS, plain.DATA.VIEWS_AT_ONCE = defaults.DATA.VIEWS, defaults.DATA.VIEWS_AT_ONCE
     plain.SOLVER.MOMENTA = defaults.SOLVER.MOMENTA
     if plain.SOLVER.OPTIMIZER in ("dot_sgd", "deepkd_sgd"):  # the others train without a teacher, too
         for key in ("OPTIMIZER", "STEP", "DOT", "DEEPKD"):

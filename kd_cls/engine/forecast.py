@@ -8,7 +8,9 @@ import torch
 from fvcore.common.config import CfgNode
 
 from kd_cls.build import build_trainer
+from kd_cls.checks import mixes
 from kd_cls.data.build import build_data
+from kd_cls.data.sampler import EpochSampler
 from kd_cls.distributed import Process
 from kd_cls.models.factory import build_student, input_stats
 from kd_cls.task.teacher import build_teacher
@@ -41,11 +43,15 @@ def inference_costs(cfg: CfgNode, process: Process) -> dict[str, Cost]:
 
 def training_seconds(cfg: CfgNode, process: Process, processes: int) -> float:
     """All iterations at the time of a few, measured with one process's share of a batch; the first one warms up."""
-    trainer = build_trainer(on_trial(cfg, process, processes), process)
+    share = cfg.SOLVER.IMS_PER_BATCH // processes
+    real = EpochSampler(len(build_data(cfg).train), share, world_size=processes, drop_last=mixes(cfg))
+    trainer = build_trainer(on_trial(cfg, process, processes), process, sampler=real)
     trainer.task.train()
     order = trainer.loaders.train.sampler.order(0).split(trainer.loaders.train.sampler.batch_size)
     times = [time.perf_counter()]
     for (images, target), indices in islice(zip(trainer.loaders.train, order, strict=True), STEPS + 1):
+        if len(images) < share and len(times) > 1:
+            break  # the last batch is smaller: not what is measured
         trainer.step(images, target, 0, indices)
         wait_for_device(trainer.task)
         times.append(time.perf_counter())

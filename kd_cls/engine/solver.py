@@ -55,26 +55,37 @@ def parameter_groups(cfg: CfgNode, student: Student, feature: nn.Module | None =
 
 
 def build_scheduler(cfg: CfgNode, optimizer: Optimizer, steps_per_epoch: int) -> Scheduler:
-    """timm's schedule, updated after each optimizer step: the learning rate is a pure function of the iteration."""
+    """timm's schedule, updated after each optimizer step: the learning rate is a pure function of the iteration.
+
+    Raises:
+        UserError: what timm's schedule refuses, such as a decay of wsd that is longer than the training.
+    """
     schedule = cfg.SOLVER.SCHEDULE
     # timm's multistep compares milestones with t + 1, and so decays one step early: half a step more makes it exact.
     milestones = [milestone + 0.5 / steps_per_epoch for milestone in schedule.MILESTONES]
     warn_of_what_never_comes(cfg)
     before = schedule.WARMUP_EPOCHS if schedule.WARMUP_PREFIX else 0
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=schedule.NAME,
-        num_epochs=cfg.SOLVER.EPOCHS - before,
-        decay_epochs=schedule.DECAY_EPOCHS,
-        decay_milestones=milestones,
-        decay_rate=schedule.GAMMA,
-        min_lr=schedule.MIN_LR,
-        warmup_lr=schedule.WARMUP_LR,
-        warmup_epochs=schedule.WARMUP_EPOCHS,
-        warmup_prefix=schedule.WARMUP_PREFIX,
-        step_on_epochs=False,
-        updates_per_epoch=steps_per_epoch,
-    )
+    try:
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=schedule.NAME,
+            num_epochs=cfg.SOLVER.EPOCHS - before,
+            decay_epochs=schedule.DECAY_EPOCHS,
+            decay_milestones=milestones,
+            decay_rate=schedule.GAMMA,
+            min_lr=schedule.MIN_LR,
+            warmup_lr=schedule.WARMUP_LR,
+            warmup_epochs=schedule.WARMUP_EPOCHS,
+            warmup_prefix=schedule.WARMUP_PREFIX,
+            step_on_epochs=False,
+            updates_per_epoch=steps_per_epoch,
+        )
+    except ValueError as error:  # in iterations
+        raise UserError(
+            f"SOLVER.SCHEDULE {schedule.NAME} of SOLVER.EPOCHS {cfg.SOLVER.EPOCHS:g} with DECAY_EPOCHS "
+            f"{schedule.DECAY_EPOCHS:g}, WARMUP_EPOCHS {schedule.WARMUP_EPOCHS:g}, {steps_per_epoch} iterations an "
+            f"epoch: {error}"
+        ) from error
     return scheduler
 
 

@@ -72,6 +72,7 @@ class Trainer:
         self.steps_per_epoch = loaders.train.sampler.num_batches
         self.max_iter = max(round(cfg.SOLVER.EPOCHS * self.steps_per_epoch), 1)
         self.iteration, self.metrics, self.best = 0, {}, -1.0
+        self.evaluated = True  # False from the save before an evaluation until it is done
         self.seconds = 0.0  # of training, over all resumes, up to the last checkpoint
         self.meters = StepMeters(list(task.streams), process.device)
         self.mixup = build_mixup(cfg, task.trainable_module.model.num_classes)
@@ -87,6 +88,9 @@ class Trainer:
         try:
             self.note_start()
             self.meters.restart()
+            if not self.evaluated:  # a kill, or a broken image, ended the evaluation
+                self.evaluate()
+                self.save(LAST, resumable=True)
             while self.iteration < self.max_iter:
                 self.train_epoch(*divmod(self.iteration, self.steps_per_epoch))
         finally:
@@ -162,10 +166,14 @@ class Trainer:
         if self.iteration % self.cfg.LOG_PERIOD == 0 or at_end:
             self.log()
         epochs, rest = divmod(self.iteration, self.steps_per_epoch)
-        if at_end or (rest == 0 and epochs % self.cfg.SOLVER.EVAL_PERIOD == 0):
+        evaluates = at_end or (rest == 0 and epochs % self.cfg.SOLVER.EVAL_PERIOD == 0)
+        saves = at_end or self.iteration % (self.cfg.SOLVER.CHECKPOINT_PERIOD or self.steps_per_epoch) == 0
+        if evaluates and saves:  # before it: an evaluation that fails must not cost an epoch of training
+            self.evaluated = False
+            self.save(LAST, resumable=True)
+        if evaluates:
             self.evaluate()
-        period = self.cfg.SOLVER.CHECKPOINT_PERIOD or self.steps_per_epoch
-        if at_end or self.iteration % period == 0:
+        if saves:
             self.save(LAST, resumable=True)
 
     def note_start(self) -> None:
@@ -228,6 +236,7 @@ class Trainer:
         if top1 > self.best:
             self.best = top1
             self.save(BEST, resumable=False)
+        self.evaluated = True
         if self.iteration < self.max_iter:
             self.report(running=True)
         self.meters.restart()
@@ -255,6 +264,7 @@ class Trainer:
             return
         state = self.task.weights(with_factors=resumable)
         state["metadata"] = self.describe(self.iteration, self.max_iter, self.metrics)
+        state["metadata"]["finished"] &= self.evaluated or not resumable
         if resumable:
             state["training"] = self.state_dict()
         save_checkpoint(state, self.output / name)
@@ -266,6 +276,7 @@ class Trainer:
             "seconds": self.seconds,
             "best": self.best,
             "metrics": dict(self.metrics),
+            "evaluated": self.evaluated,
             "scheduler": self.scheduler.state_dict(),
             **self.train_step.state_dict(),
         }
@@ -280,7 +291,7 @@ class Trainer:
         check_same_data(checkpoint["metadata"], self.describe(self.iteration, self.max_iter, self.metrics))
         state = checkpoint["training"]
         self.iteration, self.best, self.metrics = state["iteration"], state["best"], state["metrics"]
-        self.seconds = state["seconds"]
+        self.seconds, self.evaluated = state["seconds"], state.get("evaluated", True)
         self.task.load(checkpoint)
         self.train_step.load_state_dict(state)
         self.scheduler.load_state_dict(state["scheduler"])

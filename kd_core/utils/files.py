@@ -5,7 +5,7 @@ import os
 import re
 import socket
 from collections.abc import Callable
-from itertools import takewhile
+from itertools import chain, count, takewhile
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -43,13 +43,16 @@ def sweep_unfinished(folder: str | os.PathLike) -> None:
 def set_aside(path: str | os.PathLike) -> Path | None:
     """Rename a file of an earlier training, `best.pth` to `best_earlier.pth`, so that it is not taken for this one's.
 
+    Where that exists, too, it becomes `best_earlier2.pth` and so on: nothing is replaced.
+
     Returns:
         The new name; None where there is no such file.
     """
     path = Path(path)
     if not path.is_file():
         return None
-    return path.replace(path.with_stem(f"{path.stem}_earlier"))
+    names = (path.with_stem(f"{path.stem}_earlier{number}") for number in chain([""], count(2)))
+    return path.replace(next(name for name in names if not name.exists()))
 
 
 def cut_metrics(path: str | os.PathLike, last: int) -> None:

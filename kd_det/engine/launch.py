@@ -76,15 +76,15 @@ def prepare_output(cfg: Any, args: argparse.Namespace, output_dir: str) -> None:
 
     An evaluation leaves the training's config.yaml as it was. A training that starts anew forgets the last checkpoint
     of an earlier one in its folder: `--resume` would continue that, until it has written a checkpoint of its own. It
-    sets aside the best weights and the detections of the earlier one: `--resume` and a report would take them for its
-    own.
+    sets aside the best weights, metrics and detections of the earlier one: `--resume` and a report would take them for
+    its own.
     """
     written = config_file(output_dir)
     trainings = written.read_bytes() if args.eval_only and written.is_file() else None
     comm.synchronize()
     if comm.is_main_process() and not args.eval_only and not args.resume:
         Path(output_dir, "last_checkpoint").unlink(missing_ok=True)
-        for name in ("model_best.pth", "model_best_ema.pth", DETECTIONS, f"ema/{DETECTIONS}"):
+        for name in ("model_best.pth", "model_best_ema.pth", "metrics.json", DETECTIONS, f"ema/{DETECTIONS}"):
             set_aside(Path(output_dir, name))
     open_logs(output_dir)
     if not getattr(args, "verbose", False):

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,12 @@ import kd_cls.models  # noqa: F401  (registers cifar_<name>)
 from kd_cls import distill, evaluate
 from kd_cls.config import load_cfg
 from kd_cls.data.statistics import InputStats
+from kd_cls.data.transforms import build_transforms
 from kd_cls.engine.derive import METHODS, Request, derive_student, without_teacher
 from kd_cls.engine.forecast import training_seconds
 from kd_cls.engine.trainer import Trainer
 from kd_core.losses.feature_config import distils
+from kd_core.utils.errors import UserError
 
 COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
 
@@ -78,6 +81,11 @@ def test_a_name_and_a_folder_become_a_student_and_a_table_and_a_second_call_trai
     assert (out / "student" / "last.pth").stat().st_mtime_ns == before
     assert "is finished" in capsys.readouterr().out
     assert json.loads((out / "results.json").read_text())["results"] == results["results"]
+    written = (out / "distill.yaml").read_text()
+    (out / "distill.yaml").write_text(written.replace("EPOCHS: 1.0", "EPOCHS: 2.0"))
+    with pytest.raises(SystemExit, match=r"the run in OUTPUT_DIR .*student was started with SOLVER\.EPOCHS 1\.0, now"):
+        command("--baseline")
+    (out / "distill.yaml").write_text(written)
     with pytest.raises(SystemExit, match=r"holds another distillation: --method was dkd, is kd"):
         command("--method", "kd")
 
@@ -114,6 +122,34 @@ def test_the_forecast_of_several_processes_has_the_iterations_of_the_training(ti
     monkeypatch.setattr("kd_cls.engine.forecast.statistics.median", lambda _: 1.0)
     cfg = tiny("SOLVER.EPOCHS", 4)
     assert training_seconds(cfg, process, 2) == training_seconds(cfg, process, 1)
+
+
+@pytest.mark.parametrize(("images", "refused"), [(49, False), (34, True)])
+def test_the_forecast_refuses_a_last_batch_of_one_image_as_the_training_will(images, refused, tiny, process):
+    """A process of two has 25 of 49 images, 16 and 9, and 17 of 34, 16 and 1; the trial has all, and batches of 16."""
+    cfg = tiny("KD.FEATURE.NAME", "review", "DATA.TRAIN_IMAGES", images, "SOLVER.IMS_PER_BATCH", 32)
+    with pytest.raises(UserError, match="a last batch of one image") if refused else nullcontext():
+        training_seconds(cfg, process, 2)
+
+
+def test_a_baseline_has_one_view_and_keys_that_this_command_decides_are_refused(command):
+    cfg = derive_student(Request("cifar_resnet8", "", "crld", "folder", "", classes=3, images=18))
+    cfg.DATA.VIEWS_AT_ONCE = True
+    plain = without_teacher(cfg)
+    assert (plain.DATA.VIEWS, plain.DATA.VIEWS_AT_ONCE) == (1, False)
+    for key in ("SEEDS", "OUTPUT_DIR", "DEVICE"):
+        with pytest.raises(SystemExit, match=f"{key} is decided by this command"):
+            command(key, "0")
+
+
+def test_a_head_is_fitted_on_images_as_an_evaluation_sees_them(colours, process):
+    cfg = derive_student(Request("cifar_resnet8", "", "dkd", "folder", str(colours), classes=3, images=18, size=16))
+    cfg.DATA.NUM_WORKERS = 0
+    stats = InputStats((0.0,) * 3, (1.0,) * 3, 16)
+    (images, target), = distill.still_images(cfg, stats, process)
+    expected = build_transforms("imagenet", (3, 16, 16))[1](Image.open(colours / "train" / "blue" / "0.png"))
+    assert target.tolist() == [0] * 6 + [1] * 6 + [2] * 6
+    torch.testing.assert_close(images[0], expected / 255)
 
 
 def test_a_teacher_that_is_missing_is_trained_where_that_is_asked_for(teacher_yaml, tmp_path):
@@ -189,8 +225,10 @@ def test_a_wrong_word_ends_in_one_sentence_and_may_be_corrected(command, words, 
 
 def test_a_classifier_is_fitted_on_single_plain_images_whatever_the_training_sees(tiny, process):
     stats = InputStats((0.5,) * 3, (0.5,) * 3, 16)
-    for options in (["DATA.AUGMENTATION", "imagenet", "DATA.TIMM_OPTIONS", "{scale: [0.2, 1]}"], ["DATA.VIEWS", 2]):
-        plain, other = (next(iter(distill.still_images(tiny(*words), stats, process)))[0] for words in ([], options))
+    imagenet = ["DATA.AUGMENTATION", "imagenet"]
+    pairs = (imagenet, [*imagenet, "DATA.TIMM_OPTIONS", "{scale: [0.2, 1]}"]), ([], ["DATA.VIEWS", 2])
+    for options in pairs:
+        plain, other = (next(iter(distill.still_images(tiny(*words), stats, process)))[0] for words in options)
         assert other.shape == (16, 3, 16, 16) and torch.equal(other, plain)
 
 

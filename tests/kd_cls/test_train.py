@@ -20,6 +20,7 @@ from kd_cls.build import build_trainer
 from kd_cls.config import load_cfg
 from kd_cls.distributed import Process
 from kd_cls.engine.cli import run_command
+from kd_cls.engine.trainer import Trainer
 from kd_cls.evaluate import evaluate_checkpoint
 from kd_cls.train import main, train
 from kd_core.utils.errors import UserError
@@ -189,7 +190,41 @@ def test_a_start_without_resume_sets_the_weights_of_an_earlier_run_aside(
         train(cfg, process)
     assert not (output / "last.pth").exists() and not (output / "best.pth").exists()
     assert (output / "last_earlier.pth").read_bytes() == before and (output / "best_earlier.pth").is_file()
+    assert (output / "metrics_earlier.json").is_file()
     assert train(cfg, process, resume=True)["top1"] > 0
+    train(cfg, process)
+    assert (output / "last_earlier.pth").read_bytes() == before and (output / "last_earlier2.pth").is_file()
+
+
+@pytest.mark.parametrize("fatal", [4, 8], ids=["of the first epoch", "at the end"])
+def test_an_evaluation_that_fails_costs_no_training(
+    fatal: int, tiny: Callable, process: Process, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    expected = train(tiny("OUTPUT_DIR", tmp_path / "undisturbed"), process)
+    cfg, evaluate = tiny(), Trainer.evaluate
+
+    def fail(trainer: Trainer) -> None:
+        if trainer.iteration == fatal:
+            raise RuntimeError("a broken image")
+        evaluate(trainer)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="a broken image"):
+        patch.setattr(Trainer, "evaluate", fail)
+        train(cfg, process)
+    last = torch.load(Path(cfg.OUTPUT_DIR, "last.pth"), weights_only=True)
+    assert last["training"]["iteration"] == fatal and last["metadata"]["finished"] is False
+    found = train(cfg, process, resume=True)
+    assert {**found, "seconds": 0} == {**expected, "seconds": 0}
+    folders = Path(cfg.OUTPUT_DIR), tmp_path / "undisturbed"
+    last, undisturbed = (torch.load(folder / "last.pth", weights_only=True) for folder in folders)
+    assert last["metadata"]["finished"] is True
+    assert all(torch.equal(value, undisturbed["model"][name]) for name, value in last["model"].items())
+    values = [
+        [(line["iteration"], line["val/top1"]) for text in path.read_text().splitlines() if "val/top1" in text
+         for line in [json.loads(text)]]
+        for path in (folder / "metrics.json" for folder in folders)
+    ]  # fmt: skip
+    assert values[0] == values[1] and len(values[0]) == 2
 
 
 def test_milestones_and_warm_up_hold_to_the_step(tiny: Callable, process: Process) -> None:
@@ -317,6 +352,10 @@ def test_the_keys_are_listed_with_their_values(tiny_yaml: Path, capsys: pytest.C
             r"SOLVER.SCHEDULE.WARMUP_EPOCHS is 2.0 and SOLVER.EPOCHS 2.0, which leaves none",
         ),
         (["SEEDS", "[1, 1]"], r"SEEDS is \[1, 1\], expected a list of different whole numbers"),
+        (
+            ["SOLVER.SCHEDULE.NAME", "wsd", "SOLVER.EPOCHS", 2],
+            r"SOLVER.SCHEDULE wsd of SOLVER.EPOCHS 2 with DECAY_EPOCHS 30, .*: wsd schedule requires",
+        ),
         (["SOLVER.SCHEDULE.NAME", "onecycle"], r"SOLVER.SCHEDULE.NAME is 'onecycle', expected one of multistep"),
         (["SOLVER.AMP.DTYPE", "float8"], r"SOLVER.AMP.DTYPE is 'float8'"),
         (["DATA.NAME", "digit"], r"DATA.NAME 'digit' is unknown: choose one of"),

@@ -305,8 +305,9 @@ def test_imagenet_training_takes_timms_options_and_jitters_no_colours_by_default
 
 @pytest.mark.parametrize("name", sorted(AUGMENTATIONS))
 def test_every_augmentation_brings_any_image_to_the_input_size(name: str) -> None:
-    for transform, size in product(build_transforms(name, (3, 48, 48)), ((48, 48), (50, 90), (20, 30))):
-        image = transform(Image.new("RGB", size))
+    sizes, modes = ((48, 48), (50, 90), (20, 30)), ("RGB", "L")  # torchvision's MNIST is grey
+    for transform, size, mode in product(build_transforms(name, (3, 48, 48)), sizes, modes):
+        image = transform(Image.new(mode, size))
         assert (image.shape, image.dtype) == ((3, 48, 48), torch.uint8)
 
 
