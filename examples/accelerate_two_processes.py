@@ -35,7 +35,7 @@ def train(teacher: nn.Module, data: Dataset, folder: str, epochs: range) -> nn.M
             with accelerator.no_sync(student):  # backward_streams averages every stream over the processes
                 logits = student(images)
             streams = to_streams(loss(logits, teacher(images), labels), loss, F.cross_entropy(logits, labels))
-            backward_streams(streams, optimizer)  # in place of accelerator.backward(loss)
+            backward_streams(streams, optimizer, accelerator.scaler)  # in place of accelerator.backward(loss)
             accelerator.clip_grad_norm_(student.parameters(), 5.0)
             optimizer.step()
             optimizer.zero_grad()

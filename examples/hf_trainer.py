@@ -29,8 +29,9 @@ class DistillationTrainer(Trainer):
         with torch.no_grad():
             teacher_logits = self.teacher(inputs["pixel_values"].flatten(1))
         streams = to_streams(self.loss(outputs.logits, teacher_logits, inputs["labels"]), self.loss, outputs.loss)
-        parts = self.args.gradient_accumulation_steps
-        backward_streams({name: value / parts for name, value in streams.items()}, self.optimizer)
+        parts = self.current_gradient_accumulation_steps  # fewer at the end of an epoch
+        streams = {name: value / parts for name, value in streams.items()}
+        backward_streams(streams, self.optimizer, self.accelerator.scaler)  # a scaler with fp16=True, else None
         return outputs.loss.detach() / parts
 
 

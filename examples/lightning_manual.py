@@ -32,8 +32,9 @@ class Distillation(pl.LightningModule):
         optimizer, logits = self.optimizers(), self.student(images)
         terms = self.loss(logits, TEACHER(images), labels)
         optimizer.zero_grad()
-        backward_streams(to_streams(terms, self.loss, F.cross_entropy(logits, labels)), optimizer)
-        self.clip_gradients(optimizer, gradient_clip_val=5.0, gradient_clip_algorithm="norm")
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # of precision="16-mixed"
+        backward_streams(to_streams(terms, self.loss, F.cross_entropy(logits, labels)), optimizer, scaler)
+        optimizer.optimizer.clip_grad_norm_(5.0)  # in any precision; Lightning's own refuses it under a mixed one
         optimizer.step()
 
     def configure_optimizers(self) -> StreamSGD:

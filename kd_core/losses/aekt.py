@@ -29,7 +29,8 @@ class AEKTLoss(TargetPartitionLoss):
         implicit_weight: w_i.
         temperature: T.
         max_ratio: cap of r.
-        explicit: another explicit term: maps the `Decomposition` (groups: target, rest) to (N,) rows, without T².
+        explicit: another explicit term: maps the `Decomposition` (groups: target, rest) to (N,) rows, without T². It
+            has no parameters of its own: under `chunk_rows` they would get no gradient.
         options: `weight`, `warmup`, `standardize`, `topk`, … of `DistillationLoss`; the mask acts on `implicit`.
 
     Raises:

@@ -161,8 +161,11 @@ class DistillationLoss(nn.Module):
         self.check_num_classes(num_classes)
         now = warmup(progress, self.warmup) if warmup_weight is None else warmup_weight
         if self.compiled_terms is not None and self.warmup > 0 and warmup_weight is None:
-            now = torch.full((), now, dtype=torch.float64, device=student_logits.device)
+            wide = torch.float32 if student_logits.device.type == "mps" else torch.float64  # which MPS does not have
+            now = torch.full((), now, dtype=wide, device=student_logits.device)
         target = target.to(torch.int64, copy=is_inference(target)) if self.needs_target else None
+        if row_weights is not None and is_inference(row_weights):  # autograd may not save it
+            row_weights = row_weights.clone()
         inputs = (
             student_logits,
             teacher_logits.detach(),

@@ -133,7 +133,9 @@ class StreamOptimizer(torch.optim.Optimizer):
         reached = [p for p in self._params() if p.grad is not None and p.numel()]
         if not reached:
             return
-        norms = [whole(norm) for norm in torch._foreach_norm([p.grad for p in reached], norm_type)]
+        reached.sort(key=is_sharded)  # one call takes one kind of tensors
+        kinds = [[p.grad for p in reached if is_sharded(p) is kind] for kind in (False, True)]
+        norms = [whole(norm) for kind in kinds if kind for norm in torch._foreach_norm(kind, norm_type)]
         factors = [torch.clamp(max_norm / (norm + 1e-6), max=1.0) for norm in norms]
         if len(sets) > 1:
             self.gradients.multiply_(dict(zip(reached, factors, strict=True)))
@@ -167,6 +169,13 @@ class StreamOptimizer(torch.optim.Optimizer):
         sets, scale = self.stream_sets, self.gradients.scale
         if scale is not None and not hasattr(self, "found_inf"):
             raise RuntimeError("the gradients are scaled: step by scaler.step(optimizer), not by optimizer.step()")
+        gradients = self.gradients
+        if hasattr(self, "found_inf") and any(gradients.of_set) and not (gradients.was_scaled or gradients.is_zeroed):
+            raise RuntimeError(
+                "a GradScaler steps the optimizer, and would divide gradients that it has not multiplied: pass it as "
+                "scaler= to backward_streams, which scales the losses itself (accelerate and the HF Trainer have it as "
+                "accelerator.scaler, Lightning as trainer.precision_plugin.scaler)"
+            )
         grad_scale = getattr(self, "grad_scale", None)  # None: the user has called scaler.unscale_
         if len(sets) > 1:
             by_scaler = _reciprocal(scale) if scale is not None and grad_scale is None else None

@@ -126,6 +126,8 @@ class GradientSNR:
         rows = []
         for stream, n in self.count.items():
             for mean, squares in zip(self._mean[stream], self._squares[stream], strict=True):
+                if mean.device.type == "mps":  # which has no float64
+                    mean, squares = mean.cpu(), squares.cpu()
                 noise = squares.double().sum() / (n - 1 if n > 1 else math.nan)
                 rows.append(torch.stack([mean.double().square().sum() - noise / max(n, 1), noise]).cpu())
         return torch.stack(rows).reshape(len(self._counts), len(self.params), 2)

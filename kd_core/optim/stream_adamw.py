@@ -62,7 +62,7 @@ class StreamAdamW(StreamOptimizer):
         loss = run_closure(closure)
         sets = self._gradients_for_step()
         found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and found_inf.item() != 0:
+        if found_inf is not None and float(found_inf) != 0:  # the number 0 where no parameter had a gradient
             return loss
         for group in self.param_groups:
             # Bias correction needs the number of steps, which differs for parameters that joined late.

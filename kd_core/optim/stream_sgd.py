@@ -105,4 +105,16 @@ class StreamSGD(StreamOptimizer):
             grads.append(torch.zeros_like(params[-1]) if g is None else local_gradient(p, g))
             buffers.append(v if v is None else local(v))
         lr, found_inf = group["lr"] * scale, getattr(self, "found_inf", None)
+        if momentum == 0:  # what an earlier momentum has left must not come back with a later one
+            follow_gradient_(params, grads, buffers, decay, found_inf)
         sgd_(params, grads, buffers if momentum != 0 else None, lr, momentum, decay, group["nesterov"], found_inf)
+
+
+def follow_gradient_(
+    params: list[Tensor], grads: list[Tensor], buffers: list[Tensor | None], decay: float, found_inf: Tensor | None
+) -> None:
+    """`v ← 0·v + (g + wd·θ)` where there is a v; not where `found_inf` is not 0."""
+    for p, g, v in zip(params, grads, buffers, strict=True):
+        if v is not None:
+            now = g.add(p, alpha=decay)
+            v.copy_(now if found_inf is None else torch.where(found_inf.to(v.device) != 0, v, now))

@@ -41,6 +41,7 @@ class StreamGradients:
         self.shown: dict[Tensor, Shown] = {}
         self.scaler: torch.amp.GradScaler | None = None
         self.scale: Tensor | None = None  # by which the streams must still be divided
+        self.was_scaled = False  # by a scaler, until the gradients are dropped
         self.is_zeroed = False  # by `zero_grad(set_to_none=False)`, and nothing added since
 
     def open(self, params: Sequence[Tensor], sets: StreamSets, scaler: torch.amp.GradScaler | None) -> None:
@@ -57,7 +58,7 @@ class StreamGradients:
             raise RuntimeError("micro-batches of one step are all scaled or none; clip and unscale after the last")
         self.sets, self.of_set, self.scaler, self.is_zeroed = sets, of_set, scaler, False
         if scaler is not None and params:  # also on a rank without a loss: the other ranks' gradients are scaled
-            self.scale = scaler.scale(torch.ones((), device=params[0].device))
+            self.scale, self.was_scaled = scaler.scale(torch.ones((), device=params[0].device)), True
         self.shown = {}  # the sum's memory is free during the next backward pass
 
     def backward(self, params: Sequence[Tensor], index: int, loss: Tensor, retain_graph: bool) -> None:
@@ -68,7 +69,8 @@ class StreamGradients:
         for p in params:
             p.grad = gradient.get(p)
         loss.backward(retain_graph=retain_graph)
-        if len(self.of_set) > 1 and any(map(is_sharded, params)) and all(p.grad is None for p in params):
+        sharded = [p for p in params if is_sharded(p)]
+        if len(self.of_set) > 1 and sharded and all(p.grad is None for p in sharded):
             raise RuntimeError(
                 "a backward pass left no gradient in any parameter sharded by fully_shard. Several streams need their "
                 "gradients reduced in every pass: do not call set_requires_gradient_sync(False)"

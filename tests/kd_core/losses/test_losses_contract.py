@@ -206,6 +206,15 @@ def test_memory_layout_and_a_wider_teacher_change_nothing(name: str) -> None:
 
 
 @every_loss
+def test_row_weights_may_be_made_in_inference_mode(name: str) -> None:
+    """As from a teacher's confidence."""
+    student, teacher, target = batch()
+    with torch.inference_mode():
+        weights = torch.rand(len(target), dtype=torch.float64)
+    assert gradient_of(LOSSES[name]()(student, teacher, target, row_weights=weights), student).isfinite().all()
+
+
+@every_loss
 def test_row_weights_weight_the_rows(name: str) -> None:
     student, teacher, target = batch()
     loss = LOSSES[name]()

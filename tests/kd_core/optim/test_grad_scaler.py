@@ -130,6 +130,32 @@ def test_scaled_gradients_are_not_stepped_without_the_scaler(momenta: dict[str, 
         optimizer.step()
 
 
+@pytest.mark.parametrize("recipe", ["step", "unscale, clip, step"])
+def test_a_scaler_that_backward_streams_has_not_been_given_is_refused(
+    build, momenta: dict[str, float], recipe: str
+) -> None:
+    """As under fp16 in accelerate, the HF Trainer and Lightning, which step by a scaler of their own."""
+    model = net()
+    optimizer, scaler = build(model.parameters(), momenta), cpu_scaler()
+    scaler.scale(torch.ones(()))  # as the framework's: it has a scale
+    backward_streams(streams(model, 0), optimizer)
+    if "clip" in recipe:
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    with pytest.raises(RuntimeError, match=r"divide gradients that it has not multiplied: pass it as scaler="):
+        scaler.step(optimizer)
+
+
+def test_a_step_without_any_gradient_does_nothing_under_a_scaler(build, momenta: dict[str, float]) -> None:
+    model = net()
+    optimizer, scaler = build(model.parameters(), momenta), cpu_scaler()
+    with pytest.warns(RuntimeWarning, match="no loss reaches a parameter"):
+        backward_streams({"tog": torch.zeros(())}, optimizer, scaler=scaler)
+    optimizer.found_inf, optimizer.grad_scale = 0, torch.ones(())  # what GradScaler.step hands over then
+    optimizer.step()
+    assert all(map(torch.equal, model.parameters(), net().parameters()))
+
+
 def test_micro_batches_after_clipping_or_without_the_scaler_are_refused(momenta: dict[str, float]) -> None:
     model = net()
     optimizer, scaler = StreamSGD(model.parameters(), 0.1, momenta), cpu_scaler()

@@ -203,6 +203,25 @@ def test_a_stream_that_stops_reaching_a_parameter_goes_on_by_its_momentum() -> N
         backward_streams({"tog": 0 * p.sum()}, optimizer)
 
 
+def test_a_momentum_that_was_0_for_a_while_does_not_bring_its_old_buffer_back() -> None:
+    """v = 0·v + g meanwhile, as in the formula."""
+    p = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
+    optimizer = StreamSGD([p], 1.0, {"tog": 0.75, "tcg": 0.5})
+
+    def step(tcg: float) -> float:
+        optimizer.zero_grad()
+        before = p.item()
+        backward_streams({"tog": 0 * p.sum(), "tcg": tcg * p.sum()}, optimizer)
+        optimizer.step()
+        return before - p.item()
+
+    assert step(1.0) == 1.0
+    optimizer.set_momenta({"tog": 0.75, "tcg": 0.0})
+    assert [step(0.0), step(0.25)] == [0.0, 0.25]
+    optimizer.set_momenta({"tog": 0.75, "tcg": 0.5})
+    assert [step(0.0), step(0.0)] == [0.125, 0.0625]  # of the last gradient, not of the first
+
+
 def test_a_parameter_that_no_stream_reaches_does_not_move_and_has_no_state() -> None:
     model = TwoHeads()
     optimizer = StreamSGD(model.parameters(), 0.01, DEEPKD, weight_decay=0.1)
