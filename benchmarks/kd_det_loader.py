@@ -34,7 +34,7 @@ from kd_det.data.loader import TrainLoader, build_train_loader
 from kd_det.data.two_sizes import build_train_mapper
 from kd_det.engine.launch import choose_device, read_config
 from kd_det.engine.train_step import build_step
-from kd_det.engine.trainer import DistillationTrainer
+from kd_det.engine.trainer import DistillationTrainer, per_micro_batch
 
 BOUND = 0.1
 COCO = ROOT / "configs" / "COCO" / "dkd_r18_r101.yaml"
@@ -70,7 +70,7 @@ def live_iteration(cfg: CfgNode) -> Iteration:
     choose_device(cfg, num_gpus=1)
     iteration = build_iteration(cfg, batches=1)
     silence_random_blocks(iteration.model)
-    loader = DistillationTrainer.build_train_loader(cfg)
+    loader = DistillationTrainer.build_train_loader(per_micro_batch(cfg))
     iteration.step = build_step(cfg, iteration.model, iter(loader), iteration.step.optimizer)
     return iteration
 

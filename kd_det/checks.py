@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
 from detectron2.modeling import (
     ANCHOR_GENERATOR_REGISTRY,
     BACKBONE_REGISTRY,
@@ -35,6 +36,7 @@ from kd_det.data import check_dataset, check_same_classes, register_datasets
 from kd_det.data.bad_images import check_on_bad_image
 from kd_det.data.loader import check_sampler
 from kd_det.data.two_sizes import check_scale
+from kd_det.evaluation.evaluator import evaluator_kind
 from kd_det.modeling.meta_arch.registry import PIXEL_CLASSES, class_keys, distilled_architecture, distilled_names
 from kd_det.modeling.teacher.acceleration import TeacherSpeed
 from kd_det.modeling.teacher.build import check_teacher_weights, each_teacher, named_in_list, teacher_config
@@ -125,6 +127,8 @@ def training_checks(cfg: CfgNode, world_size: int = 1, resume: bool = False) -> 
         yield Check("KD", partial(check_unread, cfg))
         yield Check("MODEL.BACKBONE.FREEZE_AT", partial(check_frozen_stem, cfg))
     yield from data_checks(cfg, ("TRAIN", "TEST"))
+    for name in cfg.DATASETS.TEST:
+        yield Check("DATASETS.TEST", partial(check_evaluator, name))
     if not resume:
         for key, path in (("MODEL.WEIGHTS", weights), ("MODEL.TIMM.WEIGHTS", cfg.MODEL.TIMM.WEIGHTS)):
             yield Check(key, partial(check_local_file, key, path, CONVERT_HINT))
@@ -167,6 +171,12 @@ def check_named(cfg: CfgNode, key: str) -> None:
     """Refuse an empty DATASETS.TRAIN or DATASETS.TEST."""
     if not cfg.DATASETS[key]:
         raise UserError(f"DATASETS.{key} is empty: name a data set, or add your own with DATASETS.REGISTER")
+
+
+def check_evaluator(name: str) -> None:
+    """Refuse a test set that could not be evaluated once the training has come so far."""
+    if name in DatasetCatalog:  # else `check_dataset` says so
+        evaluator_kind(name)
 
 
 def check_batch(cfg: CfgNode, world_size: int) -> None:

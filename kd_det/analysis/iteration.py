@@ -11,7 +11,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from kd_det.engine.train_step import build_step
-from kd_det.engine.trainer import DistillationTrainer
+from kd_det.engine.trainer import DistillationTrainer, per_micro_batch
 
 
 @dataclass
@@ -43,7 +43,7 @@ def build_iteration(cfg: CfgNode, batches: int = 4, learning_rate: float = 0.0) 
     cfg = cfg.clone()
     cfg.defrost()
     cfg.SOLVER.BASE_LR = learning_rate
-    data = list(itertools.islice(iter(DistillationTrainer.build_train_loader(cfg)), batches))
+    data = list(itertools.islice(iter(DistillationTrainer.build_train_loader(per_micro_batch(cfg))), batches))
     model = DistillationTrainer.build_model(cfg).train()
     if hasattr(model, "load_teacher"):
         model.load_teacher()

@@ -76,17 +76,18 @@ def derive_student(teacher: CfgNode, request: Request) -> CfgNode:
     """
     check_request(teacher, request)
     cfg = kd_defaults()
-    copy_common(teacher, cfg)
-    for node, keys in (("MODEL", ("TIMM",)), ("SOLVER", ("OPTIMIZER", "MOMENTA", "STEP"))):  # the teacher's own affair
-        cfg[node].update({key: kd_defaults()[node][key] for key in keys})
-    cfg.MODEL.META_ARCHITECTURE = distilled_name(teacher.MODEL.META_ARCHITECTURE) or "DistilledRCNN"
-    cfg.MODEL.WEIGHTS = ""
-    if is_config(request.student):
+    if is_config(request.student):  # whole: what it leaves out has detectron2's default, not the teacher's value
         merge_file(cfg, request.student)
         cfg.MODEL.META_ARCHITECTURE = distilled_name(cfg.MODEL.META_ARCHITECTURE) or cfg.MODEL.META_ARCHITECTURE
         teachers = (*class_keys(teacher.MODEL.META_ARCHITECTURE), *DATA_KEYS)
         set_values(cfg, {key: lookup(teacher, key) for key in teachers})
     else:
+        copy_common(teacher, cfg)
+        own = (("MODEL", ("TIMM",)), ("SOLVER", ("OPTIMIZER", "MOMENTA", "STEP")))  # the teacher's own affair
+        for node, keys in own:
+            cfg[node].update({key: kd_defaults()[node][key] for key in keys})
+        cfg.MODEL.META_ARCHITECTURE = distilled_name(teacher.MODEL.META_ARCHITECTURE) or "DistilledRCNN"
+        cfg.MODEL.WEIGHTS = ""
         set_network(cfg, request)
         set_sizes(cfg, request)
     set_schedule(cfg, teacher, request)
@@ -246,13 +247,19 @@ def set_schedule(cfg: CfgNode, teacher: CfgNode, request: Request) -> None:
     steps = (max(round(step * share), 1) for step in theirs.STEPS)
     solver.STEPS = tuple(step for step in steps if step < solver.MAX_ITER)
     solver.WARMUP_ITERS = min(max(theirs.WARMUP_ITERS, 100), max(solver.MAX_ITER // 6, 1))
-    if not request.weights:
+    from_weights = has_weights(cfg)
+    if not from_weights:
         solver.WARMUP_ITERS = max(solver.WARMUP_ITERS, math.ceil(SCRATCH_ITERATIONS * solver.MAX_ITER))
     solver.CLIP_GRADIENTS.ENABLED, solver.CLIP_GRADIENTS.CLIP_TYPE = True, "norm"
-    solver.CLIP_GRADIENTS.CLIP_VALUE = 5.0 if request.weights else 1.0  # a narrow head dies of a large first step
+    solver.CLIP_GRADIENTS.CLIP_VALUE = 5.0 if from_weights else 1.0  # a narrow head dies of a large first step
     solver.CHECKPOINT_PERIOD = max(solver.MAX_ITER // 10, 1)
     cfg.TEST.EVAL_PERIOD = max(solver.MAX_ITER // 5, 1)
     cfg.SEED = max(cfg.SEED, 0)  # a resumed training then ends as one that was not interrupted
+
+
+def has_weights(cfg: CfgNode) -> bool:
+    """Whether a student starts from weights."""
+    return bool(cfg.MODEL.WEIGHTS or cfg.MODEL.TIMM.WEIGHTS or cfg.MODEL.TIMM.PRETRAINED)
 
 
 def iterations(teacher_solver: CfgNode, batch: int, request: Request) -> int:

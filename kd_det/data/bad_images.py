@@ -57,12 +57,12 @@ class NamedBadImages(Dataset):
 
     def __getitem__(self, index: int) -> Any:
         for candidate in range(index, index + len(self)):
-            record = self.records[candidate % len(self)]
             try:
                 return self.dataset[candidate % len(self)]
             except UserError as error:  # names its own file: a label map
                 return BadImage(str(error))
             except Exception:
+                record = self.records[candidate % len(self)]
                 reason = why_unreadable(record)
                 if reason is None:
                     raise

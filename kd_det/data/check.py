@@ -18,6 +18,7 @@ MISSING = "image file missing"
 TWICE_IMAGE = "image id used twice"
 TWICE_ANNOTATION = "annotation id used twice"
 NO_ID = "annotation without an id"
+TWICE_CATEGORY = "category id used twice"
 UNDECODABLE = "image that cannot be decoded"
 UNKNOWN_CATEGORY = "annotation of an unknown category"
 MALFORMED = "entry without what it needs"
@@ -25,7 +26,7 @@ NEGATIVE_BOX = "box of negative size"
 FLAT_BOX = "box without area"
 BEYOND = "box that reaches out of its image (clipped in training)"
 # What stops a training of detectron2, or makes it learn nonsense; the other kinds it filters or clips by itself.
-FATAL = (MALFORMED, TWICE_IMAGE, TWICE_ANNOTATION, NO_ID, UNKNOWN_CATEGORY, NEGATIVE_BOX, MISSING)
+FATAL = (MALFORMED, TWICE_CATEGORY, TWICE_IMAGE, TWICE_ANNOTATION, NO_ID, UNKNOWN_CATEGORY, NEGATIVE_BOX, MISSING)
 # What an entry needs: key → what its value is.
 IMAGE = {"id": "an id", "file_name": "a word", "width": "a length", "height": "a length"}
 CATEGORY = {"id": "an id", "name": "a word"}
@@ -130,7 +131,7 @@ class CocoFile:
             if wrong := malformed(category, CATEGORY):
                 self.report.problem(MALFORMED, f"categories[{index}] {wrong}")
             elif category["id"] in names:
-                self.report.problem("category id used twice", f"categories[{index}], id {category['id']}")
+                self.report.problem(TWICE_CATEGORY, f"categories[{index}], id {category['id']}")
             else:
                 names[category["id"]] = category["name"]
         return names

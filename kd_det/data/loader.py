@@ -156,7 +156,8 @@ def make_train_loader(
     check_annotated(cfg, dicts)
     groups = [int(d["width"] > d["height"]) for d in dicts] if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None
     batches = GroupedBatches(sampler, groups, cfg.SOLVER.IMS_PER_BATCH // world_size, comm.get_rank(), world_size)
-    dataset = NamedBadImages(MapDataset(DatasetFromList(dicts, copy=False), mapper), dicts, cfg.DATASETS.BAD_IMAGES)
+    records = DatasetFromList(dicts, copy=False)  # packed: as Python objects they would take four times the memory
+    dataset = NamedBadImages(MapDataset(records, mapper), records, cfg.DATASETS.BAD_IMAGES)
     return TrainLoader(PositionedDataset(dataset, seed), batches, cfg.DATALOADER.NUM_WORKERS)
 
 
@@ -174,6 +175,15 @@ def check_annotated(cfg: CfgNode, dicts: list[dict]) -> None:
                 f"DATASETS.TRAIN: {bare['file_name']} has things without {what}, from which {name} learns: give every "
                 f"annotation its {field}, or set MODEL.{key} False"
             )
+
+
+    if cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon":
+        for record in dicts:
+            if any(not isinstance(one.get("segmentation", []), list) for one in record.get("annotations", ())):
+                raise UserError(
+                    f"DATASETS.TRAIN: {record['file_name']} has a mask that is no polygon (RLE), and INPUT.MASK_FORMAT "
+                    "is polygon: set INPUT.MASK_FORMAT bitmask"
+                )
 
 
 def lacks(record: dict[str, Any], field: str) -> bool:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -29,9 +30,11 @@ from kd_core.utils.packaged_weights import weights_at_hand
 from kd_core.utils.resume import remember_request
 from kd_det.analysis.cost import measure
 from kd_det.checkpoint.checkpointer import WholeCheckpointer, check_local_file
+from kd_det.checkpoint.resume import check_resumable
 from kd_det.checks import check_named, training_checks
+from kd_det.config import read_config
 from kd_det.config.defaults import kd_defaults
-from kd_det.config.derive import METHODS, Request, check_request, derive_student
+from kd_det.config.derive import METHODS, Request, check_request, derive_student, has_weights
 from kd_det.config.files import merge_file
 from kd_det.data import register_datasets
 from kd_det.data.check import FATAL, check_coco
@@ -63,7 +66,7 @@ def distill(args: argparse.Namespace) -> None:
     output = Path(args.output)
     if args.num_gpus > max(torch.cuda.device_count(), 1):
         raise UserError(f"--num-gpus {args.num_gpus}, but this machine has {torch.cuda.device_count()}")
-    changeable = ("output", "num_gpus", "baseline", "resume", "like_teacher")
+    changeable = ("output", "num_gpus", "baseline", "resume", "like_teacher", "torchscript")
     config_file, baseline_file = output / "distill.yaml", output / "baseline.yaml"
     request = {key: value for key, value in vars(args).items() if key not in changeable}
     remember_request(output / "distill.json", request, config_file)
@@ -81,8 +84,8 @@ def distill(args: argparse.Namespace) -> None:
     for name, file in {"student": config_file, **({"baseline": baseline_file} if args.baseline else {})}.items():
         train(file, output / name, args.num_gpus)
         results[name] = figures(output / name)
-    exported = export(output / "student", output / "export", args.torchscript)
-    conclude(output, results, costs, exported)
+    conclude(output, results, costs)
+    export(output / "student", output / "export", args.torchscript)
 
 
 def build_config(args: argparse.Namespace, output: Path) -> CfgNode:
@@ -223,7 +226,7 @@ def set_neck(cfg: CfgNode) -> None:
     if bottom_up is None:
         return
     records = DatasetCatalog.get(cfg.DATASETS.TRAIN[0])[:SPREAD_IMAGES]
-    spread = map_spread(bottom_up, example_images(model, cfg, records), trained=bool(has_weights(cfg)))
+    spread = map_spread(bottom_up, example_images(model, cfg, records), trained=has_weights(cfg))
     norm = suggest_fpn_norm(spread)
     say(
         "standard deviation of the backbone's maps: "
@@ -232,10 +235,6 @@ def set_neck(cfg: CfgNode) -> None:
     )
     if norm:
         cfg.MODEL.FPN.NORM = norm
-
-
-def has_weights(cfg: CfgNode) -> bool:
-    return bool(cfg.MODEL.WEIGHTS or cfg.MODEL.TIMM.WEIGHTS or cfg.MODEL.TIMM.PRETRAINED)
 
 
 def example_images(model: nn.Module, cfg: CfgNode, records: list[dict[str, Any]]) -> torch.Tensor:
@@ -294,8 +293,10 @@ def on_device(cfg: CfgNode) -> CfgNode:
 def evaluate_teacher(cfg: CfgNode, output: Path) -> dict[str, float]:
     """The teacher's AP on the student's test data, the first set of several, evaluated once."""
     path = output / "teacher" / "results.json"
-    if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
+    on = {"DATASETS.TEST": list(cfg.DATASETS.TEST)}  # distill.yaml may have been edited since
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if earlier.get("DATASETS.TEST") == on["DATASETS.TEST"]:
+        return earlier
     say("evaluating the teacher …")
     config = teacher_config(cfg)
     config.DATASETS.TEST, config.OUTPUT_DIR = cfg.DATASETS.TEST, str(path.parent)
@@ -305,6 +306,7 @@ def evaluate_teacher(cfg: CfgNode, output: Path) -> dict[str, float]:
     if len(cfg.DATASETS.TEST) > 1:
         results = results[cfg.DATASETS.TEST[0]]
     found = {f"bbox/{key}": float(value) for key, value in results.get("bbox", {}).items()}
+    found |= on
     write_text(path, json.dumps(found))
     say(f"teacher: {found.get('bbox/AP', float('nan')):.2f} AP")
     return found
@@ -313,11 +315,14 @@ def evaluate_teacher(cfg: CfgNode, output: Path) -> dict[str, float]:
 def train(config_file: Path, output: Path, num_gpus: int) -> None:
     """One training in a process of its own, from its last checkpoint if there is one, unless it is finished."""
     if (output / "finished").is_file():
+        check_resumable(read_config(str(config_file), ["OUTPUT_DIR", str(output)]))  # it may have been edited since
         say(f"{output} is finished")
         return
     say(f"training into {output} …")
     command = [sys.executable, "-m", "kd_det.engine.train", "--config-file", str(config_file), "--resume"]
     command += ["--num-gpus", str(num_gpus), "OUTPUT_DIR", str(output)]
+    gc.collect()  # what the forecast and the teacher's evaluation hold of the GPU belongs to the training now
+    torch.cuda.empty_cache()
     code = subprocess.run(command, env=os.environ | {"PYTHONWARNINGS": "ignore"}).returncode
     if code:
         sys.exit(code)  # it has said why
@@ -330,19 +335,23 @@ def figures(output: Path) -> dict[str, float]:
     return {"bbox/AP": run.ap, "bbox/AP50": run.ap50, "bbox/AP75": run.ap75, "training_seconds": run.training_seconds}
 
 
-def export(training: Path, folder: Path, torchscript: bool) -> list[Path]:
-    """The student for plain detectron2, and as TorchScript."""
+def export(training: Path, folder: Path, torchscript: bool) -> None:
+    """The student for plain detectron2, and as TorchScript where this detectron2 can write that."""
     student = read_student(training)
     folder.mkdir(parents=True, exist_ok=True)
-    files = save_plain(student, folder)
+    say(f"exported: {', '.join(map(str, save_plain(student, folder)))}")
     if torchscript:
-        with quiet():
-            save_torchscript(student, folder / "student.ts")
-        files.append(folder / "student.ts")
-    return files
+        try:
+            with quiet():
+                save_torchscript(student, folder / "student.ts")
+        except UserError as error:
+            raise UserError(
+                f"the student is trained and exported, but not as TorchScript: {error} (--no-torchscript leaves it out)"
+            ) from error
+        say(f"exported: {folder / 'student.ts'}")
 
 
-def conclude(output: Path, results: dict[str, dict], costs: dict[str, Cost], files: list[Path]) -> None:
+def conclude(output: Path, results: dict[str, dict], costs: dict[str, Cost]) -> None:
     """The table, printed and kept."""
     rows = []
     for name, found in results.items():
@@ -361,7 +370,7 @@ def conclude(output: Path, results: dict[str, dict], costs: dict[str, Cost], fil
     write_text(output / "table.md", table + "\n")
     summary = {"results": results, "costs": {name: asdict(cost) for name, cost in costs.items()}}
     write_text(output / "results.json", json.dumps(summary, indent=1))
-    say(f"\n{table}\n\nexported: {', '.join(map(str, files))}; table: {output / 'table.md'}")
+    say(f"\n{table}\n\ntable: {output / 'table.md'}")
 
 
 def read(path: Path) -> CfgNode:

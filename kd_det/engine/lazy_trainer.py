@@ -104,9 +104,6 @@ class LazyTrainer(DistillationTrainer):
         if unknown := set(node) - LOADER:
             known = ", ".join(sorted(LOADER - {"_target_"}))
             raise UserError(f"dataloader.train.{min(unknown)} is not read: its arguments are {known}")
-        cfg = cfg.clone()
-        cfg.defrost()
-        cfg.SOLVER.IMS_PER_BATCH //= cfg.SOLVER.ACCUMULATE_STEPS
         dicts = build_node(cls.lazy, "dataloader.train.dataset")
         sampler = build_node(cls.lazy, "dataloader.train.sampler") or TrainingSampler(len(dicts))
         if cfg.SEED >= 0:
@@ -205,9 +202,10 @@ def setup(args: argparse.Namespace) -> tuple[DictConfig, CfgNode]:
     for check in data_checks(cfg, ("TEST",) if args.eval_only else ("TRAIN", "TEST")):
         check.run()
     LazyTrainer.check(cfg, comm.get_world_size())
-    check_local_file("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS)
     tree, written = as_tree(lazy), config_file(cfg.OUTPUT_DIR)
     resumed = args.resume and not args.eval_only and Path(cfg.OUTPUT_DIR, "last_checkpoint").is_file()
+    if not args.resume:  # a checkpoint has the weights
+        check_local_file("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS)
     if resumed and written.is_file():
         check_same_config(written, tree, None, IGNORED_ON_RESUME, f"the run in train.output_dir {cfg.OUTPUT_DIR}")
     prepare_output(OmegaConf.create(tree), args, cfg.OUTPUT_DIR)

@@ -90,7 +90,8 @@ class DistillationTrainer(TrainerBase):
         if isinstance(student, Distilled):
             student.load_teacher()
         optimizer = self.build_optimizer(cfg, student)
-        self.loader = self.build_train_loader(cfg)
+        self.loader = self.build_train_loader(per_micro_batch(cfg))
+        check_loader(self.loader)
         self._trainer = build_step(cfg, distribute(student), self.loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         plain = partial(self.build_plain_model, cfg)
@@ -141,7 +142,7 @@ class DistillationTrainer(TrainerBase):
             CheckRanksAgree(save_period),
             hooks.PeriodicCheckpointer(self.checkpointer, save_period) if main else None,
             Evaluate(eval_period, self.evaluate_student, output / "metrics.json"),
-            Evaluate(eval_period, self.evaluate_average, output / "metrics.json") if average else None,
+            Evaluate(eval_period, self.evaluate_average, output / "metrics.json", "ema/") if average else None,
             Report(cfg, self.build_writers(), self.log_period) if main else None,
             KeepBest(output / "model_best.pth", student),
             KeepBest(output / "model_best_ema.pth", average.model, "ema") if average else None,
@@ -155,8 +156,7 @@ class DistillationTrainer(TrainerBase):
         """TEST.PRECISE_BN: recomputes BatchNorm's statistics before an evaluation, from a loader of its own."""
         if not self.cfg.TEST.PRECISE_BN.ENABLED or not get_bn_modules(self.model):
             return None
-        cfg = self.cfg.clone()
-        cfg.defrost()
+        cfg = per_micro_batch(self.cfg)
         cfg.DATALOADER.NUM_WORKERS = 0
         iterations = cfg.TEST.PRECISE_BN.NUM_ITER
         return hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, self.build_train_loader(cfg), iterations)
@@ -178,7 +178,7 @@ class DistillationTrainer(TrainerBase):
         cfg.defrost()
         cfg.OUTPUT_DIR = str(Path(self.cfg.OUTPUT_DIR, "ema"))
         results = {"ema": self.test(cfg, self.average.model)}
-        self._last_eval_results = {**self._last_eval_results, **results}
+        self._last_eval_results = {**getattr(self, "_last_eval_results", {}), **results}
         return results
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -204,6 +204,12 @@ class DistillationTrainer(TrainerBase):
             note_teachers_file(self.cfg)
             check_initial_weights(path, self.checkpointer.incompatible, self.checkpointer.model)
             check_frozen_weights(self.checkpointer.model, self.checkpointer.incompatible, path)
+        starts = comm.all_gather(self.start_iter)
+        if len(set(starts)) > 1:
+            raise UserError(
+                f"the processes start at the iterations {starts}: they see other checkpoints in OUTPUT_DIR "
+                f"{self.cfg.OUTPUT_DIR}, which must be on a file system that every machine shares"
+            )
         self.loader.start = self.start_iter * self.cfg.SOLVER.ACCUMULATE_STEPS
         if comm.is_main_process():
             cut_metrics(Path(self.cfg.OUTPUT_DIR, "metrics.json"), last=self.start_iter - 1)
@@ -274,7 +280,7 @@ class DistillationTrainer(TrainerBase):
         model = cls.build_model(cfg)
         restore_console()
         load_all_weights(model, cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS")
-        results = cls.test(cfg, model)
+        results = cls.test(apart_from_training(cfg), model)
         if comm.is_main_process():
             facts = {"parameters": sum(p.numel() for p in model.parameters()), "seed": cfg.SEED}
             flat = flatten_results_dict(results)
@@ -352,10 +358,10 @@ class DistillationTrainer(TrainerBase):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
-        """A loader of micro-batches: IMS_PER_BATCH images are ACCUMULATE_STEPS of them, over all processes."""
-        cfg = cfg.clone()
-        cfg.defrost()
-        cfg.SOLVER.IMS_PER_BATCH //= cfg.SOLVER.ACCUMULATE_STEPS
+        """The loader of a config whose IMS_PER_BATCH is that of a micro-batch (`per_micro_batch`), over all processes.
+
+        An override with a mapper of its own returns `kd_det.data.loader.build_train_loader(cfg, mapper)`.
+        """
         return build_train_loader(cfg)
 
     @classmethod
@@ -390,3 +396,32 @@ class DistillationTrainer(TrainerBase):
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         return build_evaluator(cfg, dataset_name)
 
+
+def per_micro_batch(cfg: CfgNode) -> CfgNode:
+    """A copy whose IMS_PER_BATCH is that of one of the ACCUMULATE_STEPS micro-batches of a step."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SOLVER.IMS_PER_BATCH //= cfg.SOLVER.ACCUMULATE_STEPS
+    return cfg
+
+
+def check_loader(loader: Any) -> None:
+    """Raise a UserError for a loader that cannot start where a training resumes."""
+    if not hasattr(loader, "start"):
+        raise UserError(
+            f"build_train_loader returned a {type(loader).__name__}, which cannot start at a given batch, as --resume "
+            "needs: return kd_det.data.loader.build_train_loader(cfg, mapper)"
+        )
+
+
+def apart_from_training(cfg: CfgNode) -> CfgNode:
+    """`cfg`, or a copy that writes into OUTPUT_DIR/evaluation where OUTPUT_DIR holds a training.
+
+    A report takes the detections in OUTPUT_DIR for the training's.
+    """
+    if not Path(cfg.OUTPUT_DIR, "metrics.json").is_file():
+        return cfg
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR, "evaluation"))
+    return cfg

@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 import os
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -28,6 +29,7 @@ from kd_det.compat import evaluating_with
 from kd_det.data.label_maps import check_labels
 
 logger = logging.getLogger(__name__)
+KINDS = ("coco", "sem_seg", "cityscapes_sem_seg", "coco_panoptic_seg")
 
 
 class BoxEvaluator(COCOEvaluator):
@@ -49,6 +51,17 @@ class BoxEvaluator(COCOEvaluator):
             )
         with evaluating_with(coco_eval_class()):
             super()._eval_predictions(predictions, *args, **kwargs)
+
+
+class CityscapesEvaluator(CityscapesSemSegEvaluator):
+    """Cityscapes' own scripts; their mean IoU is also under the name that other evaluators have for it."""
+
+    def evaluate(self) -> dict[str, Any] | None:
+        """See detectron2; None but on rank 0."""
+        results = super().evaluate()
+        if results is not None:
+            results["sem_seg"]["mIoU"] = results["sem_seg"]["IoU"]
+        return results
 
 
 class LabelMapEvaluator(SemSegEvaluator):
@@ -91,6 +104,25 @@ def coco_eval_class() -> type:
     return COCOeval_faster
 
 
+def evaluator_kind(dataset_name: str) -> str:
+    """What the metadata of a data set call its evaluator; boxes where they do not say.
+
+    Raises:
+        UserError: there is none of this kind, or a package is missing. A training finds it out before it starts.
+    """
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
+    if kind not in KINDS:
+        raise UserError(
+            f"DATASETS.TEST: {dataset_name} needs the evaluator {kind!r}, which tools/train_net.py does not have: "
+            "override DistillationTrainer.build_evaluator"
+        )
+    if kind == "cityscapes_sem_seg" and find_spec("cityscapesscripts") is None:
+        raise UserError(
+            f"DATASETS.TEST: {dataset_name} is evaluated by Cityscapes' own scripts: pip install cityscapesscripts"
+        )
+    return kind
+
+
 def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     """The evaluator that the data set's metadata names as `evaluator_type`.
 
@@ -100,28 +132,19 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         coco_panoptic_seg    both of the first, and PQ where panopticapi is installed
 
     Raises:
-        UserError: the data set has another type, or a package is missing.
+        UserError: as `evaluator_kind`.
     """
-    kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
-    output = os.path.join(cfg.OUTPUT_DIR, "inference")
+    kind, output = evaluator_kind(dataset_name), os.path.join(cfg.OUTPUT_DIR, "inference")
+    if kind == "cityscapes_sem_seg":
+        return CityscapesEvaluator(dataset_name)
+    boxes = partial(BoxEvaluator, dataset_name, output_dir=output, kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS)
     if kind == "coco":
-        return BoxEvaluator(dataset_name, output_dir=output)
+        return boxes()
     if kind == "sem_seg":
         return LabelMapEvaluator(dataset_name, output_dir=output)
-    if kind == "cityscapes_sem_seg":
-        if find_spec("cityscapesscripts") is None:
-            raise UserError(
-                f"DATASETS.TEST: {dataset_name} is evaluated by Cityscapes' own scripts: pip install cityscapesscripts"
-            )
-        return CityscapesSemSegEvaluator(dataset_name)
-    if kind == "coco_panoptic_seg":
-        evaluators = [LabelMapEvaluator(dataset_name, output_dir=output), BoxEvaluator(dataset_name, output_dir=output)]
-        if find_spec("panopticapi") is None:
-            logger.warning("%s: PQ is left out, because panopticapi is not installed", dataset_name)
-        else:
-            evaluators.append(COCOPanopticEvaluator(dataset_name, output))
-        return DatasetEvaluators(evaluators)
-    raise UserError(
-        f"DATASETS.TEST: {dataset_name} needs the evaluator {kind!r}, which tools/train_net.py does not have: override "
-        "DistillationTrainer.build_evaluator"
-    )
+    evaluators = [LabelMapEvaluator(dataset_name, output_dir=output), boxes()]
+    if find_spec("panopticapi") is None:
+        logger.warning("%s: PQ is left out, because panopticapi is not installed", dataset_name)
+    else:
+        evaluators.append(COCOPanopticEvaluator(dataset_name, output))
+    return DatasetEvaluators(evaluators)

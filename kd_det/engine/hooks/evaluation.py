@@ -19,12 +19,13 @@ class Evaluate(hooks.EvalHook):
     Args:
         period: iterations between evaluations.
         function: evaluates.
-        metrics: the training's metrics.json, to which the results of student and moving average are written together.
+        metrics: the training's metrics.json.
+        prefix: of the results' keys there: "ema/" for the moving average's.
     """
 
-    def __init__(self, period: int, function: Callable[[], Any], metrics: Path) -> None:
+    def __init__(self, period: int, function: Callable[[], Any], metrics: Path, prefix: str = "") -> None:
         super().__init__(period, function)
-        self.metrics = metrics
+        self.metrics, self.prefix = metrics, prefix
 
     def before_train(self) -> None:
         done = self.trainer.start_iter
@@ -35,7 +36,8 @@ class Evaluate(hooks.EvalHook):
     def is_logged(self, iteration: int) -> bool:
         """Whether metrics.json has results of the evaluation after `iteration`."""
         lines = (line for line in read_lines(self.metrics) if line.get("iteration") == iteration)
-        return any(is_result(key) for line in lines for key in line)
+        results = [key for line in lines for key in line if is_result(key)]
+        return any(key.startswith("ema/") == bool(self.prefix) for key in results)
 
 
 def is_result(key: str) -> bool:

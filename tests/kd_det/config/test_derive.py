@@ -10,6 +10,7 @@ from kd_det.checks import check_backbone
 from kd_det.config import kd_defaults, merge_file
 from kd_det.config.derive import METHODS, Request, derive_student, set_network
 from kd_det.modeling.teacher.build import yacs_teacher
+from kd_det.modeling.teacher.lazy import config_path
 
 
 @pytest.fixture
@@ -128,6 +129,19 @@ def test_a_students_own_config_keeps_its_network_and_takes_the_teachers_data(tea
     assert (cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.RESNETS.DEPTH) == ("DistilledRCNN", 34)
     assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 10 and cfg.DATASETS.TRAIN == ("mine",)
     assert cfg.DATASETS.REGISTER == teacher.DATASETS.REGISTER and cfg.DATASETS.TEST == teacher.DATASETS.TEST
+
+
+def test_what_a_students_own_config_leaves_out_is_detectron2s_and_its_weights_count(tmp_path):
+    """The teacher is an X101 with its own strides, groups and pixel statistics; the student plain detectron2's R50."""
+    teacher = yacs_teacher("COCO-Detection/faster_rcnn_X_101_32x8d_FPN_3x.yaml")
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"_BASE_: {config_path('COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml')}\n")
+    cfg, alone = derive_student(teacher, Request(str(path))), kd_defaults()
+    merge_file(alone, str(path))
+    for key in ("NUM_GROUPS", "WIDTH_PER_GROUP", "STRIDE_IN_1X1", "DEPTH"):
+        assert cfg.MODEL.RESNETS[key] == alone.MODEL.RESNETS[key]
+    assert cfg.MODEL.PIXEL_STD == [1.0, 1.0, 1.0] and cfg.MODEL.WEIGHTS.endswith("R-50.pkl")
+    assert (cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE) == (1000, 5.0)
 
 
 def test_a_retinanet_teaches_by_methods_that_have_a_form_for_sigmoids():

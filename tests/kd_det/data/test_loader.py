@@ -121,6 +121,11 @@ MASK = {"segmentation": [[1, 1, 9, 1, 9, 9]]}
     ("annotations", "model", "message"),
     [
         ([MASK, {}], {"MASK_ON": True}, r"a\.jpg has things without masks, .* or set MODEL\.MASK_ON False"),
+        (
+            [MASK, {"segmentation": {"size": [20, 20], "counts": "a"}}],
+            {"MASK_ON": True},
+            r"a\.jpg has a mask that is no polygon \(RLE\), .*: set INPUT\.MASK_FORMAT bitmask",
+        ),
         ([{"keypoints": [5, 5, 2]}, {}], {"KEYPOINT_ON": True}, r"things without keypoints, .* set MODEL\.KEYPOINT_ON"),
         ([{"iscrowd": 1}], {}, r"DATASETS\.TRAIN: No valid data found in .*: images count that have a box of no crowd"),
     ],

@@ -4,17 +4,20 @@ import json
 import logging
 import shutil
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from helpers.few_digits import few_digits
 from kd_core.utils.errors import UserError
-from kd_det.checks import check_before_evaluation
+from kd_det.checks import check_before_evaluation, failures, training_checks
 from kd_det.compat import KEEP_BUFFERS
 from kd_det.config.student import student_config
 from kd_det.data import register_datasets
@@ -147,7 +150,7 @@ def test_an_evaluation_that_a_kill_interrupted_is_made_up_for(cfg, tmp_path, mon
     (output / "last_checkpoint").write_text("model_0000001.pth")
     evaluated[1:] = []
     train(cfg, resume=True)
-    assert len(evaluated) == 1 + 2  # its results alone would be taken for the student's
+    assert len(evaluated) == 1 + 1 + 2  # the average's alone was interrupted
 
 
 def test_evaluation_alone_needs_weights(cfg):
@@ -166,6 +169,48 @@ def test_an_evaluation_refuses_a_name_that_is_not_registered_and_augmentation_th
     cfg.MODEL.META_ARCHITECTURE = "DistiledRCNN"
     with pytest.raises(UserError, match=r"'DistiledRCNN', which is not registered: did you mean DistilledRCNN"):
         check_before_evaluation(cfg)
+
+
+def test_a_test_set_that_could_not_be_evaluated_is_refused_before_the_training(cfg):
+    MetadataCatalog.get("digits_val_as_lvis").set(evaluator_type="lvis", thing_classes=["thing"])
+    DatasetCatalog.register("digits_val_as_lvis", list)
+    cfg.DATASETS.TEST = ("digits_val_as_lvis",)
+    try:
+        assert any("needs the evaluator 'lvis'" in text for text in failures(training_checks(cfg)))
+    finally:
+        DatasetCatalog.remove("digits_val_as_lvis")
+        MetadataCatalog.pop("digits_val_as_lvis")
+
+
+def test_an_evaluation_alone_leaves_the_detections_of_the_training_in_its_folder(cfg, tmp_path):
+    output, entry = Path(cfg.OUTPUT_DIR), few_digits(tmp_path, 2)
+    (output / "inference").mkdir()
+    detections = output / "inference" / "coco_instances_results.json"
+    detections.write_text("[]")
+    (output / "metrics.json").write_text('{"iteration": 3}\n')
+    cfg.DATASETS.REGISTER, cfg.DATASETS.TEST = [entry], (entry[0],)
+    register_datasets(cfg)
+    cfg.MODEL.WEIGHTS = str(tmp_path / "weights.pth")
+    torch.save({"model": build_model(student_config(cfg)).state_dict()}, cfg.MODEL.WEIGHTS)
+    DistillationTrainer.evaluate_only(cfg)
+    assert detections.read_text() == "[]" and (output / "evaluation" / detections.relative_to(output)).is_file()
+
+
+def test_processes_that_see_other_checkpoints_do_not_train_together(cfg, monkeypatch):
+    trainer = DistillationTrainer(cfg)
+    monkeypatch.setattr("detectron2.utils.comm.all_gather", lambda start: [start, 40])  # of another machine
+    with pytest.raises(UserError, match=r"start at the iterations \[0, 40\]: .* that every machine shares"):
+        trainer.resume_or_load(resume=True)
+
+
+def test_a_loader_that_cannot_start_where_a_training_resumes_is_refused(cfg):
+    class Trainer(DistillationTrainer):
+        @classmethod
+        def build_train_loader(cls, cfg):
+            return [1, 2]
+
+    with pytest.raises(UserError, match=r"returned a list, which cannot start .*: return kd_det\.data\.loader\."):
+        Trainer(cfg)
 
 
 def test_the_distillation_loss_warms_up_over_its_iterations(cfg):

@@ -13,7 +13,8 @@ from helpers.few_digits import few_digits
 from kd_core.utils.errors import UserError
 from kd_det.compat import evaluating_with
 from kd_det.data import register_datasets
-from kd_det.evaluation.evaluator import build_evaluator, coco_eval_class
+from kd_det.evaluation.evaluator import CityscapesEvaluator, build_evaluator, coco_eval_class
+from kd_det.evaluation.figures import MAIN_FIGURES
 
 
 class Faster(COCOeval):
@@ -81,6 +82,22 @@ def test_data_that_cannot_be_evaluated_are_refused_by_name(kind, message, tiny_c
             build_evaluator(tiny_cfg(), "one_of_ours")
     finally:
         MetadataCatalog.pop("one_of_ours")
+
+
+def test_keypoint_sigmas_of_the_config_reach_the_evaluator(tiny_cfg, tmp_path):
+    entry = few_digits(tmp_path, 1)
+    cfg = tiny_cfg("TEST.KEYPOINT_OKS_SIGMAS", [0.1, 0.2])
+    cfg.DATASETS.REGISTER = [entry]
+    register_datasets(cfg)
+    assert build_evaluator(cfg, entry[0])._kpt_oks_sigmas == [0.1, 0.2]
+
+
+def test_cityscapes_has_the_figure_by_which_segmentors_are_compared(monkeypatch):
+    """Its scripts need the whole data set: this is what they hand back."""
+    found = {"sem_seg": {"IoU": 70.0, "iIoU": 50.0}}
+    monkeypatch.setattr("detectron2.evaluation.CityscapesSemSegEvaluator.evaluate", lambda _: found)
+    results = object.__new__(CityscapesEvaluator).evaluate()
+    assert results["sem_seg"][MAIN_FIGURES["sem_seg"]] == 70.0
 
 
 def test_a_model_that_detects_nothing_is_told_so_loudly(evaluated, caplog):
