@@ -1,5 +1,6 @@
 # DeepKD over DKD with the dynamic top-k mask (arXiv 2505.15133), ResNet-18 from ViTDet-B. The pair is ours: no result
-# is published. Δ 0.075 is the paper's; step "matched" and the rest are as in configs/COCO/deepkd_r18_r101.yaml.
+# is published. Learning rate: DKD's, 0.01 for 8 images, found for momentum 0.9. Δ 0.075 is the paper's; step "matched"
+# and the rest are as in configs/COCO/deepkd_r18_r101.yaml.
 #   tools/convert_weights.py torchvision:resnet18 --output pretrained/r18.pth
 #   DETECTRON2=a/checkout/of/its/main tools/lazyconfig_train_net.py \
 #       --config-file configs/LazyCOCO/deepkd_r18_vitdet_b.py --num-gpus 8

@@ -12,7 +12,8 @@ class ForegroundBackground(nn.Module):
         loss = N_fg / N · fg_loss(foreground rows) + N_bg / N · bg_loss(background rows)
 
     The background is the last class, as in detectron2. Terms and streams are those of the parts, prefixed `fg_` and
-    `bg_`. GDKD3 and DKD(1, .25) make GDKDS (arXiv 2512.04625, released code). Picking rows waits for the device.
+    `bg_`. GDKD3 and DKD(1, .25) make GDKDS (arXiv 2512.04625, released code). Its loss is fg_loss + bg_loss; the shares
+    are ours: with one loss in both places they give that loss of all rows. Picking rows waits for the device.
 
     Args:
         fg_loss: loss of the rows whose target is not the last class.
