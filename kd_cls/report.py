@@ -62,6 +62,11 @@ class Predictions:
     target: Tensor
     names: list[str]
 
+    def is_alike(self, other: "Predictions") -> bool:
+        """Whether two methods were asked the same."""
+        same = self.logits.shape == other.logits.shape and self.names == other.names
+        return same and torch.equal(self.target, other.target)
+
     @property
     def predicted(self) -> Tensor:
         return self.logits.argmax(1)
@@ -126,16 +131,16 @@ def prediction_sections(groups: dict[str, list[Run]]) -> list[Section]:
             predictions[title] = predict(runs[0])
         except (UserError, OSError) as error:
             failed.append(f"{title}: no predictions: {error}")
-    shapes = {of.logits.shape for of in predictions.values()}
-    if not predictions or len(shapes) > 1:
-        reason = failed or ["The runs have other classes or images, so they are not compared by class."]
-        return [Section("By class", reason)]
+    first = next(iter(predictions.values()), None)
+    if first is None or not all(of.is_alike(first) for of in predictions.values()):
+        reason = [] if first is None else ["The runs have other classes or images, so they are not compared by class."]
+        return [Section("By class", [*failed, *reason])]
     teacher = next((title for title in predictions if groups[title][0].role == "teacher"), None)
     students = [title for title in predictions if title != teacher] or list(predictions)
     best = max(students, key=lambda title: predictions[title].right.double().mean())
     count = len(predictions[best].target)
     text = [f"best.pth of each method's first run, on {count} validation images.", *failed]
-    sections = [Section("By class", text, [class_table(predictions, teacher, best)])]
+    sections = [Section("By class", text, [class_table(predictions, teacher if teacher != best else None, best)])]
     if teacher and best != teacher:
         own, theirs = predictions[best], predictions[teacher]
         table = agreement_table(theirs.logits, own.logits, own.target, own.names, best, "images")

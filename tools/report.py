@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
         runs = write_report(options.outputs, options.html, options.title, options.baseline)
         print(f"{len(runs)} runs: {options.html} ({options.html.stat().st_size / 1e6:.1f} MB)")
     if options.json:
-        runs = assign_roles(map(read_run, with_teachers(each_run(options.outputs))))
+        runs = assign_roles(map(read_whole, with_teachers(each_run(options.outputs))))
         write_runs(options.json, runs)
         print(f"{len(runs)} runs: {options.json}")
     if options.page:
@@ -111,10 +111,14 @@ def each_run(outputs: list[Path]) -> list[Path]:
     """
     folders = []
     for output in outputs:
+        if output.is_file():  # of output/table/*, where tools/run_table.py writes its table too
+            continue
         if not output.is_dir():
             raise UserError(f"there is no folder {output}")
         seeds = sorted(path.parent for path in output.glob("seed_*/config.yaml"))
         folders += seeds or [output]
+    if not folders:
+        raise UserError(f"there is no folder among {', '.join(map(str, outputs))}")
     return list(dict.fromkeys(folders))
 
 
@@ -123,9 +127,19 @@ def with_teachers(folders: list[Path]) -> list[Path]:
     found = list(folders)
     for folder in folders:
         teacher = teacher_folder(read_run(folder))
-        if teacher and (teacher / "metrics.json").is_file() and teacher not in {each.resolve() for each in found}:
+        is_ours = teacher and all((teacher / name).is_file() for name in ("config.yaml", "metrics.json"))
+        if is_ours and teacher not in {each.resolve() for each in found}:
             found.insert(0, teacher)
     return found
+
+
+def read_whole(folder: Path) -> Run:
+    """A run with the length of its schedule, by which it is finished or not."""
+    if kind_of(read_run(folder)) == "detector":
+        from kd_det.evaluation.html_report import read_detector_run as read
+    else:
+        from kd_cls.report import read_classifier_run as read
+    return read(folder)
 
 
 def kind_of(run: Run) -> str:

@@ -78,14 +78,21 @@ def detector_page(runs: Sequence[Run], title: str, baseline: str | None = None, 
 
 
 def evaluation_prefixes(runs: Sequence[Run]) -> list[str]:
-    """What stands before a main figure: "bbox", "sem_seg"; "ema/bbox" for the moving average; "<data set>/bbox"."""
+    """What stands before a main figure: "bbox", "sem_seg"; "ema/bbox" for the moving average; "<data set>/bbox".
+
+    Data sets come in the order of DATASETS.TEST: the first is what checkpoints are compared by.
+    """
     ends = tuple(f"{task}/{figure}" for task, figure in MAIN_FIGURES.items())
     keys = dict.fromkeys(key for run in runs for key in run.scalars() if key.endswith(ends))
     order = list(MAIN_FIGURES)
-    return sorted(
-        (key.rpartition("/")[0] for key in keys),
-        key=lambda prefix: ("ema/" in prefix, "/" in prefix, order.index(task_of(prefix))),
-    )
+    sets = list(dict.fromkeys(name for run in runs for name in lookup(run.config, "DATASETS", "TEST", default=[])))
+
+    def place(prefix: str) -> tuple[bool, bool, int, int]:
+        name = prefix.removeprefix("ema/").rpartition("/")[0]
+        number = sets.index(name) if name in sets else len(sets)
+        return prefix.startswith("ema/"), "/" in prefix, number, order.index(task_of(prefix))
+
+    return sorted((key.rpartition("/")[0] for key in keys), key=place)
 
 
 def task_of(prefix: str) -> str:
@@ -116,6 +123,7 @@ def class_section(groups: dict[str, list[Run]], prefix: str) -> Section | None:
         return None
     teacher = next((group for group in groups.values() if group[0].role == "teacher"), None)
     best = groups[best_student(groups, main_key(prefix))]
+    teacher = None if teacher is best else teacher  # alone on the page
     rows = []
     for name in names:
         metric = Metric(name, start + name)

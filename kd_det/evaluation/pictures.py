@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
+from detectron2.data.detection_utils import read_image
 from PIL import Image
 from pycocotools.coco import COCO
 
@@ -57,9 +57,9 @@ def detection_sections(groups: dict[str, list[Run]], student: str, logits: bool)
     if test_set is None:
         section.text += ["The test set is not on this machine, so nothing can be drawn."] if shown else []
         return [section]
-    titles = [title for title in shown if title == student or shown[title].role != "student"]
-    titles += [title for title in shown if title not in titles]
-    titles = titles[:COLUMNS]
+    first = [title for title in shown if shown[title].role == "teacher"][:1] + [student] * (student in shown)
+    others = sorted(shown, key=lambda title: shown[title].role == "student")
+    titles = list(dict.fromkeys([*first, *others]))[:COLUMNS]
     matches = {title: matches_of(shown[title], test_set) for title in titles}
     teacher = next((title for title in titles if shown[title].role == "teacher"), None)
     student = student if student in matches else titles[-1]
@@ -190,8 +190,7 @@ def draw_image(test_set: TestSet, image: int, matches: dict[str, Match]) -> Gall
     path = test_set.folder / name
     if not path.is_file():
         return None
-    with Image.open(path) as opened:
-        rgb = np.asarray(opened.convert("RGB"))
+    rgb = read_image(str(path), "RGB")  # upright, as the detector saw it
     figures = []
     for title, match in matches.items():
         picture = Canvas(rgb, test_set.names, sorted(test_set.truth.cats)).draw_match(match)

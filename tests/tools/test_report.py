@@ -15,6 +15,7 @@ from helpers.report_runs import Page, write_run
 from kd_core.utils.report.results import kept
 from kd_core.utils.report.runs import Run, method_title, with_common_keys
 from kd_core.utils.report.tables import Metric, paired_table, seeds_table
+from kd_det.evaluation.html_report import evaluation_prefixes
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -236,6 +237,9 @@ def test_a_page_of_docs_is_drawn_from_the_results_that_were_kept(load_tool, thre
     with pytest.raises(SystemExit, match=r"page\.md: a line .* has no <!-- end --> after it"):
         tool.main(["--page", str(page)])
     assert page.read_text() == left_open
+    page.write_text((asked % "seeds").replace("of: bbox/AP", "of: total_loss") + "\n<!-- end -->")
+    with pytest.raises(SystemExit, match=r"three\.json has no total_loss: results of evaluations are kept, no losses"):
+        tool.main(["--page", str(page)])
     page.write_text("<!-- drawn: {what: table, from: results/three.json} -->\n<!-- end -->")
     with pytest.raises(SystemExit, match="what is 'table', expected seeds, curves, search or tries"):
         tool.main(["--page", str(page)])
@@ -243,6 +247,36 @@ def test_a_page_of_docs_is_drawn_from_the_results_that_were_kept(load_tool, thre
     page.write_text(asked % "seeds" + "\n<!-- end -->")
     with pytest.raises(SystemExit, match=r"three\.json is no json that can be read"):
         tool.main(["--page", str(page)])
+
+
+def test_an_unfinished_run_is_left_out_of_a_mean_of_docs_too(load_tool, tmp_path):
+    runs = [write_run(tmp_path / f"plain_{seed}", 40 + seed, seed) for seed in range(2)]
+    lines = [{"iteration": 9, "bbox/AP": 1.0}]
+    tool, stopped = load_tool("report"), write_run(tmp_path / "plain_2", seed=2, lines=lines)
+    tool.main([*map(str, [*runs, stopped]), "--json", str(tmp_path / "plain.json")])
+    page = tmp_path / "page.md"
+    page.write_text("<!-- drawn: {what: seeds, from: plain.json, of: bbox/AP, label: AP} -->\n<!-- end -->")
+    tool.main(["--page", str(page)])
+    row = next(line for line in page.read_text().splitlines() if line.startswith("| plain"))
+    assert [cell.strip() for cell in row.split("|")[2:-1]] == ["40.64 ± 0.71", "40.14", "41.14"]
+
+
+def test_test_sets_stand_in_their_order_in_the_config_and_the_average_behind():
+    line = dict.fromkeys(("cinema/bbox/AP", "ema/my_val/bbox/AP", "extra/bbox/AP", "my_val/bbox/AP"), 1.0)
+    run = Run(Path("a"), {"DATASETS": {"TEST": ["my_val", "extra", "cinema"]}}, [{"iteration": 1, **line}])
+    assert evaluation_prefixes([run]) == ["my_val/bbox", "extra/bbox", "cinema/bbox", "ema/my_val/bbox"]
+
+
+def test_a_file_among_the_folders_is_passed_over_and_a_training_without_an_evaluation_is_told(report, tmp_path):
+    (tmp_path / "table.md").write_text("of tools/run_table.py")
+    lines = [{"iteration": 39, "total_loss": 1.0}]
+    page = report(write_run(tmp_path / "plain", lines=lines), tmp_path / "table.md")
+    assert "plain was not evaluated at its end. It has no AP yet." in page.text
+
+
+def test_a_teacher_alone_has_no_gap_to_itself(report, three):
+    page = report(three[0])
+    assert not any("gap" in cell for row in page.rows for cell in row) and "lowest AP of teacher" in page.text
 
 
 def test_what_every_evaluator_measures_is_kept() -> None:

@@ -22,7 +22,7 @@ import yaml
 from kd_core.utils.errors import UserError
 from kd_core.utils.files import write_text, write_whole
 from kd_core.utils.report.curves import chart
-from kd_core.utils.report.runs import EVALUATED, Run, by_title
+from kd_core.utils.report.runs import EVALUATED, Run, by_title, complete_groups
 from kd_core.utils.report.tables import Metric, markdown, seeds_table
 
 OPENING = "<!-- drawn: "
@@ -86,17 +86,24 @@ def redraw(page: Path, runs_of: Callable[[Path], list[Run]], search_table: Calla
             raise UserError(f"{page}: {block[2]}: {what} needs of, a key of metrics.json")
         elif what == "seeds":
             metric = Metric(asked.get("label", asked["of"]), asked["of"])
-            text = markdown(seeds_table(by_title(runs_of(source)), metric, asked.get("baseline")))
+            runs = having(asked, runs_of(source))
+            text = markdown(seeds_table(complete_groups(runs, metric.key), metric, asked.get("baseline")))
         elif what == "curves":
-            text = figure(asked, runs_of(source))
+            text = figure(asked, having(asked, runs_of(source)))
         else:
             raise UserError(f"{page}: {block[2]}: what is {what!r}, expected seeds, curves, search or tries")
         return f"{block[1]}{text}\n{block[3]}"
 
+    def having(asked: dict[str, Any], runs: list[Run]) -> list[Run]:
+        if not any(run.series(asked["of"])[0] for run in runs):
+            raise UserError(f"{page}: {asked['from']} has no {asked['of']}: results of evaluations are kept, no losses")
+        return runs
+
     def figure(asked: dict[str, Any], runs: list[Run]) -> str:
         label = asked.get("label", asked["of"])
         drawn = chart(by_title(runs), asked["of"], label)
-        name = f"{Path(asked['from']).stem}_{asked['of'].replace('/', '_')}.svg"
+        stem = "_".join(Path(asked["from"]).with_suffix("").parts).removeprefix("results_")
+        name = f"{stem}_{asked['of'].replace('/', '_')}.svg"
         path = page.parent / "figures" / name
         path.parent.mkdir(exist_ok=True)
         write_whole(path, lambda file: file.write(drawn.content))

@@ -24,6 +24,8 @@ def state(metric: str) -> Callable[[Run], str]:
             return "is finished"
         if run.iteration < 0:
             return "has logged nothing"
+        if run.iteration + 1 >= run.max_iter > 0:
+            return "was not evaluated at its end"
         done = min(run.iteration + 1, run.max_iter or math.inf)
         return f"is unfinished: {done} of {run.max_iter or '?'} iterations"
 

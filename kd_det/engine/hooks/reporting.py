@@ -78,6 +78,7 @@ class Report(hooks.PeriodicWriter):
                     pixels = np.array(Image.open(io.BytesIO(figure.content)))
                     self.trainer.storage.put_image(name, torch.from_numpy(pixels).permute(2, 0, 1))
         run = logged(self.cfg.OUTPUT_DIR)
+        run.config = {"DATASETS": {"TEST": list(self.cfg.DATASETS.TEST)}}  # in this order
         prefixes = evaluation_prefixes([run])
         key = main_key(prefixes[0]) if prefixes else "bbox/AP"
         values = list(zip(*run.series(key), strict=True)) if prefixes else []
