@@ -11,6 +11,7 @@ from kd_core.utils.report.runs import Run
 from kd_det.evaluation.matching import TestSet
 from kd_det.evaluation.visualize import Detector
 from kd_det.export import read_student
+from kd_det.modeling.sigmoid_loss import uses_sigmoid
 from kd_det.modeling.teacher.teacher import freeze
 from kd_det.modeling.teacher.view import TeacherView
 
@@ -32,7 +33,8 @@ def objects_of(test_set: TestSet) -> list[tuple[Path, Tensor, Tensor]]:
 
 @torch.no_grad()
 def logits_on_objects(run: Run, objects: list[tuple[Path, Tensor, Tensor]]) -> Tensor:
-    """Logits (N, C) of the box head on ground-truth boxes; of a cascade those of its last stage.
+    """Logits (N, C) of the box head on ground-truth boxes; of a cascade those of its last stage, of sigmoid classifiers
+    without the background's.
 
     Raises:
         UserError: the run's folder does not hold the weights; they are of a LazyConfig, or of a detector without a box
@@ -51,4 +53,5 @@ def logits_on_objects(run: Run, objects: list[tuple[Path, Tensor, Tensor]]) -> T
         scaled.scale(width / item["width"], height / item["height"])
         view = TeacherView(student.model, [item], None)
         logits.append(view.box_logits([[scaled]] * stages)[-1].float())
-    return torch.cat(logits)
+    found = torch.cat(logits)
+    return found[:, :-1] if uses_sigmoid(student.model.roi_heads) else found  # sigmoids do not train the background's

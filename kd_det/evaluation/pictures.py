@@ -41,14 +41,15 @@ def detection_sections(groups: dict[str, list[Run]], student: str, logits: bool)
         logits: compare the logits of teacher and student, too, which takes minutes on a CPU.
     """
     section, agreement = Section("Pictures"), Section("Agreement of teacher and student")
-    shown, missing = {}, []
+    shown, detections, missing = {}, {}, []
     for title, runs in groups.items():
-        run = next((run for run in runs if read_detections(run) is not None), None)
-        if run is None:
+        for run in runs:
+            if (found := read_detections(run)) is not None:
+                shown[title], detections[title] = run, found
+                break
+        else:
             path = runs[0].folder / RESULTS
             missing.append(f"{title}: no detections are saved: {path} is written by an evaluation, whole at its end.")
-        else:
-            shown[title] = run
     judged = shown.get(student) or next(iter(shown.values()), None)
     for title in [title for title, run in shown.items() if last_test_set(run)[1] != last_test_set(judged)[1]]:
         missing.append(f"{title}: it was evaluated on other images, {last_test_set(shown.pop(title))[0]}.")
@@ -60,7 +61,7 @@ def detection_sections(groups: dict[str, list[Run]], student: str, logits: bool)
     first = [title for title in shown if shown[title].role == "teacher"][:1] + [student] * (student in shown)
     others = sorted(shown, key=lambda title: shown[title].role == "student")
     titles = list(dict.fromkeys([*first, *others]))[:COLUMNS]
-    matches = {title: matches_of(shown[title], test_set) for title in titles}
+    matches = {t: match_detections(test_set.truth, detections[t], test_set.images) for t in titles}
     teacher = next((title for title in titles if shown[title].role == "teacher"), None)
     student = student if student in matches else titles[-1]
     section.blocks.append(counts_table(matches, len(test_set.images)))
@@ -123,16 +124,15 @@ def open_test_set(run: Run) -> TestSet | None:
 
 
 def read_detections(run: Run) -> list[dict[str, Any]] | None:
-    """What a run's last evaluation has found; None where there is no whole file of it: detectron2 writes in place."""
+    """What a run's last evaluation has found, with a score above `THRESHOLD`.
+
+    None where there is no whole file of it: detectron2 writes in place. COCO's has half a million entries.
+    """
     try:
-        return json.loads((run.folder / RESULTS).read_text(encoding="utf-8"))
+        found = json.loads((run.folder / RESULTS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-
-
-def matches_of(run: Run, test_set: TestSet) -> dict[int, Match]:
-    above = [found for found in read_detections(run) or [] if found["score"] > THRESHOLD]
-    return match_detections(test_set.truth, above, test_set.images)
+    return [one for one in found if one["score"] > THRESHOLD]
 
 
 def most_telling(matches: dict[str, dict[int, Match]], teacher: str | None, student: str) -> list[int]:
