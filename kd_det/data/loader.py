@@ -175,11 +175,10 @@ def check_annotated(cfg: CfgNode, dicts: list[dict]) -> None:
                 f"DATASETS.TRAIN: {bare['file_name']} has things without {what}, from which {name} learns: give every "
                 f"annotation its {field}, or set MODEL.{key} False"
             )
-
-
-    if cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon":
+    if cfg.MODEL.MASK_ON and BOX_CLASSES[0] in keys and cfg.INPUT.MASK_FORMAT == "polygon":
         for record in dicts:
-            if any(not isinstance(one.get("segmentation", []), list) for one in record.get("annotations", ())):
+            things = (one for one in record.get("annotations", ()) if not one.get("iscrowd"))
+            if any(not isinstance(one.get("segmentation", []), list) for one in things):
                 raise UserError(
                     f"DATASETS.TRAIN: {record['file_name']} has a mask that is no polygon (RLE), and INPUT.MASK_FORMAT "
                     "is polygon: set INPUT.MASK_FORMAT bitmask"

@@ -135,8 +135,9 @@ def test_data_that_a_head_cannot_learn_from_are_refused(cfg_of, annotations, mod
         build_train_loader(cfg_of(*annotations, **model))
 
 
-def test_a_crowd_needs_no_mask(cfg_of):
-    assert len(build_train_loader(cfg_of(MASK, {"iscrowd": 1}, MASK_ON=True)).dataset) == 1
+@pytest.mark.parametrize("mask", [{}, {"segmentation": {"size": [20, 20], "counts": "a"}}], ids=["none", "RLE"])
+def test_a_crowd_needs_no_polygon(cfg_of, mask):
+    assert len(build_train_loader(cfg_of(MASK, {"iscrowd": 1} | mask, MASK_ON=True)).dataset) == 1
 
 
 def test_a_detector_of_boxes_needs_no_mask(cfg_of):
