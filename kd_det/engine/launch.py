@@ -23,9 +23,9 @@ from kd_det.checkpoint.resume import check_resumable, config_file
 from kd_det.checks import check_before_evaluation, check_before_training
 from kd_det.config import kd_defaults, read_config
 from kd_det.engine.console import open_logs, quiet_console
+from kd_det.evaluation.evaluator import DETECTIONS
 
 INTERRUPTED = "interrupted; --resume continues from the last checkpoint in OUTPUT_DIR"
-DETECTIONS = "inference/coco_instances_results.json"
 TIMEOUT = timedelta(minutes=30)  # a rank may wait for another's evaluation
 
 

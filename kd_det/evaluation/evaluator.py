@@ -29,6 +29,7 @@ from kd_det.compat import evaluating_with
 from kd_det.data.label_maps import check_labels
 
 logger = logging.getLogger(__name__)
+DETECTIONS = "inference/coco_instances_results.json"  # COCOEvaluator's, in OUTPUT_DIR
 KINDS = ("coco", "sem_seg", "cityscapes_sem_seg", "coco_panoptic_seg")
 
 

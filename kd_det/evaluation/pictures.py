@@ -20,7 +20,7 @@ from kd_core.utils.report.runs import Run, lookup
 from kd_core.utils.report.tables import Cell, Number, Table
 from kd_det.data import register_datasets
 from kd_det.evaluation.drawing import Canvas
-from kd_det.evaluation.evaluator import complete
+from kd_det.evaluation.evaluator import DETECTIONS, complete
 from kd_det.evaluation.logits import logits_on_objects, objects_of
 from kd_det.evaluation.matching import Match, TestSet, match_detections
 
@@ -28,7 +28,6 @@ IMAGES = 6  # pictures
 THRESHOLD = 0.5  # lowest score that counts
 COLUMNS = 4  # models beside each other
 JPEG_WIDTH, JPEG_QUALITY = 640, 80
-RESULTS = Path("inference", "coco_instances_results.json")
 
 
 def detection_sections(groups: dict[str, list[Run]], student: str, logits: bool) -> list[Section]:
@@ -48,7 +47,7 @@ def detection_sections(groups: dict[str, list[Run]], student: str, logits: bool)
                 shown[title], detections[title] = run, found
                 break
         else:
-            path = runs[0].folder / RESULTS
+            path = runs[0].folder / DETECTIONS
             missing.append(f"{title}: no detections are saved: {path} is written by an evaluation, whole at its end.")
     judged = shown.get(student) or next(iter(shown.values()), None)
     for title in [title for title, run in shown.items() if last_test_set(run)[1] != last_test_set(judged)[1]]:
@@ -129,7 +128,7 @@ def read_detections(run: Run) -> list[dict[str, Any]] | None:
     None where there is no whole file of it: detectron2 writes in place. COCO's has half a million entries.
     """
     try:
-        found = json.loads((run.folder / RESULTS).read_text(encoding="utf-8"))
+        found = json.loads((run.folder / DETECTIONS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return [one for one in found if one["score"] > THRESHOLD]

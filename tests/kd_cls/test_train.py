@@ -17,6 +17,7 @@ from timm.models import load_checkpoint
 from helpers import forked
 from helpers.processes import run as run_process
 from kd_cls.build import build_trainer
+from kd_cls.checks import check_config
 from kd_cls.config import load_cfg
 from kd_cls.distributed import Process
 from kd_cls.engine.cli import run_command
@@ -402,6 +403,13 @@ def test_bad_input_is_named_before_training_starts(
     cfg: CfgNode = tiny(*options)
     with pytest.raises(UserError, match=message):
         main(["--config-file", write(cfg)])
+
+
+def test_an_optimizer_whose_steps_are_random_trains_in_one_process(tiny: Callable) -> None:
+    cfg, device = tiny("SOLVER.OPTIMIZER", "kron"), torch.device("cpu")
+    check_config(cfg, Process(device))
+    with pytest.raises(UserError, match=r"SOLVER.OPTIMIZER kron draws random numbers .* 2 processes"):
+        check_config(cfg, Process(device, world_size=2))
 
 
 def test_wandb_is_asked_for_only_when_it_is_wanted(
