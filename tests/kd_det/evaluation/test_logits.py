@@ -12,8 +12,9 @@ from helpers.few_digits import few_digits
 from kd_core.utils.report.runs import Run
 from kd_det.checkpoint.checkpointer import WholeCheckpointer
 from kd_det.config.student import student_config, write_student
+from kd_det.evaluation.evaluator import DETECTIONS
 from kd_det.evaluation.logits import logits_on_objects, objects_of
-from kd_det.evaluation.pictures import RESULTS, detection_sections, open_test_set
+from kd_det.evaluation.pictures import detection_sections, open_test_set
 from kd_det.evaluation.visualize import Detector
 
 SMALL = ("INPUT.MIN_SIZE_TEST", 64)
@@ -28,14 +29,14 @@ def run(tiny_cfg, tmp_path):
         cfg = tiny_cfg(
             *SMALL, "OUTPUT_DIR", tmp_path / name, "DATASETS.REGISTER", [entry], "DATASETS.TEST", f"('{entry[0]}',)"
         )
-        (tmp_path / name / RESULTS).parent.mkdir(parents=True)
+        (tmp_path / name / DETECTIONS).parent.mkdir(parents=True)
         torch.manual_seed(seed)
         write_student(student_config(cfg), tmp_path / name / "student.yaml")
         (tmp_path / name / "config.yaml").write_text(cfg.dump())
         WholeCheckpointer(build_model(cfg), cfg.OUTPUT_DIR).save("model_final")
         truth = json.loads(Path(entry[1]).read_text())["annotations"][0]
         found = {key: truth[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.9}
-        (tmp_path / name / RESULTS).write_text(json.dumps([found] if seed else []))
+        (tmp_path / name / DETECTIONS).write_text(json.dumps([found] if seed else []))
         config = {"DATASETS": {"TEST": [entry[0]], "REGISTER": [entry]}}
         return Run(tmp_path / name, config, [], title=name, role="student" if seed else "teacher")
 
