@@ -41,6 +41,8 @@ def logits_on_objects(run: Run, objects: list[tuple[Path, Tensor, Tensor]]) -> T
             head; or there are no objects.
     """
     student = read_student(run.evaluated or run.folder, str(run.folder / "config.yaml"))
+    if not hasattr(student.model, "roi_heads"):
+        raise UserError(f"{run.title} has no box head")
     if not objects:
         raise UserError("the test set's images have no objects, or are not here")
     detector = Detector(run.title, freeze(student.model), student.config)

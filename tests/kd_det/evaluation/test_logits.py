@@ -9,6 +9,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 
 from helpers.few_digits import few_digits
+from helpers.tiny_detector import RETINANET
 from kd_core.utils.report.runs import Run
 from kd_det.checkpoint.checkpointer import WholeCheckpointer
 from kd_det.config.student import student_config, write_student
@@ -22,13 +23,13 @@ SMALL = ("INPUT.MIN_SIZE_TEST", 64)
 
 @pytest.fixture
 def run(tiny_cfg, tmp_path):
-    """`run(name, seed)`: an OUTPUT_DIR with random weights and a detection, as a training of that seed leaves it."""
+    """`run(name, seed, *overrides)`: an OUTPUT_DIR with random weights and a detection, as a training of that seed
+    leaves it."""
 
-    def make(name: str, seed: int) -> Run:
+    def make(name: str, seed: int, *overrides: object) -> Run:
         entry = few_digits(tmp_path, 3)
-        cfg = tiny_cfg(
-            *SMALL, "OUTPUT_DIR", tmp_path / name, "DATASETS.REGISTER", [entry], "DATASETS.TEST", f"('{entry[0]}',)"
-        )
+        data = ("DATASETS.REGISTER", [entry], "DATASETS.TEST", f"('{entry[0]}',)")
+        cfg = tiny_cfg(*SMALL, "OUTPUT_DIR", tmp_path / name, *data, *overrides)
         (tmp_path / name / DETECTIONS).parent.mkdir(parents=True)
         torch.manual_seed(seed)
         write_student(student_config(cfg), tmp_path / name / "student.yaml")
@@ -95,6 +96,13 @@ def test_a_json_without_what_only_the_evaluation_reads_has_pictures(run):
         annotation.pop("iscrowd"), annotation.pop("area")
     path.write_text(json.dumps(content))
     assert len(detection_sections({"DKD": [one]}, "DKD", logits=False)[0].blocks) > 1
+
+
+def test_a_one_stage_detector_is_drawn_and_the_page_says_why_no_logits_are_compared(run):
+    groups = {"teacher": [run("teacher", 0, *RETINANET)], "KD": [run("KD", 1, *RETINANET)]}
+    pictures, agreement = detection_sections(groups, "KD", logits=True)
+    assert len(pictures.blocks[1].figures) == 2
+    assert agreement.text == ["The logits are not compared: teacher has no box head"]
 
 
 def test_without_weights_the_page_says_why_no_logits_are_compared(run):
