@@ -24,7 +24,7 @@ DET = [
     "hydra-core",  # and their overrides
     "unearth",  # fetches detectron2 (tools/install_detectron2.py)
 ]
-CLS = [*COMMON, "safetensors", "tqdm"]
+CLS = [*COMMON, "safetensors"]
 # Each needed by one option: WANDB.ENABLED, tools/export_student.py --onnx, tools/convert_weights.py efficientnet-lite0.
 EXTRA = {
     "report": REPORT,
@@ -61,6 +61,6 @@ setup(
     package_dir={"kd_tools": "tools", "kd_configs": "configs"},
     package_data={"kd_core.utils.report": ["page.html"], "kd_configs": ["*/*.yaml", "*/*.py"]},
     entry_points={"console_scripts": COMMANDS},
-    install_requires=["torch>=2.6", "fvcore", "numpy", "PyYAML"],
+    install_requires=["torch>=2.6", "fvcore", "numpy", "PyYAML", "tqdm"],
     extras_require={"det": DET, "cls": CLS, "examples": EXAMPLES, "dev": DET + CLS + EXAMPLES + DEV, **EXTRA},
 )

@@ -191,7 +191,7 @@ def look_at_data(
         UserError: training would fail on these data.
     """
     data = build_data(config_of_data(name, root, downloads))
-    report, found = check_images(name, root, progress=progress)
+    report, found = check_images(name, root)
     say(found)
     for line in report.lines():
         say(f"  {line}")
@@ -388,11 +388,6 @@ def header(args: argparse.Namespace, path: Path) -> str:
         f"# {args.student} from {args.teacher}, derived by kd_cls.distill; edit it as you like.\n"
         f"#   python -m kd_cls.train --config-file {path}\n"
     )
-
-
-def progress(results: Any, total: int) -> Any:
-    """A progress bar on stderr, if that is a terminal."""
-    return tqdm(results, total=total, unit="image", leave=False, disable=not sys.stderr.isatty())
 
 
 def say(text: str) -> None:

@@ -19,11 +19,9 @@ not change the status.
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from kd_core.utils.config import find_config, read_yaml
 from kd_core.utils.data_check import DataReport
@@ -77,7 +75,7 @@ def check_classes(name: str, root: str | Path, args: argparse.Namespace) -> int:
 
     if args.output:
         raise UserError(f"--output writes a COCO json, and {args.data[0]} is a data set of classes")
-    report, found = check_images(name, root, args.workers, progress)
+    report, found = check_images(name, root, args.workers)
     print(found)
     return print_report(report)
 
@@ -87,6 +85,7 @@ def check_detection(path: str, options: list[str], args: argparse.Namespace) -> 
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
     from kd_det.data import prepare_digits, register_datasets
+    from kd_det.data.check import coco_paths, label_maps_of
     from kd_det.data.register import check_on_disk
     from kd_det.engine.launch import read_config
     from kd_det.modeling.meta_arch.registry import PIXEL_CLASSES, class_keys
@@ -101,8 +100,8 @@ def check_detection(path: str, options: list[str], args: argparse.Namespace) -> 
             prepare_digits()
         check_on_disk(path, name)
         metadata = MetadataCatalog.get(name)
-        if metadata.get("json_file") and metadata.get("image_root"):
-            json_files.append((metadata.json_file, metadata.image_root))
+        if paths := coco_paths(name):
+            json_files.append(paths)
         elif not metadata.get("sem_seg_root", metadata.get("gt_dir")):
             raise UserError(f"{path}: {name} has neither a COCO json nor label maps, so it cannot be checked")
         if PIXEL_CLASSES in class_keys(cfg.MODEL.META_ARCHITECTURE):
@@ -111,26 +110,11 @@ def check_detection(path: str, options: list[str], args: argparse.Namespace) -> 
     return wrong + (check_label_maps(label_maps, args) if label_maps else 0)
 
 
-def label_maps_of(name: str, head: Any) -> Any:
-    """The label maps of a registered data set, for a config's MODEL.SEM_SEG_HEAD."""
-    from detectron2.data import DatasetCatalog, MetadataCatalog
-
-    from kd_det.data.check import LabelMaps
-    from kd_det.data.label_maps import label_map_pairs
-
-    metadata = MetadataCatalog.get(name)
-    if metadata.get("json_file") or not metadata.get("image_root"):
-        pairs = [(Path(r["file_name"]), Path(r["sem_seg_file_name"])) for r in DatasetCatalog.get(name)]
-    else:
-        pairs = label_map_pairs(metadata.image_root, metadata.sem_seg_root)
-    return LabelMaps(name, pairs, head.NUM_CLASSES, head.IGNORE_VALUE)
-
-
 def check_label_maps(splits: list[Any], args: argparse.Namespace) -> int:
     """Images with label maps: `LabelMaps` of kd_det.data.check."""
     from kd_det.data import check
 
-    together, wrong = check.check_label_maps(splits, args.workers, progress), 0
+    together, wrong = check.check_label_maps(splits, args.workers), 0
     for split in splits:
         print(f"{split.name}: {len(split.pairs)} images with label maps")
         wrong += print_report(split.report)
@@ -143,7 +127,7 @@ def check_json_files(splits: list[tuple[str, str]], args: argparse.Namespace) ->
 
     if args.output and len(splits) != 1:
         raise UserError(f"--output writes one json, but {len(splits)} were given: clean them one at a time")
-    (files, together), wrong = check_coco(splits, args.workers, progress), 0
+    (files, together), wrong = check_coco(splits, args.workers), 0
     for file in files:
         content = file.content
         counts = ", ".join(f"{len(content[key])} {key}" for key in ("images", "annotations", "categories"))
@@ -154,11 +138,6 @@ def check_json_files(splits: list[tuple[str, str]], args: argparse.Namespace) ->
         write_text(args.output, json.dumps(cleaned))
         print(f"{args.output}: {len(cleaned['images'])} images, {len(cleaned['annotations'])} annotations")
     return wrong + print_report(together)
-
-
-def progress(results: Iterable, total: int) -> Iterable:
-    """A progress bar on stderr, if that is a terminal."""
-    return tqdm(results, total=total, unit="image", file=sys.stderr, leave=False, disable=not sys.stderr.isatty())
 
 
 def print_report(report: DataReport) -> int:

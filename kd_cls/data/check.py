@@ -1,7 +1,6 @@
 """Checks a classification data set before training: every file decodes, and no image is in two splits."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -11,9 +10,7 @@ from kd_cls.data.images import read_rgb
 from kd_core.utils.data_check import DataReport, file_digest, in_parallel, report_shared
 
 
-def check_images(
-    name: str, root: str | Path, workers: int = 0, progress: Callable[..., Iterable] | None = None
-) -> tuple[DataReport, str]:
+def check_images(name: str, root: str | Path, workers: int = 0) -> tuple[DataReport, str]:
     """Check every image of both splits of a data set.
 
     Args:
@@ -31,7 +28,7 @@ def check_images(
         if (samples := getattr(dataset, "samples", None)) is None:
             report.remark("split that is not made of image files (not checked)", split)
             continue
-        digests[split] = check_split(split, samples, report, workers, progress)
+        digests[split] = check_split(split, samples, report, workers)
         for label, count in Counter(dict.fromkeys(range(sets.num_classes), 0) | Counter(t for _, t in samples)).items():
             if not count:
                 report.problem("class without an image", f"{sets.train.classes[label]} in {split}")
@@ -41,16 +38,10 @@ def check_images(
     return report, describe(root or name, sets)
 
 
-def check_split(
-    split: str,
-    samples: list[tuple[str, int]],
-    report: DataReport,
-    workers: int,
-    progress: Callable[..., Iterable] | None,
-) -> dict[str, str]:
+def check_split(split: str, samples: list[tuple[str, int]], report: DataReport, workers: int) -> dict[str, str]:
     """Decode the images of a split; returns {digest: path} of the valid ones, and reports the others."""
     paths, digests = [path for path, _ in samples], {}
-    for path, (error, digest) in zip(paths, in_parallel(check_image, paths, workers, progress), strict=True):
+    for path, (error, digest) in zip(paths, in_parallel(check_image, paths, workers), strict=True):
         if error:
             report.problem(f"{split} image that cannot be decoded", error)
         elif digest in digests:

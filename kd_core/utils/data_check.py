@@ -2,11 +2,13 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+
+from tqdm import tqdm
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -48,17 +50,17 @@ def in_parallel(
     function: Callable[[Item], Result],
     items: Sequence[Item],
     workers: int = 0,
-    progress: Callable[..., Iterable[Result]] | None = None,
 ) -> list[Result]:
-    """`[function(item) for item in items]` by threads: image decoders release the interpreter's lock.
+    """`[function(item) for item in items]` by threads, since image decoders release the interpreter's lock.
+
+    A terminal has a progress bar on stderr.
 
     Args:
         workers: threads; 0 takes one per core.
-        progress: wraps the results, as `tqdm.tqdm(results, total=…)` does.
     """
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        results: Iterable[Result] = pool.map(function, items)
-        return list(progress(results, total=len(items)) if progress else results)
+        results = pool.map(function, items)
+        return list(tqdm(results, total=len(items), unit="image", leave=False, disable=None))
 
 
 def file_digest(path: str | Path) -> str:

@@ -1,6 +1,7 @@
 """All problems of a config in one list, and a config that runs without what is missing."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -8,8 +9,11 @@ from detectron2.data import DatasetCatalog
 
 from kd_core.losses.feature_config import distils
 from kd_core.utils.config import lookup
+from kd_core.utils.data_check import summary
 from kd_core.utils.errors import UserError
-from kd_det.checks import failures, training_checks
+from kd_det.checks import Check, failures, training_checks
+from kd_det.data import check_dataset
+from kd_det.data.check import UNREADABLE, check_coco, coco_paths, label_maps_of
 from kd_det.modeling.meta_arch.registry import PIXEL_CLASSES, class_keys
 from kd_det.modeling.teacher.build import each_teacher
 from kd_det.solver import scale_to_world_size
@@ -48,6 +52,35 @@ def collect_problems(cfg: CfgNode, world_size: int) -> Findings:
     replace_weights(found, keys)
     if distils(cfg.KD):
         replace_teachers(found, keys)
+    return found
+
+
+def unreadable_images(cfg: CfgNode) -> list[str]:
+    """A sentence for each data set with images or label maps that cannot be read: every file of DATASETS.TRAIN and TEST
+    is decoded.
+
+    Data sets that are not here are passed over, since `collect_problems` names them. So are images that
+    DATASETS.BAD_IMAGES leaves out of a training.
+    """
+    splits = {name: key for key in ("TEST", "TRAIN") for name in cfg.DATASETS[key]}
+    checks = [Check(f"DATASETS.{key}", partial(check_dataset, cfg, key, name)) for name, key in splits.items()]
+    here = [name for name, check in zip(splits, checks, strict=True) if not failures([check])]
+    with_maps = PIXEL_CLASSES in class_keys(cfg.MODEL.META_ARCHITECTURE)
+    found = []
+    for name in here:
+        DatasetCatalog.get(name)  # the built-in data are written when they are first asked for
+        skipped = UNREADABLE if cfg.DATASETS.BAD_IMAGES == "skip" and splits[name] == "TRAIN" else ()
+        problems: dict[str, list[str]] = {}
+        if paths := coco_paths(name):
+            (file,), _ = check_coco([paths])
+            problems |= {kind: file.report.problems[kind] for kind in UNREADABLE if kind in file.report.problems}
+        if with_maps:
+            problems |= label_maps_of(name, cfg.MODEL.SEM_SEG_HEAD).check_files().problems
+        found += [
+            f"DATASETS.{splits[name]}: {name}: {summary(kind, places)}"
+            for kind, places in problems.items()
+            if kind not in skipped
+        ]
     return found
 
 

@@ -4,15 +4,17 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 
 from kd_core.utils.data_check import DataReport, file_digest, in_parallel, report_shared, summary
 from kd_core.utils.errors import UserError, one_line
-from kd_det.data.label_maps import check_labels, label_map_size
+from kd_det.data.label_maps import check_labels, label_map_pairs, label_map_size
 
 MISSING = "image file missing"
 TWICE_IMAGE = "image id used twice"
@@ -20,6 +22,7 @@ TWICE_ANNOTATION = "annotation id used twice"
 NO_ID = "annotation without an id"
 TWICE_CATEGORY = "category id used twice"
 UNDECODABLE = "image that cannot be decoded"
+OTHER_SIZE = "image of another size than the json says"
 UNKNOWN_CATEGORY = "annotation of an unknown category"
 MALFORMED = "entry without what it needs"
 NEGATIVE_BOX = "box of negative size"
@@ -27,6 +30,7 @@ FLAT_BOX = "box without area"
 BEYOND = "box that reaches out of its image (clipped in training)"
 # What stops a training of detectron2, or makes it learn nonsense; the other kinds it filters or clips by itself.
 FATAL = (MALFORMED, TWICE_CATEGORY, TWICE_IMAGE, TWICE_ANNOTATION, NO_ID, UNKNOWN_CATEGORY, NEGATIVE_BOX, MISSING)
+UNREADABLE = (UNDECODABLE, OTHER_SIZE)  # an image that DATASETS.BAD_IMAGES skip leaves out
 # What an entry needs: key → what its value is.
 IMAGE = {"id": "an id", "file_name": "a word", "width": "a length", "height": "a length"}
 CATEGORY = {"id": "an id", "name": "a word"}
@@ -61,10 +65,10 @@ class CocoFile:
         self._check_annotations(sizes, names)
         return self.report
 
-    def check_files(self, workers: int = 0, progress: Callable[..., Iterable] | None = None) -> DataReport:
+    def check_files(self, workers: int = 0) -> DataReport:
         """Decode every image that is there, as detectron2 does, and compare its size with the json's."""
         images = [image for image in self.images if image["id"] not in self.bad_images]
-        found = in_parallel(self._look_at, images, workers, progress)
+        found = in_parallel(self._look_at, images, workers)
         for image, (error, digest) in zip(images, found, strict=True):
             if error:
                 kind, detail = error
@@ -100,7 +104,7 @@ class CocoFile:
             return (UNDECODABLE, one_line(error)), ""
         if (width, height) != (image["width"], image["height"]):
             return (
-                "image of another size than the json says",
+                OTHER_SIZE,
                 f"{width} × {height}, the json says {image['width']} × {image['height']}",
             ), ""
         return None, file_digest(path)
@@ -198,9 +202,9 @@ class LabelMaps:
         self.report = DataReport()
         self.digests: dict[str, str] = {}  # digest → file name, once the files were read
 
-    def check_files(self, workers: int = 0, progress: Callable[..., Iterable] | None = None) -> DataReport:
+    def check_files(self, workers: int = 0) -> DataReport:
         """Decode every image and label map; compare their sizes, and the ids with the number of classes."""
-        found = in_parallel(self._look_at, self.pairs, workers, progress)
+        found = in_parallel(self._look_at, self.pairs, workers)
         for (image, _), (problem, digest) in zip(self.pairs, found, strict=True):
             if problem:
                 self.report.problem(*problem)
@@ -312,9 +316,24 @@ def refuse_broken(key: str, name: str, json_file: str, image_root: str) -> None:
         )
 
 
-def check_coco(
-    splits: list[tuple[str, str]], workers: int = 0, progress: Callable[..., Iterable] | None = None
-) -> tuple[list[CocoFile], DataReport]:
+def coco_paths(name: str) -> tuple[str, str] | None:
+    """The json file and image folder of a registered data set; None where it has none, as one of label maps."""
+    metadata = MetadataCatalog.get(name)
+    found = metadata.get("json_file"), metadata.get("image_root")
+    return found if all(found) else None
+
+
+def label_maps_of(name: str, head: CfgNode) -> LabelMaps:
+    """The label maps of a registered data set, for a config's MODEL.SEM_SEG_HEAD."""
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("json_file") or not metadata.get("image_root"):
+        pairs = [(Path(r["file_name"]), Path(r["sem_seg_file_name"])) for r in DatasetCatalog.get(name)]
+    else:
+        pairs = label_map_pairs(metadata.image_root, metadata.sem_seg_root)
+    return LabelMaps(name, pairs, head.NUM_CLASSES, head.IGNORE_VALUE)
+
+
+def check_coco(splits: list[tuple[str, str]], workers: int = 0) -> tuple[list[CocoFile], DataReport]:
     """Structure and files of several splits, and the images that two of them share.
 
     Args:
@@ -325,18 +344,16 @@ def check_coco(
     files = [CocoFile(*split) for split in splits]
     for file in files:
         file.check_structure()
-        file.check_files(workers, progress)
+        file.check_files(workers)
     together = DataReport()
     report_shared(together, {str(file.json_file): file.digests for file in files})
     return files, together
 
 
-def check_label_maps(
-    splits: Sequence[LabelMaps], workers: int = 0, progress: Callable[..., Iterable] | None = None
-) -> DataReport:
+def check_label_maps(splits: Sequence[LabelMaps], workers: int = 0) -> DataReport:
     """The files of several splits, each with its own report; returns that of the images that two of them share."""
     for split in splits:
-        split.check_files(workers, progress)
+        split.check_files(workers)
     together = DataReport()
     report_shared(together, {split.name: split.digests for split in splits})
     return together

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from tabulate import tabulate
 from torch import nn
@@ -37,7 +37,7 @@ from kd_det.config.defaults import kd_defaults
 from kd_det.config.derive import METHODS, Request, check_request, derive_student, has_weights
 from kd_det.config.files import merge_file
 from kd_det.data import register_datasets
-from kd_det.data.check import FATAL, check_coco
+from kd_det.data.check import FATAL, UNREADABLE, check_coco, coco_paths
 from kd_det.data.loader import check_annotated
 from kd_det.data.voc import VocDataset, to_coco
 from kd_det.engine.launch import choose_device
@@ -53,7 +53,6 @@ from kd_det.modeling.teacher.lazy import is_lazy, load_lazy
 logger = logging.getLogger(__name__)
 
 SPREAD_IMAGES = 4  # images on which the spread of the feature maps is measured
-UNREADABLE = ("image that cannot be decoded", "image of another size than the json says")
 
 
 def distill(args: argparse.Namespace) -> None:
@@ -174,9 +173,8 @@ def check_data(cfg: CfgNode, skips_bad_images: bool = False) -> int:
             raise UserError(f"the teacher's config names the data set {name!r}, unknown here: give --train and --val")
         if name.startswith("digits_"):
             DatasetCatalog.get(name)  # written when it is first asked for
-        metadata = MetadataCatalog.get(name)
-        if metadata.get("json_file") and metadata.get("image_root"):
-            splits[name] = (metadata.json_file, metadata.image_root)
+        if paths := coco_paths(name):
+            splits[name] = paths
     files, together = check_coco(list(splits.values()))
     for name, file in zip(splits, files, strict=True):
         say(f"{name}: {len(file.content['images'])} images, {len(file.content['annotations'])} boxes")

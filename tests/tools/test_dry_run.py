@@ -1,9 +1,11 @@
 """A dry run lists all that is missing, builds and steps all the same, and its figures are those of the schedule."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+from helpers.few_digits import few_digits
 from kd_core.utils.files import write_text
 from kd_det.analysis.findings import STAND_IN, collect_problems
 from kd_det.engine.launch import read_config
@@ -109,6 +111,24 @@ def test_wrong_keys_are_listed_together(tiny_cfg):
 def test_what_does_not_build_is_reported_as_such(dry_run, distilled, capsys):
     assert dry_run.main([str(distilled), "MODEL.RESNETS.DEPTH", "49"]) == 1
     assert "it does not build or step: KeyError: 49" in capsys.readouterr().out
+
+
+def test_an_image_that_cannot_be_decoded_is_found_unless_they_are_left_out(dry_run, distilled, tmp_path, capsys):
+    entry = few_digits(tmp_path, 3)
+    names = [image["file_name"] for image in json.loads(Path(entry[1]).read_text())["images"]]
+    for name in names:
+        (tmp_path / name).write_bytes(Path(entry[2], name).read_bytes())
+    entry[2], broken = str(tmp_path), tmp_path / names[1]
+    options = ["DATASETS.REGISTER", str([entry]), "DATASETS.TRAIN", f"('{entry[0]}',)"]
+    assert dry_run.main([str(distilled), *options]) == 0
+    broken.write_bytes(broken.read_bytes()[:200])
+    capsys.readouterr()
+    assert dry_run.main([str(distilled), *options]) == 1
+    text = capsys.readouterr().out
+    assert f"  1. DATASETS.TRAIN: {entry[0]}: image that cannot be decoded (1): {broken}" in text
+    assert dry_run.main([str(distilled), "--no-images", *options]) == 0
+    assert "nothing is missing, but the images were not decoded" in capsys.readouterr().out
+    assert dry_run.main([str(distilled), *options, "DATASETS.BAD_IMAGES", "skip"]) == 0
 
 
 def test_a_value_that_nothing_can_be_divided_by_is_one_finding_beside_the_estimate(dry_run, distilled, capsys):
