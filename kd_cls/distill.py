@@ -86,7 +86,7 @@ def distill(args: argparse.Namespace) -> None:
     warnings.simplefilter("ignore")
     output = Path(args.output)
     check_arguments(args)
-    left_out = ("output", "num_gpus", "baseline")
+    left_out = ("output", "num_gpus", "baseline", "resume")
     request = {key: value for key, value in vars(args).items() if key not in left_out}
     files = {"student": output / "distill.yaml", "baseline": output / "baseline.yaml"}
     if remember_request(output / "distill.json", request, files["student"]):
@@ -146,7 +146,7 @@ def build_config(args: argparse.Namespace, output: Path) -> CfgNode:
     classes, images = look_at_data(
         args.name, args.data, options.get("DATA.BAD_IMAGES") == "skip", options.get("DATA.DOWNLOAD") == "True"
     )
-    weights = weights_at_hand(args.student) if args.student_weights is None else args.student_weights
+    weights = weights_at_hand(args.student, timm) if args.student_weights is None else args.student_weights
     say_weights(args.student, weights)
     size = args.size or own_size(args.student)
     request = Request(
@@ -213,7 +213,7 @@ def teacher_keys(args: argparse.Namespace, classes: int, size: int, folder: Path
     keys: dict[str, Any] = {"KD.TEACHER.INPUT_SIZE": args.teacher_size or 0}
     if is_config(args.teacher):
         return keys | {"KD.TEACHER.CONFIG_FILE": args.teacher, "KD.TEACHER.WEIGHTS": args.teacher_weights or ""}
-    weights = args.teacher_weights or weights_at_hand(args.teacher) or "timm"
+    weights = args.teacher_weights or weights_at_hand(args.teacher, timm) or "timm"
     if weights == "timm":
         check_published(args.teacher, "--teacher")
     keys["KD.TEACHER.NAME"] = args.teacher
@@ -244,7 +244,7 @@ def prepare_teacher(cfg: CfgNode, args: argparse.Namespace, process: Process) ->
     train_missing_teacher(cfg, process)
     if str(Path(args.output) / "teacher" / "head.pth") != cfg.KD.TEACHER.WEIGHTS:
         return
-    weights = args.teacher_weights or weights_at_hand(cfg.KD.TEACHER.NAME) or "timm"
+    weights = args.teacher_weights or weights_at_hand(cfg.KD.TEACHER.NAME, timm) or "timm"
     fit_classifier(cfg, cfg.KD.TEACHER, cfg.KD.TEACHER.INPUT_SIZE, weights, process)
 
 
@@ -252,7 +252,7 @@ def prepare_student(cfg: CfgNode, args: argparse.Namespace, process: Process) ->
     """The classifier that a student with weights starts from: a random one would first spoil its features."""
     if str(Path(args.output) / "start.pth") != cfg.MODEL.WEIGHTS:
         return
-    weights = weights_at_hand(args.student) if args.student_weights is None else args.student_weights
+    weights = weights_at_hand(args.student, timm) if args.student_weights is None else args.student_weights
     fit_classifier(cfg, cfg.MODEL, cfg.DATA.INPUT_SIZE, weights, process)
 
 
@@ -421,6 +421,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch", type=int, help="images per iteration (default: 64 per process)")
     p.add_argument("--num-gpus", type=int, default=torch.cuda.device_count(), help="default: all that there are")
     p.add_argument("--baseline", action="store_true", help="also train the student without the teacher")
+    p.add_argument("--resume", action="store_true", help="accepted for habit: the same command always resumes")
     p.add_argument("options", nargs="*", metavar="KEY VALUE", help="config keys of the student")
     return p
 

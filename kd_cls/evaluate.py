@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Evaluate a trained network: `python -m kd_cls.evaluate --config-file output/…/config.yaml [KEY VALUE …]`.
 
 Reads best.pth in OUTPUT_DIR; needs no teacher. MODEL.WEIGHTS on the command line names another file. That of the config

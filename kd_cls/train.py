@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Train a teacher, a plain student or a distilled student.
 
     python -m kd_cls.train --config-file configs/Digits/cls_deepkd.yaml [--resume] [KEY VALUE …]

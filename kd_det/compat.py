@@ -76,6 +76,23 @@ def uses_sigmoid_loss(predictor: nn.Module) -> bool:
     return getattr(predictor, "use_sigmoid_ce", False)
 
 
+def padding_options(backbone: nn.Module) -> dict[str, Any]:
+    """What `ImageList.from_tensors` is told beside the divisor.
+
+    main: `padding_constraints` of the backbone. 0.5, 0.6: nothing.
+    """
+    constraints = getattr(backbone, "padding_constraints", {})
+    return {"padding_constraints": constraints} if constraints else {}
+
+
+def square_size(backbone: nn.Module) -> int:
+    """The side that a backbone pads every image to (ViTDet's `square_pad`); 0 where it takes any size.
+
+    main: in `padding_constraints`. 0.5, 0.6: no such backbone.
+    """
+    return getattr(backbone, "padding_constraints", {}).get("square_size", 0)
+
+
 def add_deeplab_config(cfg: CfgNode) -> None:
     """The keys of detectron2's DeepLab project, and its heads, where it is installed.
 

@@ -130,9 +130,9 @@ def test_what_a_package_imports_stands_in_setup_py(package, extra):
     required: dict[str, object] = {}
     exec((ROOT / "setup.py").read_text().split("setup(")[0], required)
     own = {re.split("[><=]", name)[0] for name in required.get(extra, [])}
-    installed = {"torch", "fvcore", "numpy", "PyYAML"} | own
-    if package == "kd_core":  # imported where a report is drawn and where a command looks for weights: losses need none
+    installed = {"torch", "fvcore", "numpy", "PyYAML", "tqdm"} | own
+    if package == "kd_core":  # imported where a report is drawn and where weights are looked for: losses need none
         report = {re.split("[><=]", name)[0] for name in required["REPORT"]}
-        installed |= report & imported("kd_core/utils/report") | {"timm", "huggingface_hub"}
+        installed |= report & imported("kd_core/utils/report") | {"huggingface_hub"}
     others = imported(package) - set(sys.stdlib_module_names) - OPTIONAL - {"kd_core", package}
     assert {DISTRIBUTIONS.get(name, name) for name in others} <= installed

@@ -179,7 +179,7 @@ def download(folder: Path) -> Path:
         reason = (run.stderr.strip().splitlines() or ["no answer"])[-1]
         raise InstallError(
             f"Could not fetch {SDIST}: no package index answered with it ({reason}); check the network and "
-            "pip's index settings, or install a compiled upstream detectron2 (README)."
+            "pip's index settings, or install a compiled upstream detectron2 (docs/tools.md)."
         ) from None
 
 

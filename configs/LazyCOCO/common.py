@@ -15,6 +15,7 @@ from fvcore.common.param_scheduler import MultiStepParamScheduler
 
 from kd_core.losses import DKDLoss
 from kd_det import DistilledRCNN, Teacher
+from kd_det.modeling.backbone import timm_bottom_up
 
 # A checkout of detectron2's main branch, for configs of its projects/. Its detectron2 must also be the one that runs.
 DETECTRON2 = os.getenv("DETECTRON2", "detectron2")
@@ -46,6 +47,19 @@ def resnet50_student():
     """Pixels and weights are MSRA's, as in detectron2's own baselines."""
     model = student([103.530, 116.280, 123.675], [1.0, 1.0, 1.0], "BGR")
     model.backbone.bottom_up.freeze_at = 2
+    return model
+
+
+def convnext_tiny_student():
+    """Weights are timm's, downloaded when training starts; on a machine without internet access give
+    model.backbone.bottom_up.weights=FILE model.backbone.bottom_up.pretrained=False.
+    """
+    model = student(IMAGENET_MEAN, IMAGENET_STD, "RGB")
+    model.backbone.bottom_up = L(timm_bottom_up)(
+        name="convnext_tiny.fb_in1k", pretrained=True, weights="", kwargs={"drop_path_rate": 0.1}
+    )
+    model.backbone.in_features = ["res2", "res3", "res4", "res5"]
+    model.backbone.norm = "GN"  # its maps are not normalised
     return model
 
 
@@ -90,6 +104,13 @@ def sgd():
     """DKD's optimizer."""
     return L(torch.optim.SGD)(
         params=L(get_default_optimizer_params)(weight_decay_norm=0.0), lr=0.01, momentum=0.9, weight_decay=1e-4
+    )
+
+
+def adamw():
+    """Of the ConvNeXt students (ours)."""
+    return L(torch.optim.AdamW)(
+        params=L(get_default_optimizer_params)(weight_decay_norm=0.0), lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05
     )
 
 

@@ -60,7 +60,7 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
 
 
 def has_fused_kernel(p: Tensor) -> bool:
-    return p.device.type in ("cpu", "cuda") and p.is_floating_point() and hasattr(torch, "_fused_sgd_")
+    return p.device.type in ("cpu", "cuda") and p.is_floating_point()
 
 
 def fused_sgd_(

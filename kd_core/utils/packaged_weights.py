@@ -3,6 +3,7 @@
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -22,18 +23,17 @@ def find_package(name: str) -> Path | None:
     return next(path for root in spec.submodule_search_locations for path in Path(root).rglob("*.pth"))
 
 
-def weights_at_hand(name: str) -> str:
+def weights_at_hand(name: str, timm: ModuleType) -> str:
     """Where this machine has weights of timm's network `name`: a package of `PACKAGED`, "timm" (its cache), or ""."""
     for package, network in PACKAGED.items():
         if network == name and find_package(package):
             return package
-    return "timm" if in_timms_cache(name) else ""
+    return "timm" if in_timms_cache(name, timm) else ""
 
 
-def in_timms_cache(name: str) -> bool:
+def in_timms_cache(name: str, timm: ModuleType) -> bool:
     """Whether timm's weights of a network are in the cache of the hub or of torch."""
-    import timm  # the one function here that needs it
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache  # comes with timm, which this package does without
 
     known = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     if known is None:

@@ -187,6 +187,11 @@ def set_timm(cfg: CfgNode, request: Request) -> tuple[tuple[float, ...], tuple[f
 
     node, name = cfg.MODEL.TIMM, request.student
     if ":" not in name and not timm.is_model(name):
+        if name.endswith(".py"):
+            raise UserError(
+                f"--student {name}: students are not derived from a LazyConfig; give it the teacher as `model.teacher` "
+                "and train it with tools/lazyconfig_train_net.py (docs/detection.md)"
+            )
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models()."
         raise UserError(f"--student {name} is neither a yaml, nor resnet18 … resnet152, nor a model of timm's; {hint}")

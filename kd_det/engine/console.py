@@ -66,7 +66,7 @@ def describe(cfg: CfgNode, parameters: int, trained: int, images: int, start_ite
     taught = ", ".join(f"{name} with {path}" for name, path in zip(teachers, weights, strict=True))
     test_sets = ", ".join(cfg.DATASETS.TEST) or "nothing"
     lines = {
-        "method": method_title({"KD": cfg.KD, "SOLVER": {"OPTIMIZER": solver.OPTIMIZER}}),
+        "method": method_title({"KD": cfg.KD, "SOLVER": solver}),
         "student": f"{cfg.MODEL.META_ARCHITECTURE} ({backbone}), {parameters / 1e6:.2f} M parameters, "
         f"{trained / 1e6:.2f} M of them trained",
         "teacher": taught if distils(cfg.KD) else "none",

@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
@@ -107,7 +108,7 @@ def build_config(args: argparse.Namespace, output: Path) -> CfgNode:
             f"--teacher: {teacher_file} is a {teacher.MODEL.META_ARCHITECTURE}, and students are derived from "
             "detectors only: write the student's config (docs/segmentation.md) and train it with tools/train_net.py"
         )
-    weights = weights_at_hand(args.student) if args.student_weights is None else args.student_weights
+    weights = weights_at_hand(args.student, timm) if args.student_weights is None else args.student_weights
     request = Request(
         student=args.student,
         method=args.method,

@@ -236,9 +236,8 @@ class DistillationTrainer(TrainerBase):
         describe(self.cfg, sum(p.numel() for p in parameters), trained, images, self.start_iter)
 
     def student_parameters(self) -> list[nn.Parameter]:
-        """Those of the student's file: without the feature loss's, which train beside them."""
-        named = self.checkpointer.model.named_parameters()
-        return [p for name, p in named if not name.startswith("feature.")]
+        """Those of the student's file."""
+        return student_parameters(self.checkpointer.model)
 
     def write_final(self) -> None:
         """Write `model_final.pth` where a training was killed after its last periodic checkpoint."""
@@ -282,7 +281,7 @@ class DistillationTrainer(TrainerBase):
         load_all_weights(model, cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS")
         results = cls.test(apart_from_training(cfg), model)
         if comm.is_main_process():
-            facts = {"parameters": sum(p.numel() for p in model.parameters()), "seed": cfg.SEED}
+            facts = {"parameters": sum(p.numel() for p in student_parameters(model)), "seed": cfg.SEED}
             flat = flatten_results_dict(results)
             write_run_info(cfg.OUTPUT_DIR, 0, EVALUATION, evaluated=cfg.MODEL.WEIGHTS, results=flat, **facts)
             verify_results(cfg, results)
@@ -395,6 +394,12 @@ class DistillationTrainer(TrainerBase):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         return build_evaluator(cfg, dataset_name)
+
+
+def student_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Those of the student's file: a feature loss and AEKT's layers train beside them."""
+    saved = model.state_dict().keys()
+    return [p for name, p in model.named_parameters() if name in saved]
 
 
 def per_micro_batch(cfg: CfgNode) -> CfgNode:

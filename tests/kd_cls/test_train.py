@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -267,7 +268,9 @@ def test_a_warm_up_before_the_schedule_leaves_it_the_rest_of_the_epochs(tiny: Ca
 
 def test_the_command_runs_as_a_file_and_as_a_module(tiny_yaml: Path, tmp_path: Path) -> None:
     words = ["--config-file", str(tiny_yaml), "SOLVER.EPOCHS", "0.25", "OUTPUT_DIR"]
-    as_file = run_process([sys.executable, ROOT / "kd_cls" / "train.py", *words, tmp_path / "file"], cwd=tmp_path)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # its first line asks for `python`
+    command = [ROOT / "kd_cls" / "train.py", *words, tmp_path / "file"]
+    as_file = run_process(command, cwd=tmp_path, env=os.environ | {"PATH": path})
     as_module = forked.run(["-m", "kd_cls.train", *words, tmp_path / "module"], cwd=tmp_path)
     for done, folder in ((as_file, "file"), (as_module, "module")):
         assert done.returncode == 0, done.stderr

@@ -189,6 +189,12 @@ def test_a_one_stage_lazyconfig_is_refused(command, teacher):
         command("--student", "resnet18", "--teacher", name, teacher[2])
 
 
+def test_a_student_that_is_a_lazyconfig_is_shown_the_tool_that_trains_it(command):
+    with pytest.raises(SystemExit, match=r"--student my\.py: students are not .*tools/lazyconfig_train_net\.py") as ended:
+        command("--student", "my.py")
+    assert "\n" not in ended.value.code
+
+
 def change_first(name: str, **values: object) -> Callable[[dict], None]:
     """A function that changes the first entry of a list of a COCO json."""
     return lambda content: content[name][0].update(values)

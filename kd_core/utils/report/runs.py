@@ -125,7 +125,8 @@ def with_common_keys(config: dict[str, Any]) -> dict[str, Any]:
     loss, names = lookup(config, "model", "loss") or {}, lookup(config, "dataloader", "test", "dataset", "names")
     name = loss.get("_target_", "none").rpartition(".")[2].removesuffix("Loss").lower()
     feature = "none" if lookup(config, "model", "feature") is None else "feature loss"
-    optimizer = lookup(config, "optimizer", "_target_", default="").rpartition(".")[2].removesuffix("_released")
+    optimizer = lookup(config, "optimizer", "_target_", default="").rpartition(".")[2]
+    preset = "released" if optimizer.endswith("_released") else lookup(config, "optimizer", "preset", default="paper")
     return {
         **config,
         "KD": {
@@ -133,7 +134,11 @@ def with_common_keys(config: dict[str, Any]) -> dict[str, Any]:
             "FEATURE": {"NAME": feature},
             "TEACHER": {"WEIGHTS": lookup(config, "model", "teacher", "weights")},
         },
-        "SOLVER": {"MAX_ITER": lookup(config, "train", "max_iter", default=0), "OPTIMIZER": optimizer},
+        "SOLVER": {
+            "MAX_ITER": lookup(config, "train", "max_iter", default=0),
+            "OPTIMIZER": optimizer.removesuffix("_released"),
+            "DEEPKD": {"PRESET": preset},
+        },
         "DATASETS": {"TEST": [names] if isinstance(names, str) else names or []},
         "SEED": lookup(config, "train", "seed"),
         "OUTPUT_DIR": lookup(config, "train", "output_dir"),
@@ -150,12 +155,15 @@ def lookup(config: dict[str, Any], *keys: str, default: Any = None) -> Any:
 
 
 def method_title(config: dict[str, Any]) -> str:
-    """The method as the papers' tables call it: "plain", "DKD", "DeepKD (DKD), mask"."""
+    """The method as the papers' tables call it: "plain", "DKD", "DeepKD (DKD), released momenta, mask"."""
     names = (lookup(config, "KD", part, "NAME", default="none") for part in ("LOSS", "FEATURE"))
     losses = [LOSSES.get(name, name) for name in names if name != "none"]
     if not losses:
         return "plain"
-    title = OPTIMIZERS.get(lookup(config, "SOLVER", "OPTIMIZER"), "{}").format(" + ".join(losses))
+    optimizer = lookup(config, "SOLVER", "OPTIMIZER")
+    title = OPTIMIZERS.get(optimizer, "{}").format(" + ".join(losses))
+    if optimizer == "deepkd_sgd" and lookup(config, "SOLVER", "DEEPKD", "PRESET") == "released":
+        title += ", released momenta"
     return title + (", mask" if lookup(config, "KD", "LOSS", "TOPK", "ENABLED") else "")
 
 

@@ -115,12 +115,12 @@ class Distilled:
         """Build the feature loss for the maps of the student and its teachers.
 
         An optimizer must find its parameters, so it is built with the model; but inference needs no teacher, so a
-        teacher that is not there is an error of the training alone (`load_teacher`).
+        teacher that is not there, or cannot be built, is an error of the training alone (`load_teacher`).
         """
         try:
             shapes = [teacher.output_shape() for teacher in self.teachers]
             self.feature = BackboneFeatures(build, self.backbone.output_shape(), shapes, names)
-        except UserError as error:
+        except Exception as error:  # a teacher's config and code may raise anything
             self.feature_problem = error
         else:
             keep_feature_out_of_state_dict(self)

@@ -15,10 +15,11 @@ from torch import nn
 from kd_core.utils.config import lookup
 from kd_core.utils.errors import UserError
 from kd_det.checkpoint.checkpointer import check_local_file, load_all_weights
+from kd_det.compat import square_size
 from kd_det.config import kd_defaults, merge_file
 from kd_det.modeling.meta_arch.registry import class_keys, plain_name
 from kd_det.modeling.teacher.lazy import as_yacs, build_lazy, config_path, is_lazy, load_lazy, select
-from kd_det.modeling.teacher.view import convert_channels, square_size
+from kd_det.modeling.teacher.view import convert_channels
 
 Result = TypeVar("Result")
 logger = logging.getLogger(__name__)

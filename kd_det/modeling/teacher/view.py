@@ -17,6 +17,7 @@ from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor, nn
 
 from kd_core.utils.errors import UserError
+from kd_det.compat import padding_options, square_size
 from kd_det.modeling.box_stages import BoxStage, capture_box_stages
 
 # Key of an input: the teacher's image (C, H', W'), the same view in another size.
@@ -107,14 +108,7 @@ def preprocess_image(model: nn.Module, batched_inputs: Sequence[dict[str, Any]])
     if hasattr(model, "preprocess_image"):
         return model.preprocess_image(batched_inputs)
     images = [(x["image"].to(model.pixel_mean.device) - model.pixel_mean) / model.pixel_std for x in batched_inputs]
-    padding = getattr(model.backbone, "padding_constraints", {})  # of later versions of detectron2, as its own forward
-    options = {"padding_constraints": padding} if padding else {}
-    return ImageList.from_tensors(images, model.backbone.size_divisibility, **options)
-
-
-def square_size(backbone: nn.Module) -> int:
-    """The side that a backbone pads every image to (ViTDet's `square_pad`); 0 where it takes any size."""
-    return getattr(backbone, "padding_constraints", {}).get("square_size", 0)
+    return ImageList.from_tensors(images, model.backbone.size_divisibility, **padding_options(model.backbone))
 
 
 def fit_square(image: Tensor, side: int) -> Tensor:

@@ -10,8 +10,8 @@ from kd_core.utils.packaged_weights import weights_at_hand
 
 
 def test_a_package_of_weights_is_found_by_the_networks_name() -> None:
-    assert weights_at_hand("tf_efficientnet_lite2") == "efficientnet-lite2"
-    assert weights_at_hand("cifar_resnet8") == weights_at_hand("resnet18") == weights_at_hand("my own") == ""
+    assert weights_at_hand("tf_efficientnet_lite2", timm) == "efficientnet-lite2"
+    assert all(weights_at_hand(name, timm) == "" for name in ("cifar_resnet8", "resnet18", "my own"))
 
 
 def test_weights_that_timm_has_fetched_are_found_in_the_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,10 +21,10 @@ def test_weights_that_timm_has_fetched_are_found_in_the_caches(tmp_path: Path, m
     (snapshot / "model.safetensors").touch()
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
-    assert weights_at_hand("resnet18") == "timm" and weights_at_hand("resnet34") == ""
+    assert weights_at_hand("resnet18", timm) == "timm" and weights_at_hand("resnet34", timm) == ""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
     address = timm.get_pretrained_cfg("gcvit_tiny").url  # on no hub
-    assert weights_at_hand("gcvit_tiny") == ""
+    assert weights_at_hand("gcvit_tiny", timm) == ""
     (tmp_path / "checkpoints" / address.split("/")[-1]).touch()
-    assert weights_at_hand("gcvit_tiny") == "timm"
+    assert weights_at_hand("gcvit_tiny", timm) == "timm"

@@ -20,7 +20,7 @@ from kd_core.utils.errors import UserError
 from kd_det import DistilledRCNN
 from kd_det.checks import check_max_iter, check_meta_architecture
 from kd_det.config import merge_list
-from kd_det.engine.trainer import DistillationTrainer
+from kd_det.engine.trainer import DistillationTrainer, student_parameters
 from kd_det.modeling.features import BackboneFeatures, cut_to_images
 from kd_det.solver import build_optimizer, scale_to_world_size
 
@@ -184,6 +184,21 @@ def test_inference_needs_no_teacher_and_training_says_what_is_missing(tiny_model
     assert len(model.eval()(batch)) == len(batch)
     with pytest.raises(UserError, match=r"KD.TEACHER.CONFIG_FILE: nowhere.yaml is neither a file nor a name"):
         model.train().load_teacher()
+
+
+def test_inference_does_not_mind_a_teacher_that_cannot_be_built(tiny_model, tiny_cfg, batch, tmp_path):
+    (tmp_path / "teacher.yaml").write_text(tiny_cfg("MODEL.RESNETS.DEPTH", 18).dump())  # with the blocks of a ResNet-50
+    model = tiny_model(*REVIEW, "KD.TEACHER.CONFIG_FILE", tmp_path / "teacher.yaml")
+    assert len(model.eval()(batch)) == len(batch)
+    with pytest.raises(AssertionError, match="RES2_OUT_CHANNELS"):
+        model.train().load_teacher()
+
+
+def test_what_trains_beside_the_student_is_not_counted_as_its(tiny_model):
+    plain = sum(p.numel() for p in tiny_model().parameters())
+    model = tiny_model(*REVIEW, "KD.LOSS.NAME", "aekt")
+    assert sum(p.numel() for p in model.parameters()) > plain
+    assert sum(p.numel() for p in student_parameters(model)) == plain
 
 
 def test_it_is_built_by_keyword(tiny_model, tiny_cfg, batch, storage):
