@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,9 @@ from kd_core.utils.errors import UserError, exit_on_user_error
 from kd_core.utils.files import write_text
 from kd_core.utils.latency import COST_HEADERS, Cost, clock, cost_cells
 from kd_core.utils.packaged_weights import PACKAGED, weights_at_hand
+from kd_core.utils.report.live import write_distillation_report
 from kd_core.utils.resume import remember_request
+from kd_core.utils.run_info import EVALUATION, write_run_info
 
 UNDECODABLE = "train image that cannot be decoded"
 FATAL = (UNDECODABLE, "val image that cannot be decoded", "class without an image", "a single class")
@@ -114,6 +116,8 @@ def distill(args: argparse.Namespace) -> None:
             run_training(files[name], output / name, processes, device, process)
             results[name] = figures(output / name)
     conclude(output, results, costs)
+    if cfg.REPORT.ENABLED:
+        write_page(output, results)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -308,6 +312,12 @@ def evaluate_teacher(cfg: CfgNode, process: Process, path: Path) -> dict[str, fl
     seconds = read_metadata(cfg.KD.TEACHER.WEIGHTS).get("seconds") if cfg.KD.TEACHER.WEIGHTS else None
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(found | {"seconds": seconds}))
+    own, node = without_teacher(cfg), cfg.KD.TEACHER  # with evaluation.json a run of which reports are made
+    own.MODEL.NAME, own.OUTPUT_DIR = node.NAME or node.CONFIG_FILE, str(path.parent)
+    write_text(path.parent / "config.yaml", own.dump())
+    flat = {f"val/{name}": value for name, value in found.items()}
+    facts = {"evaluated": node.WEIGHTS or node.NAME, "parameters": sum(p.numel() for p in teacher.model.parameters())}
+    write_run_info(path.parent, 0, EVALUATION, results=flat, **facts)
     say(f"teacher: top-1 {found['top1']:.2f}")
     return found | {"seconds": seconds}
 
@@ -365,6 +375,14 @@ def conclude(output: Path, results: dict[str, dict[str, Any]], costs: dict[str, 
     summary = {"results": results, "costs": {name: asdict(cost) for name, cost in costs.items()}}
     write_text(output / "results.json", json.dumps(summary, indent=1))
     say(f"\n{table}\n\nstudent: {output / 'student' / 'best.pth'}; table: {output / 'table.md'}")
+
+
+def write_page(output: Path, names: Iterable[str]) -> None:
+    """report.html about teacher, student and baseline."""
+    from kd_cls.report import classifier_page, read_classifier_run  # with matplotlib
+
+    if write_distillation_report(output, names, read_classifier_run, classifier_page):
+        say(f"report: {output / 'report.html'}")
 
 
 def say_weights(student: str, weights: str) -> None:

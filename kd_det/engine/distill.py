@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import timm
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
+from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.modeling import build_model
 from tabulate import tabulate
 from torch import nn
@@ -28,7 +29,11 @@ from kd_core.utils.errors import UserError
 from kd_core.utils.files import write_text
 from kd_core.utils.latency import COST_HEADERS, Cost, clock, cost_cells, measure_cost
 from kd_core.utils.packaged_weights import weights_at_hand
+from kd_core.utils.report.live import write_distillation_report
+from kd_core.utils.report.page import Page
+from kd_core.utils.report.runs import Run
 from kd_core.utils.resume import remember_request
+from kd_core.utils.run_info import EVALUATION, write_run_info
 from kd_det.analysis.cost import measure
 from kd_det.checkpoint.checkpointer import WholeCheckpointer, check_local_file
 from kd_det.checkpoint.resume import check_resumable
@@ -85,6 +90,8 @@ def distill(args: argparse.Namespace) -> None:
         train(file, output / name, args.num_gpus)
         results[name] = figures(output / name)
     conclude(output, results, costs)
+    if cfg.REPORT.ENABLED:
+        write_page(output, results, costs["teacher"])
     export(output / "student", output / "export", args.torchscript)
 
 
@@ -299,14 +306,17 @@ def evaluate_teacher(cfg: CfgNode, output: Path) -> dict[str, float]:
     say("evaluating the teacher …")
     config = teacher_config(cfg)
     config.DATASETS.TEST, config.OUTPUT_DIR = cfg.DATASETS.TEST, str(path.parent)
+    config.DATASETS.REGISTER = cfg.DATASETS.REGISTER  # by which a report knows that the images are the student's
     path.parent.mkdir(parents=True, exist_ok=True)
     with quiet():
         results = DistillationTrainer.test(config, teacher_builders(cfg)[0]())
-    if len(cfg.DATASETS.TEST) > 1:
-        results = results[cfg.DATASETS.TEST[0]]
-    found = {f"bbox/{key}": float(value) for key, value in results.get("bbox", {}).items()}
+    first = results[cfg.DATASETS.TEST[0]] if len(cfg.DATASETS.TEST) > 1 else results
+    found = {f"bbox/{key}": float(value) for key, value in first.get("bbox", {}).items()}
     found |= on
     write_text(path, json.dumps(found))
+    write_text(path.parent / "config.yaml", config.dump())  # with evaluation.json a run of which reports are made
+    flat, weights = flatten_results_dict(results), cfg.KD.TEACHER.WEIGHTS
+    write_run_info(path.parent, 0, EVALUATION, evaluated=weights, results=flat)
     say(f"teacher: {found.get('bbox/AP', float('nan')):.2f} AP")
     return found
 
@@ -370,6 +380,25 @@ def conclude(output: Path, results: dict[str, dict], costs: dict[str, Cost]) -> 
     summary = {"results": results, "costs": {name: asdict(cost) for name, cost in costs.items()}}
     write_text(output / "results.json", json.dumps(summary, indent=1))
     say(f"\n{table}\n\ntable: {output / 'table.md'}")
+
+
+def write_page(output: Path, names: Iterable[str], of_teacher: Cost) -> None:
+    """report.html about teacher, student and baseline."""
+    # with pycocotools and matplotlib
+    from kd_det.analysis.flops import measure_cost
+    from kd_det.evaluation.html_report import detector_page, read_detector_run
+
+    def make_page(runs: list[Run], title: str) -> Page:
+        measure_cost(runs)
+        for run in runs:
+            if run.role == "teacher":
+                run.info |= {"parameters": of_teacher.parameters, "gflops": of_teacher.gflops}
+        return detector_page(runs, title)
+
+    with quiet():
+        written = write_distillation_report(output, names, read_detector_run, make_page)
+    if written:
+        say(f"report: {output / 'report.html'}")
 
 
 def read(path: Path) -> CfgNode:

@@ -71,6 +71,8 @@ def test_a_name_and_a_folder_become_a_student_and_a_table_and_a_second_call_trai
     assert results["results"].keys() == {"teacher", "student", "baseline"}
     assert results["costs"]["student"]["parameters"] < results["costs"]["teacher"]["parameters"]
     assert len((out / "table.md").read_text().splitlines()) == 5
+    page = (out / "report.html").read_text()
+    assert all(word in page for word in (">teacher<", ">plain<", ">DKD<"))
     assert load_cfg(str(out / "distill.yaml")).KD.LOSS.NAME == "dkd"
     assert load_cfg(str(out / "baseline.yaml")).KD.LOSS.NAME == "none"
     model = timm.create_model("cifar_resnet8", num_classes=3)

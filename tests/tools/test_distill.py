@@ -68,6 +68,7 @@ def test_two_files_become_an_exported_student_and_a_second_call_trains_nothing(l
     out = tmp_path / f"out_{tmp_path.name}"  # its name is in those of the data sets, which detectron2 keeps
     words = ("--student", "resnet18", "--width", 0.125, "--baseline", "--batch", 2)
     words += ("DATASETS.TEST", f"('{out.name}_val', '{out.name}_train')")  # the first of two is in the table
+    words += ("REPORT.ENABLED", True)
     printed = run(line(*words)).stdout
     assert "resnet18 starts from scratch" in printed and f"two trainings of {ITERATIONS} iterations" in printed
     results = json.loads((out / "results.json").read_text())
@@ -88,6 +89,10 @@ def test_two_files_become_an_exported_student_and_a_second_call_trains_nothing(l
     assert len(found) > 0 and torch.equal(classes, found.pred_classes) and size.tolist() == [64, 96]
     assert torch.allclose(boxes, found.pred_boxes.tensor, atol=1e-3)
     assert torch.allclose(scores, found.scores, atol=1e-3)
+
+    page = (out / "report.html").read_text()
+    assert all(word in page for word in (">teacher<", ">plain<", ">DKD<", "Agreement of teacher and student"))
+    assert "not compared" not in page  # logits
 
     before = (out / "student" / "metrics.json").read_bytes()
     assert printed.index("table: ") < printed.index("student.ts")  # an export that fails does not cost the table
@@ -190,7 +195,7 @@ def test_a_one_stage_lazyconfig_is_refused(command, teacher):
 
 
 def test_a_student_that_is_a_lazyconfig_is_shown_the_tool_that_trains_it(command):
-    with pytest.raises(SystemExit, match=r"--student my\.py: students are not .*tools/lazyconfig_train_net\.py") as ended:
+    with pytest.raises(SystemExit, match=r"--student my\.py: students .*tools/lazyconfig_train_net\.py") as ended:
         command("--student", "my.py")
     assert "\n" not in ended.value.code
 

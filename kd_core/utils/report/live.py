@@ -1,7 +1,8 @@
-"""report.html of a training that is running, and the line of its log that says where it stands."""
+"""report.html that a training or a distillation writes, and the line of the log that says where a training stands."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +29,40 @@ def write_live_report(
     folder = Path(output_dir).resolve()
     if not (folder / "config.yaml").is_file():  # a trainer built in Python, without the command that writes it
         return None
-    try:
+    page = None
+    with logged_errors():
         run = read(folder)
         teacher = teacher_folder(run)
         teachers = [read(teacher)] if teacher and (teacher / "config.yaml").is_file() else []
         runs = assign_roles([*teachers, run])
         page = make_page(runs, folder.name)
         page.write(folder / FILE, RELOAD_SECONDS if running else 0)
-        return page
+    return page
+
+
+def write_distillation_report(
+    output: Path, names: Iterable[str], read: Callable[[Path], Run], make_page: Callable[..., Page]
+) -> bool:
+    """Write `output`/report.html about the runs in its folders `names`; returns whether it is there.
+
+    Whatever goes wrong is logged. For `read` and `make_page` see `write_live_report`.
+    """
+    with logged_errors():
+        runs = assign_roles([read(output / name) for name in names if (output / name / "config.yaml").is_file()])
+        make_page(runs, output.resolve().name).write(output / FILE)
+        return True
+    return False
+
+
+@contextmanager
+def logged_errors() -> Iterator[None]:
+    """Log what goes wrong with a page, which is not worth a training."""
+    try:
+        yield
     except ImportError as error:
         logger.warning("%s is not written: %s (pip install matplotlib jinja2, or REPORT.ENABLED False)", FILE, error)
-    except Exception:  # a page is not worth a training
-        logger.exception("%s could not be written; the training continues", FILE)
-    return None
+    except Exception:
+        logger.exception("%s could not be written; everything else continues", FILE)
 
 
 def logged(output_dir: str | Path) -> Run:
