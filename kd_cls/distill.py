@@ -106,7 +106,7 @@ def distill(args: argparse.Namespace) -> None:
         costs = forecast(trainings, process, processes)
         prepare_teacher(cfg, args, process)
         prepare_student(cfg, args, process)
-        results = {"teacher": evaluate_teacher(cfg, process, output / "teacher" / "results.json")}
+        results = {"teacher": evaluate_teacher(cfg, process, output / "teacher" / "results.json", costs["teacher"])}
         if is_new:  # not before: until then, a request that failed may be corrected
             say(f"student's config: {files['student']} (yours to edit; python -m kd_cls.train trains it, too)")
         for name, training in trainings.items():
@@ -300,7 +300,7 @@ def still_images(cfg: CfgNode, stats: InputStats, process: Process) -> Iterator[
     return tqdm(loader, unit="batch", leave=False, disable=not sys.stderr.isatty())
 
 
-def evaluate_teacher(cfg: CfgNode, process: Process, path: Path) -> dict[str, float]:
+def evaluate_teacher(cfg: CfgNode, process: Process, path: Path, cost: Cost) -> dict[str, float]:
     """The teacher's accuracy on the validation images, as the student will see it; evaluated once."""
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
@@ -316,7 +316,7 @@ def evaluate_teacher(cfg: CfgNode, process: Process, path: Path) -> dict[str, fl
     own.MODEL.NAME, own.OUTPUT_DIR = node.NAME or node.CONFIG_FILE, str(path.parent)
     write_text(path.parent / "config.yaml", own.dump())
     flat = {f"val/{name}": value for name, value in found.items()}
-    facts = {"evaluated": node.WEIGHTS or node.NAME, "parameters": sum(p.numel() for p in teacher.model.parameters())}
+    facts = {"evaluated": node.WEIGHTS or node.NAME, "parameters": cost.parameters, "gflops": cost.gflops}
     write_run_info(path.parent, 0, EVALUATION, results=flat, **facts)
     say(f"teacher: top-1 {found['top1']:.2f}")
     return found | {"seconds": seconds}

@@ -15,7 +15,7 @@ from kd_cls.data.build import build_data
 from kd_cls.distributed import start_process
 from kd_cls.evaluate import open_checkpoint
 from kd_core.utils.errors import UserError
-from kd_core.utils.latency import clock
+from kd_core.utils.latency import clock, multiply_adds
 from kd_core.utils.report.agreement import agreement_table, by_class, percent
 from kd_core.utils.report.curves import MAP_CLASSES, confusion_map, reliability
 from kd_core.utils.report.page import Gallery, Page, Section
@@ -41,6 +41,7 @@ ACCURACY = [
 ]
 COST = [
     Metric("parameters", value=lambda run: run.info.get("parameters"), show=lambda count: f"{count / 1e6:.2f} M"),
+    Metric("GFLOPs (multiply-adds of an image)", value=lambda run: run.info.get("gflops"), digits=3),
     Metric("images per second in training (last)", "img/s", digits=0),
     Metric("training time", value=lambda run: run.info.get("training_seconds"), show=clock),
 ]
@@ -165,6 +166,8 @@ def predict(run: Run) -> Predictions:
         run.info.setdefault("parameters", sum(p.numel() for p in model.parameters()))
         outputs, targets = [], []
         for images, target in loader:
+            if "gflops" not in run.info:
+                run.info["gflops"] = multiply_adds(model, images[:1]) / 1e9
             outputs.append(model(images).float().cpu())
             targets.append(target.cpu())
     return Predictions(torch.cat(outputs), torch.cat(targets), names)

@@ -33,6 +33,8 @@ def test_the_page_of_three_runs_has_every_section_and_the_numbers_of_metrics_jso
             lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
             expected = [line[key] for line in lines if key in line][-1]
             assert {value for value, _ in page.numbers[key, str(folder)]} == {expected}
+    gflops = {row[0]: row[1:] for row in page.rows if row}["GFLOPs (multiply-adds of an image)"]
+    assert gflops[1] == gflops[2] and all(float(value) > 0 for value in gflops)
     for words in ("By class", "Confusions of ", "expected calibration error", "Logits of teacher and ", "nckd"):
         assert words in page.text
     assert all(address.startswith(("data:", "#")) for address in page.addresses)
