@@ -34,6 +34,7 @@ COCO = sorted((ROOT / "configs/COCO").glob("[!B]*.yaml"))
 DIGITS = sorted(p for p in (ROOT / "configs/Digits").glob("[!B]*.yaml") if not p.name.startswith("cls_"))
 CAMVID = sorted((ROOT / "configs/CamVid").glob("[!B]*.yaml"))
 CITYSCAPES = sorted((ROOT / "configs/Cityscapes").glob("[!B]*.yaml"))
+VOC = sorted((ROOT / "configs/VOC").glob("*.yaml"))
 # Upstream's builds have it, and tools/install_detectron2.py installs it.
 EVERY = [*COCO, *DIGITS, *CAMVID, *CITYSCAPES]
 DETECTION_BASES = [path for path in (ROOT / "configs/Digits").glob("Base-*.yaml") if "cls" not in path.stem]
@@ -48,14 +49,14 @@ def read(path: Path) -> CfgNode:
     return cfg
 
 
-@pytest.mark.parametrize("path", EVERY, ids=lambda path: f"{path.parent.name}-{path.stem}")
+@pytest.mark.parametrize("path", [*EVERY, *VOC], ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_a_config_names_a_loss_and_an_optimizer_that_can_be_built(path):
     cfg = read(path)
     for check in (check_solver, check_meta_architecture, check_backbone, check_frozen_stem, check_unread):
         check(cfg)
     architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
     loss = architecture.build_loss(cfg)
-    method = re.sub("^(retinanet|seg|panoptic)_", "", path.stem).split("_")[0]
+    method = re.sub("^(retinanet|seg|panoptic|bccd)_", "", path.stem).split("_")[0]
     assert (loss is None) == (method in ("baseline", "teacher", "reviewkd"))
     assert (cfg.KD.FEATURE.NAME == "review") == ("review" in path.stem)
     if loss is not None:
@@ -67,7 +68,9 @@ def test_a_config_names_a_loss_and_an_optimizer_that_can_be_built(path):
         assert "Learning rate: " in path.read_text(), "say whose learning rate it is"
         build_stream_optimizer(cfg.SOLVER, [{"params": [nn.Parameter(torch.zeros(1))]}])
     assert f"--config-file {path.relative_to(ROOT)}" in path.read_text(), "say how it is run"
-    assert Path(cfg.OUTPUT_DIR) == Path("output", path.parent.name.lower(), path.stem)
+    bccd = path.stem.startswith("bccd_")
+    folder = path.stem.replace("_", "/", 1) if bccd else f"{path.parent.name.lower()}/{path.stem}"
+    assert f"output/{folder}" == cfg.OUTPUT_DIR
 
 
 @pytest.fixture(scope="module")
