@@ -254,6 +254,9 @@ class Search:
         words = (*words_of(self.table["options"]), *training.words, *self.args.options)
         return tuple(word.replace("{seed}", str(training.seed)) for word in words)
 
+    def is_taught(self, method: str) -> bool:
+        return self.table["methods"][method].get("teacher", True)
+
     def value(self, training: Training) -> float | None:
         """The metric of a training; None where it failed or is not finished."""
         return self.results.entries.get(training.key, {}).get("value")
@@ -274,9 +277,14 @@ class Search:
             UserError: a training failed, but for tries that diverged.
         """
         for phase in (self.searches, self.tests):
-            if missing := [training for training in phase() if self.is_missing(training)]:
-                self.train_teacher(trainings)
-            for future in [trainings.pool.submit(self.train, trainings, training) for training in missing]:
+            missing = [training for training in phase() if self.is_missing(training)]
+            taught = [training for training in missing if self.is_taught(training.method)]
+            teacher = [trainings.pool.submit(self.train_teacher, trainings)] if taught else []
+            # Those that need no teacher are trained beside it.
+            alone = [trainings.pool.submit(self.train, trainings, t) for t in missing if t not in taught]
+            for future in teacher:
+                wait_for(future)
+            for future in [*alone, *(trainings.pool.submit(self.train, trainings, t) for t in taught)]:
                 wait_for(future)
             if failed := [training.key for training in phase() if self.is_missing(training)]:
                 raise UserError(f"{', '.join(failed)} failed; run the same command again to try again")
@@ -301,7 +309,7 @@ class Search:
                 raise UserError(f"{self.teacher} is of another table: remove it, or choose another --output")
             return
         origin = self.origin(0, config, words)
-        wait_for(trainings.pool.submit(trainings.run, self.command_of(config, self.teacher, 0, words)))
+        trainings.run(self.command_of(config, self.teacher, 0, words))
         found = evaluations(self.teacher / "metrics.json", self.metric)
         self.results.add({"training": "teacher", **found} | origin)
         write_text(finished, identity)
@@ -314,8 +322,7 @@ class Search:
         """Train, and add its entry."""
         print(f"[search] {training.key}: {' '.join(training.words)}", flush=True)
         words = self.words(training)
-        taught = self.table["methods"][training.method].get("teacher", True)
-        teacher = ("KD.TEACHER.WEIGHTS", str(self.teacher / self.weights)) if taught else ()
+        teacher = ("KD.TEACHER.WEIGHTS", str(self.teacher / self.weights)) if self.is_taught(training.method) else ()
         folder = self.output / training.key
         entry: dict[str, Any] = {"training": training.key, "method": training.method, "phase": training.phase}
         entry |= {"try": training.number, **self.origin(training.seed, training.config, words)}
@@ -388,7 +395,7 @@ class Search:
             entry = self.results.entries.get(training.key, {})
             if entry.get("value") is not None:
                 lines = [{"iteration": i, self.metric: v} for i, v in entry.get("curve", [[0, entry["value"]]])]
-                role = "student" if self.table["methods"][training.method].get("teacher", True) else "plain"
+                role = "student" if self.is_taught(training.method) else "plain"
                 runs.append(Run(Path(training.key), {"SEED": training.seed}, lines, title=training.method, role=role))
         return runs
 

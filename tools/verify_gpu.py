@@ -2,7 +2,7 @@
 """Which keys that change only the speed of a step are safe, and worth setting, on this machine's GPU?
 
     make verify-gpu
-    tools/verify_gpu.py --only COMPILE            # the rows whose name has this word
+    tools/verify_gpu.py --only COMPILE            # the rows whose name has this word, or one of several
 
 First the tests that need CUDA (pytest -m gpu). Then every fast path beside its slow one, in a process of its own: a
 ResNet-18 FPN detector taught by a ResNet-50, and ResNet-8x4 taught by ResNet-32x4, both on the built-in digits and
@@ -402,7 +402,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20, help="time limit (default: %(default)s)")
-    parser.add_argument("--only", default="", help="the rows whose name has this word, also on a CPU; no tests")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="the rows whose name has one of them; no tests")
     parser.add_argument("--steps", type=int, default=20, help="training steps to compare (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=20, help="pairs of steps that are timed (default: %(default)s)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a self-test of this tool")
@@ -413,9 +413,10 @@ def main(arguments: list[str] | None = None) -> int:
         row = next(row for row in ROWS if row.name == options.row)
         print(json.dumps(measure(row, options.device, options.steps, options.rounds, options.work)))
         return 0
-    rows = [row for row in ROWS if options.only in row.name]
+    rows = [row for row in ROWS if not options.only or any(word in row.name for word in options.only)]
     if not rows:
-        raise UserError(f"--only {options.only}: no row has this word; rows: {', '.join(row.name for row in ROWS)}")
+        names = ", ".join(row.name for row in ROWS)
+        raise UserError(f"--only {' '.join(options.only)}: no row has this; rows: {names}")
     if options.device == "cuda" and not torch.cuda.is_available():
         print("verify_gpu: torch finds no GPU here, so there is nothing to verify", file=sys.stderr)
         return 2

@@ -41,7 +41,7 @@ def test_a_fast_path_that_equals_its_slow_one_is_safe():
 
 
 def test_a_word_that_no_row_has_is_refused(tool):
-    with pytest.raises(UserError, match=r"--only FOLDBN: no row has this word; rows: classifier: SOLVER\.CUDA_GRAPH"):
+    with pytest.raises(UserError, match=r"--only FOLDBN: no row has this; rows: classifier: SOLVER\.CUDA_GRAPH"):
         tool.main(["--device", "cpu", "--only", "FOLDBN"])
 
 
