@@ -7,7 +7,8 @@
 Trains whatever of configs/Search/cifar100.yaml is missing with tools/search.py: first the teacher, then every student,
 several at a time on the one GPU, with all images on it. It stops in time, at most an epoch after each training's last
 checkpoint, writes results.json and the table, and resumes when it is called again. --graphs replays each step as a CUDA
-graph, which `make verify-gpu` checks.
+graph, which `make verify-gpu` checks. Without NVIDIA's MPS (nvidia-cuda-mps-control -d) the trainings take turns on the
+GPU; with it they run side by side.
 """
 
 import argparse

@@ -453,9 +453,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", type=Path, metavar="TABLE", help="configs/Search/*.yaml")
     parser.add_argument("--methods", nargs="+", help="methods of the table to run (default: all)")
-    parser.add_argument(
-        "--jobs", type=count, default=1, help="trainings at a time; the cores are divided among them"
-    )
+    parser.add_argument("--jobs", type=count, default=1, help="trainings at a time; the cores are divided among them")
     parser.add_argument("--output", type=Path, help="default: output/search/TABLE")
     parser.add_argument("--minutes", type=float, help="stop after so long; the same command resumes")
     parser.add_argument("--report", action="store_true", help="only draw report.md from results.json")

@@ -13,6 +13,8 @@ much as those of a second slow run whose first weights differ by a millionth, or
 
 The gain is slow step / fast step, the median of alternating pairs, in float32 (with torch's own setting of TF32) and
 under SOLVER.AMP (on a GPU). A key is worth setting where that is at least 1.03, and above 1 in three pairs of four.
+In brackets: the slow step, and the share of it that the host takes to launch it. Near 100 %, the GPU waits for Python,
+and what makes kernels faster gains nothing.
 
 Exit status: 0, 1 if a test fails or a fast path fails or differs, 2 without a GPU, 3 if time was up before the end.
 """
@@ -297,23 +299,42 @@ def amp_dtype() -> str:
     return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 
-def gain(row: Row, device: str, rounds: int, work: Path, precision: str) -> tuple[float, float]:
-    """Seconds of a slow step / of a fast one: the median and the lower quartile over pairs, after eight steps each."""
+class Gain(NamedTuple):
+    """Slow step / fast step, the median and the lower quartile over pairs; the slow step: its seconds and the share
+    of them after which Python is done, both medians.
+    """
+
+    median: float
+    low: float
+    seconds: float
+    host: float
+
+    def __str__(self) -> str:
+        return f"({1e3 * self.seconds:.0f} ms, host {self.host:.0%})"
+
+
+def gain(row: Row, device: str, rounds: int, work: Path, precision: str) -> Gain:
+    """Of pairs of steps, after eight of each."""
     torch.backends.cudnn.benchmark = row.network == "classifier"  # as the two packages train
     amp = [] if precision == "float32" else ["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", precision]
     slow, fast = (RUNS[row.network]([row.key, value, *amp], device, "0.0", work) for value in (row.off, row.on))
 
-    def timed(run: Run) -> float:
+    def timed(run: Run) -> tuple[float, float]:
+        """Seconds until the step is launched, and until it is done."""
         start = time.perf_counter()
         run.step()
+        launched = time.perf_counter() - start
         if device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return launched, time.perf_counter() - start
 
     for _ in range(min(rounds, 8)):  # cuDNN chooses, dynamo compiles, a graph is captured
         timed(slow), timed(fast)
-    ratios = [timed(slow) / timed(fast) for _ in range(rounds)]
-    return statistics.median(ratios), statistics.quantiles(ratios, n=4)[0] if rounds > 1 else ratios[0]
+    steps = [(timed(slow), timed(fast)) for _ in range(rounds)]
+    ratios = [one[1] / other[1] for one, other in steps]
+    low = statistics.quantiles(ratios, n=4)[0] if rounds > 1 else ratios[0]
+    launched, done = (statistics.median(values) for values in zip(*(one for one, _ in steps), strict=True))
+    return Gain(statistics.median(ratios), low, done, launched / done)
 
 
 class Warnings(logging.Handler):
@@ -364,7 +385,7 @@ def verdict(row: Row, found: dict[str, Any]) -> str:
         return found.get("skipped") or f"fails: {found['error']}"
     if not Differences(**found["differences"]).within(row.limits, Differences(**found["noise"])):
         return "differs"
-    worth = [name for name, (median, low) in found["gains"].items() if median >= WORTH and low > 1]
+    worth = [name for name, (median, low, *_) in found["gains"].items() if median >= WORTH and low > 1]
     return f"safe, worth it in {' and '.join(worth)}" if worth else "safe, no gain"
 
 
@@ -373,7 +394,7 @@ def cells(row: Row, found: dict[str, Any]) -> list[str]:
     if "differences" not in found:
         return [row.name, "", "", "", "", verdict(row, found)]
     ours, noise = found["differences"], found["noise"]
-    gains = ", ".join(f"{median:.2f} {name}" for name, (median, _) in found["gains"].items())
+    gains = ", ".join(f"{gain[0]:.2f} {name} {Gain(*gain)}" for name, gain in found["gains"].items())
     pairs = [f"{ours[name]:.1e} ({noise[name]:.1e})" for name in ("losses", "weights")]
     return [row.name, f"{ours['logits']:.1e}", *pairs, gains, verdict(row, found)]
 

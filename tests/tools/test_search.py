@@ -84,6 +84,17 @@ def test_a_search_stopped_in_time_and_interrupted_resumes_counts_a_failed_try_an
     assert cells == ["DKD", value, "1", f"{good['value']:.2f}", "2", "1", "SOLVER.BASE_LR 0.05"]
 
 
+def test_what_needs_no_teacher_waits_for_none(tmp_path: Path) -> None:
+    plain = {"config": "configs/Digits/cls_baseline.yaml", "teacher": False}
+    table = write_table(tmp_path, tries=1, options={"SOLVER.EPOCHS": 1}, methods={"plain": plain, **TABLE["methods"]})
+    done = forked.run(
+        ["tools/search.py", table, "--methods", "plain", "--output", str(tmp_path / "out"), *SHORT], timeout=900
+    )
+    assert done.returncode == 0, done.stderr
+    assert [entry["training"] for entry in read_results(tmp_path)] == ["test/plain/try0_seed0"]
+    assert not (tmp_path / "out" / "teacher").exists()
+
+
 def test_a_failed_test_is_trained_again_and_one_that_fails_again_is_the_exit_status(load_tool, tmp_path: Path) -> None:
     tool = load_tool("search")
     bad = {"config": "configs/Digits/cls_dkd.yaml", "grid": {"SOLVER.BASE_LR": [-1.0]}}
