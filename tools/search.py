@@ -428,6 +428,7 @@ def of_results(path: Path) -> Search:
                         "tools/search.py TABLE --report")  # fmt: skip
     words = [str(table), "--report", *found.get("command line options", [])]
     search = Search(read_table(table), parse(words), path.parent)
+    search.results.path = path
     search.results.entries = {entry["training"]: entry for entry in found["trainings"]}
     search.check_results(files_too=False)
     return search

@@ -176,7 +176,11 @@ def test_a_page_draws_from_results_with_options_and_names_a_table_that_is_elsewh
     words = ["SOLVER.EPOCHS", "1"]
     search = tool.Search(tool.read_table(path), tool.parse([str(path), *words]), tmp_path)
     add(search, search.searches()[0], 61.0)
-    assert tool.of_results(tmp_path / "results.json").report() == search.report()
+    results = (tmp_path / "results.json").rename(tmp_path / "cls_digits.json")
+    assert tool.of_results(results).report() == search.report()
+    results.write_text(results.read_text().replace('"config": "', '"config": "other/'))
+    with pytest.raises(UserError, match=r"/cls_digits\.json: search/.* was trained with other options"):
+        tool.of_results(results)
     own = write_table(tmp_path)
     other = tool.Search(tool.read_table(own), tool.parse([str(own)]), tmp_path / "own")
     other.output.mkdir()
