@@ -35,7 +35,7 @@ TITLES = {"baseline": "plain", "kd": "KD", "dkd": "DKD"}  # as the papers' table
 
 
 class Trainings:
-    """Processes that train detectors, `jobs` at a time. Leaving the block ends those that still run.
+    """Processes that train, `jobs` at a time. Leaving the block ends those that still run.
 
     Threads start the processes and wait for them. Python handles signals in the main thread alone, so no interrupt can
     strike inside `Popen`, where the process that was just started would be lost.

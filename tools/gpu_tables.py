@@ -2,13 +2,13 @@
 """The papers' CIFAR-100 table on one GPU, in pieces of minutes:  tools/gpu_tables.py --minutes 9
 
     tools/gpu_tables.py --minutes 9 DATA.ROOT datasets/cifar100       # repeat it until every row is there
-    tools/gpu_tables.py DATA.ROOT … --table configs/Search/cifar100_short.yaml --jobs 10 --graphs    # 24 epochs each
+    tools/gpu_tables.py DATA.ROOT … --table configs/Search/cifar100_short.yaml --jobs 12 --graphs    # 24 epochs each
 
-Trains whatever of configs/Search/cifar100.yaml is missing with tools/search.py: first the teacher, then every student,
-several at a time on the one GPU, with all images on it. It stops in time, at most an epoch after each training's last
-checkpoint, writes results.json and the table, and resumes when it is called again. --graphs replays each step as a CUDA
-graph, which `make verify-gpu` checks. Without NVIDIA's MPS (nvidia-cuda-mps-control -d) the trainings take turns on the
-GPU; with it they run side by side.
+Trains whatever of configs/Search/cifar100.yaml is missing with tools/search.py: the teacher beside the plain student,
+then every other, several at a time on the one GPU, with all images on it. It stops in time, at most an epoch after each
+training's last checkpoint, writes results.json and the table, and resumes when it is called again. --graphs replays
+each step as a CUDA graph, which `make verify-gpu` checks. Without NVIDIA's MPS (nvidia-cuda-mps-control -d) the
+trainings take turns on the GPU; with it they run side by side.
 """
 
 import argparse
@@ -46,4 +46,4 @@ def main(arguments: Sequence[str] | None = None) -> str:
 
 
 if __name__ == "__main__":
-    run_command("gpu_tables", main, "the time is over; run the same command again to resume")
+    run_command("gpu_tables", main, "interrupted, or the time is over; run the same command again to resume")

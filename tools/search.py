@@ -16,8 +16,8 @@ Interrupt it at any time: the same command skips what is finished and resumes th
 it in time. Everything is in OUTPUT (by default output/search/TABLE): a folder for each training, results.json, and
 report.md, which is drawn from the former. A try that diverges counts as a try without a result. Every other failure,
 and a test that diverges, makes the exit status 1, and is tried again by the same command. TABLE may grow: new methods
-and seeds are trained beside what is there. With a results.json from elsewhere in OUTPUT, only the teacher and what is
-missing are trained.
+and seeds are trained beside what is there. With a results.json from elsewhere in OUTPUT, only what is missing is
+trained, and a teacher where that needs one. Methods without a teacher are trained first, beside it.
 """
 
 import argparse
@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from demo import ROOT, Trainings, interrupt, run_command, wait_for
 
-from kd_core.utils.arguments import count
+from kd_core.utils.arguments import count, refuse_not_positive
 from kd_core.utils.config import read_yaml
 from kd_core.utils.errors import DIVERGED, UserError
 from kd_core.utils.files import write_text
@@ -174,6 +174,9 @@ def read_table(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: package is {table['package']!r}, expected {' or '.join(PACKAGES)}")
     if not isinstance(table["tries"], int) or table["tries"] < 1:
         raise UserError(f"{path}: tries is {table['tries']!r}, expected a whole number from 1")
+    seeds = table["test"]["seeds"]
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"{path}: test.seeds {seeds} has a seed twice")
     for name, method in table["methods"].items():
         check_method(f"{path}: methods.{name}", method)
     return table
@@ -242,7 +245,7 @@ class Search:
 
     @property
     def names(self) -> list[str]:
-        return self.args.methods or list(self.table["methods"])
+        return list(dict.fromkeys(self.args.methods or self.table["methods"]))
 
     @property
     def teacher_words(self) -> tuple[str, ...]:
@@ -279,13 +282,21 @@ class Search:
         for phase in (self.searches, self.tests):
             missing = [training for training in phase() if self.is_missing(training)]
             taught = [training for training in missing if self.is_taught(training.method)]
-            teacher = [trainings.pool.submit(self.train_teacher, trainings)] if taught else []
-            # Those that need no teacher are trained beside it.
-            alone = [trainings.pool.submit(self.train, trainings, t) for t in missing if t not in taught]
-            for future in teacher:
+            untaught = [training for training in missing if not self.is_taught(training.method)]
+            # The teacher takes the first job, those that need none the others.
+            teacher = trainings.pool.submit(self.train_teacher, trainings) if taught and self.lacks_teacher() else None
+            futures = [trainings.pool.submit(self.train, trainings, training) for training in untaught]
+            failed = None
+            try:
+                if teacher:
+                    wait_for(teacher)
+                futures += [trainings.pool.submit(self.train, trainings, training) for training in taught]
+            except UserError as error:
+                failed = error
+            for future in futures:
                 wait_for(future)
-            for future in [*alone, *(trainings.pool.submit(self.train, trainings, t) for t in taught)]:
-                wait_for(future)
+            if failed:
+                raise failed
             if failed := [training.key for training in phase() if self.is_missing(training)]:
                 raise UserError(f"{', '.join(failed)} failed; run the same command again to try again")
 
@@ -296,23 +307,40 @@ class Search:
             return entry is None
         return training.phase == "test" or entry.get("exit") != DIVERGED
 
-    def train_teacher(self, trainings: Trainings) -> None:
-        """Train the teacher, unless this folder has it.
+    @property
+    def teacher_identity(self) -> str:
+        """What its folder's file `finished` says."""
+        return json.dumps([self.table["teacher"]["config"], *self.teacher_words])
+
+    def lacks_teacher(self) -> bool:
+        """Whether this folder has no teacher that is finished.
 
         Raises:
-            UserError: the folder has another.
+            UserError: it has another.
+        """
+        finished = self.teacher / "finished"
+        if finished.is_file() and finished.read_text(encoding="utf-8") != self.teacher_identity:
+            raise UserError(f"{self.teacher} is of another table: remove it, or choose another --output")
+        return not finished.is_file()
+
+    def train_teacher(self, trainings: Trainings) -> None:
+        """
+        Raises:
+            UserError: the training failed.
         """
         config, words = self.table["teacher"]["config"], self.teacher_words
-        finished, identity = self.teacher / "finished", json.dumps([config, *words])
-        if finished.is_file():
-            if finished.read_text(encoding="utf-8") != identity:
-                raise UserError(f"{self.teacher} is of another table: remove it, or choose another --output")
-            return
         origin = self.origin(0, config, words)
-        trainings.run(self.command_of(config, self.teacher, 0, words))
+        try:
+            trainings.run(self.command_of(config, self.teacher, 0, words))
+        except subprocess.CalledProcessError as error:
+            why = "diverged" if error.returncode == DIVERGED else f"failed (exit {error.returncode})"
+            raise UserError(f"the teacher {why}; its message is above. The same command tries again") from error
         found = evaluations(self.teacher / "metrics.json", self.metric)
+        before = self.results.entries.get("teacher", {}).get("value", found["value"])
+        if before != found["value"]:  # a results.json from elsewhere
+            print(f"[search] the students before had a teacher of {before:.2f}, this one has {found['value']:.2f}")
         self.results.add({"training": "teacher", **found} | origin)
-        write_text(finished, identity)
+        write_text(self.teacher / "finished", self.teacher_identity)
 
     def command_of(self, config: str, folder: Path, seed: int, words: Sequence[str]) -> list[str]:
         options = ("OUTPUT_DIR", str(folder), "SEED", str(seed), *words)
@@ -331,6 +359,7 @@ class Search:
             entry |= evaluations(folder / "metrics.json", self.metric)
         except subprocess.CalledProcessError as error:
             if error.returncode < 0:  # a signal's: it was killed, and has not failed
+                print(f"[search] {training.key} was killed (signal {-error.returncode})", flush=True)
                 raise
             entry |= {"value": None, "exit": error.returncode}
             print(f"[search] {training.key} failed (exit {error.returncode}); its message is above", flush=True)
@@ -411,7 +440,8 @@ def evaluations(path: Path, metric: str) -> dict[str, Any]:
     iterations, values = Run(path.parent, {}, read_lines(path)).series(metric)
     if not values:
         raise UserError(f"{path} has no {metric}: the training was not evaluated")
-    curve = [[i, 0.0 if math.isnan(value) else value] for i, value in zip(iterations, values, strict=True)]
+    last = dict(zip(iterations, values, strict=True))  # an evaluation is repeated after a kill before its checkpoint
+    curve = [[i, 0.0 if math.isnan(value) else value] for i, value in last.items()]
     return {"value": curve[-1][1], "curve": curve}
 
 
@@ -460,6 +490,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--report", action="store_true", help="only draw report.md from results.json")
     parser.add_argument("options", nargs="*", metavar="KEY VALUE", help="config keys to override, in every training")
     args = parser.parse_intermixed_args(arguments)
+    refuse_not_positive(args, "minutes")
     args.threads = max((os.cpu_count() or 1) // args.jobs, 1)
     return args
 

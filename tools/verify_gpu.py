@@ -2,7 +2,7 @@
 """Which keys that change only the speed of a step are safe, and worth setting, on this machine's GPU?
 
     make verify-gpu
-    tools/verify_gpu.py --only COMPILE            # the rows whose name has this word, or one of several
+    tools/verify_gpu.py --only COMPILE            # the rows whose name has this word; several words: one of them
 
 First the tests that need CUDA (pytest -m gpu). Then every fast path beside its slow one, in a process of its own: a
 ResNet-18 FPN detector taught by a ResNet-50, and ResNet-8x4 taught by ResNet-32x4, both on the built-in digits and
@@ -13,8 +13,7 @@ much as those of a second slow run whose first weights differ by a millionth, or
 
 The gain is slow step / fast step, the median of alternating pairs, in float32 (with torch's own setting of TF32) and
 under SOLVER.AMP (on a GPU). A key is worth setting where that is at least 1.03, and above 1 in three pairs of four.
-In brackets: the slow step, and the share of it that the host takes to launch it. Near 100 %, the GPU waits for Python,
-and what makes kernels faster gains nothing.
+In brackets: the slow step.
 
 Exit status: 0, 1 if a test fails or a fast path fails or differs, 2 without a GPU, 3 if time was up before the end.
 """
@@ -42,6 +41,7 @@ from kd_core.utils.errors import UserError, exit_on_user_error, one_line
 ROOT = Path(__file__).resolve().parents[1]
 TIME_WAS_UP = "time was up"
 WORTH = 1.03
+ONLY = "the rows whose name has one of these words (quote a whole name), also on a CPU; no tests"
 
 
 class Limits(NamedTuple):
@@ -300,17 +300,11 @@ def amp_dtype() -> str:
 
 
 class Gain(NamedTuple):
-    """Slow step / fast step, the median and the lower quartile over pairs; the slow step: its seconds and the share
-    of them after which Python is done, both medians.
-    """
+    """Slow step / fast step, the median and the lower quartile over pairs; and the slow step's median, in seconds."""
 
     median: float
     low: float
-    seconds: float
-    host: float
-
-    def __str__(self) -> str:
-        return f"({1e3 * self.seconds:.0f} ms, host {self.host:.0%})"
+    slow: float
 
 
 def gain(row: Row, device: str, rounds: int, work: Path, precision: str) -> Gain:
@@ -319,22 +313,19 @@ def gain(row: Row, device: str, rounds: int, work: Path, precision: str) -> Gain
     amp = [] if precision == "float32" else ["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", precision]
     slow, fast = (RUNS[row.network]([row.key, value, *amp], device, "0.0", work) for value in (row.off, row.on))
 
-    def timed(run: Run) -> tuple[float, float]:
-        """Seconds until the step is launched, and until it is done."""
+    def timed(run: Run) -> float:
         start = time.perf_counter()
         run.step()
-        launched = time.perf_counter() - start
         if device == "cuda":
             torch.cuda.synchronize()
-        return launched, time.perf_counter() - start
+        return time.perf_counter() - start
 
     for _ in range(min(rounds, 8)):  # cuDNN chooses, dynamo compiles, a graph is captured
         timed(slow), timed(fast)
-    steps = [(timed(slow), timed(fast)) for _ in range(rounds)]
-    ratios = [one[1] / other[1] for one, other in steps]
+    pairs = [(timed(slow), timed(fast)) for _ in range(rounds)]
+    ratios = [one / other for one, other in pairs]
     low = statistics.quantiles(ratios, n=4)[0] if rounds > 1 else ratios[0]
-    launched, done = (statistics.median(values) for values in zip(*(one for one, _ in steps), strict=True))
-    return Gain(statistics.median(ratios), low, done, launched / done)
+    return Gain(statistics.median(ratios), low, statistics.median(one for one, _ in pairs))
 
 
 class Warnings(logging.Handler):
@@ -385,7 +376,8 @@ def verdict(row: Row, found: dict[str, Any]) -> str:
         return found.get("skipped") or f"fails: {found['error']}"
     if not Differences(**found["differences"]).within(row.limits, Differences(**found["noise"])):
         return "differs"
-    worth = [name for name, (median, low, *_) in found["gains"].items() if median >= WORTH and low > 1]
+    gains = {name: Gain(*numbers) for name, numbers in found["gains"].items()}
+    worth = [name for name, one in gains.items() if one.median >= WORTH and one.low > 1]
     return f"safe, worth it in {' and '.join(worth)}" if worth else "safe, no gain"
 
 
@@ -394,7 +386,8 @@ def cells(row: Row, found: dict[str, Any]) -> list[str]:
     if "differences" not in found:
         return [row.name, "", "", "", "", verdict(row, found)]
     ours, noise = found["differences"], found["noise"]
-    gains = ", ".join(f"{gain[0]:.2f} {name} {Gain(*gain)}" for name, gain in found["gains"].items())
+    found_gains = ((name, Gain(*numbers)) for name, numbers in found["gains"].items())
+    gains = ", ".join(f"{one.median:.2f} {name} ({1e3 * one.slow:.0f} ms)" for name, one in found_gains)
     pairs = [f"{ours[name]:.1e} ({noise[name]:.1e})" for name in ("losses", "weights")]
     return [row.name, f"{ours['logits']:.1e}", *pairs, gains, verdict(row, found)]
 
@@ -423,7 +416,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20, help="time limit (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", metavar="WORD", help="the rows whose name has one of them; no tests")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help=ONLY)
     parser.add_argument("--steps", type=int, default=20, help="training steps to compare (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=20, help="pairs of steps that are timed (default: %(default)s)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a self-test of this tool")
@@ -435,9 +428,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps(measure(row, options.device, options.steps, options.rounds, options.work)))
         return 0
     rows = [row for row in ROWS if not options.only or any(word in row.name for word in options.only)]
-    if not rows:
-        names = ", ".join(row.name for row in ROWS)
-        raise UserError(f"--only {' '.join(options.only)}: no row has this; rows: {names}")
+    for word in options.only or ():
+        if not any(word in row.name for row in ROWS):
+            raise UserError(f"--only {word}: no row has this word; rows: {', '.join(row.name for row in ROWS)}")
     if options.device == "cuda" and not torch.cuda.is_available():
         print("verify_gpu: torch finds no GPU here, so there is nothing to verify", file=sys.stderr)
         return 2
@@ -460,7 +453,7 @@ def main(arguments: list[str] | None = None) -> int:
     print("\n" + tabulate([cells(row, found) for row, found in results.items()], titles, tablefmt="github"))
     words = {row: verdict(row, found) for row, found in results.items()}
     print()
-    for network in RUNS:
+    for network in dict.fromkeys(row.network for row in rows):
         keys = [f"{row.key} {row.on}" for row, text in words.items() if row.network == network and "worth" in text]
         print(f"Safe and worth setting here for a {network}: {', '.join(keys) or 'none'}")
     if "fails" in tests or any(text.startswith(("fails", "differs")) for text in words.values()):

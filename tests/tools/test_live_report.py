@@ -59,7 +59,7 @@ def test_the_last_line_of_the_log_is_the_status_and_the_page_has_the_last_figure
     page = Page((output / "report.html").read_text())
     lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
     assert [line["iteration"] for line in lines if "bbox/AP" in line] == [19, 22]
-    (shown, _), = page.numbers["bbox/AP", str(output)]
+    ((shown, _),) = page.numbers["bbox/AP", str(output)]
     assert shown == [line["bbox/AP"] for line in lines if "bbox/AP" in line][-1]
     assert "http-equiv" not in (output / "report.html").read_text() and any("jpeg" in image for image in page.images)
 

@@ -148,7 +148,9 @@ def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(report, tmp_pat
         ("kd_core.losses.DKDLoss", None, "torch.optim.SGD", "DKD"),
         ("kd_core.losses.DKDLoss", None, "kd_core.optim.presets.deepkd_sgd", "DeepKD (DKD)"),
         (
-            "kd_core.losses.DKDLoss", None, "kd_core.optim.presets.deepkd_sgd_released",
+            "kd_core.losses.DKDLoss",
+            None,
+            "kd_core.optim.presets.deepkd_sgd_released",
             "DeepKD (DKD), released momenta",
         ),
         (None, {"_target_": "functools.partial"}, "torch.optim.SGD", "feature loss"),

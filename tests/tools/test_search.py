@@ -84,15 +84,33 @@ def test_a_search_stopped_in_time_and_interrupted_resumes_counts_a_failed_try_an
     assert cells == ["DKD", value, "1", f"{good['value']:.2f}", "2", "1", "SOLVER.BASE_LR 0.05"]
 
 
-def test_what_needs_no_teacher_waits_for_none(tmp_path: Path) -> None:
+def test_a_plain_student_is_trained_beside_the_teacher_and_also_if_that_diverges(tmp_path: Path) -> None:
     plain = {"config": "configs/Digits/cls_baseline.yaml", "teacher": False}
-    table = write_table(tmp_path, tries=1, options={"SOLVER.EPOCHS": 1}, methods={"plain": plain, **TABLE["methods"]})
-    done = forked.run(
-        ["tools/search.py", table, "--methods", "plain", "--output", str(tmp_path / "out"), *SHORT], timeout=900
+    table = write_table(
+        tmp_path,
+        tries=1,
+        options={"SOLVER.EPOCHS": 1},
+        teacher={**TABLE["teacher"], "options": {"SOLVER.EPOCHS": 1, "SOLVER.BASE_LR": 1e30}},
+        methods={"DKD": TABLE["methods"]["DKD"], "plain": plain},
     )
-    assert done.returncode == 0, done.stderr
+    words = ["tools/search.py", table, "--output", str(tmp_path / "out"), *SHORT]
+    without = forked.run([*words, "--methods", "plain", "plain"], timeout=900)
+    assert without.returncode == 0, without.stderr
     assert [entry["training"] for entry in read_results(tmp_path)] == ["test/plain/try0_seed0"]
     assert not (tmp_path / "out" / "teacher").exists()
+
+    (tmp_path / "out" / "results.json").unlink()
+    done = forked.run([*words, "--jobs", "2"], timeout=900)
+    assert done.returncode == 1 and "search: the teacher diverged; its message is above" in done.stderr, done.stderr
+    assert [entry["training"] for entry in read_results(tmp_path)] == ["test/plain/try0_seed0"]
+    assert "test/DKD" not in done.stdout
+
+
+def test_an_evaluation_that_a_kill_repeated_counts_once(load_tool, tmp_path: Path) -> None:
+    lines = [{"iteration": 2, "val/top1": 1.0}, {"iteration": 4, "val/top1": 2.0}, {"iteration": 4, "val/top1": 2.0}]
+    (tmp_path / "metrics.json").write_text("\n".join(map(json.dumps, lines)))
+    found = load_tool("search").evaluations(tmp_path / "metrics.json", "val/top1")
+    assert found == {"value": 2.0, "curve": [[2, 1.0], [4, 2.0]]}
 
 
 def test_a_failed_test_is_trained_again_and_one_that_fails_again_is_the_exit_status(load_tool, tmp_path: Path) -> None:
@@ -158,6 +176,7 @@ def test_a_result_of_a_config_file_that_has_changed_is_refused_but_drawn(load_to
         ({"methods": {"DKD": {"config": "a.yaml", "gird": {}}}}, "methods.DKD.gird: {} is wrong or unknown"),
         ({"methods": {"DKD": {"config": "a.yaml", "grid": {"SEED": 1}}}}, "grid.SEED is 1, expected a list"),
         ({"methods": {"DKD": {"config": "a.yaml", "grid": {"SEED": "12"}}}}, "grid.SEED is '12', expected a list"),
+        ({"test": {"seeds": [0, 1, 0], "options": {}}}, r"test\.seeds \[0, 1, 0\] has a seed twice"),
     ],
 )
 def test_a_table_that_is_wrong_is_refused(changes: dict, message: str, load_tool, tmp_path: Path) -> None:
@@ -165,10 +184,12 @@ def test_a_table_that_is_wrong_is_refused(changes: dict, message: str, load_tool
         load_tool("search").main([str(write_table(tmp_path, **changes))])
 
 
-def test_no_jobs_are_refused(load_tool, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_no_jobs_and_no_minutes_are_refused(load_tool, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         load_tool("search").main([str(write_table(tmp_path)), "--jobs", "0"])
     assert "--jobs: 0: expected a whole number from 1" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"--minutes is -1\.0, expected a number above 0"):
+        load_tool("search").main([str(write_table(tmp_path)), "--minutes", "-1"])
 
 
 def test_a_page_draws_from_results_with_options_and_names_a_table_that_is_elsewhere(load_tool, tmp_path: Path) -> None:
@@ -257,7 +278,7 @@ def test_a_table_may_grow_but_a_result_of_other_options_is_refused(load_tool, tm
     (tmp_path / "teacher").mkdir()
     (tmp_path / "teacher" / "finished").write_text('["configs/Digits/cls_kd.yaml"]')
     with pytest.raises(UserError, match=r"teacher is of another table: remove it, or choose another --output"):
-        second.train_teacher(None)
+        second.lacks_teacher()
 
 
 def test_results_of_another_table_or_with_other_options_are_not_mixed(load_tool, tmp_path: Path) -> None:
