@@ -245,7 +245,7 @@ def load_cfg(path: str, options: list[str] | None = None) -> CfgNode:
     cfg = get_cfg()
     values = read_yaml(path)
     if "DATASETS" in values or lookup(values, "MODEL.META_ARCHITECTURE") is not None:
-        raise UserError(f"{path} is a detector's config: tools/train_net.py trains it")
+        raise UserError(f"{path} is a detector's config: tools/train_net.py trains it, tools/distill.py distils it")
     if "MODEL.NUM_CLASSES" in (options or ()) or lookup(values, "MODEL.NUM_CLASSES") is not None:
         raise UserError("MODEL.NUM_CLASSES: the data (DATA.NAME, DATA.ROOT) say how many classes there are; drop it")
     merge_mapping(cfg, values, path)

@@ -124,7 +124,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Refuse what cannot be meant, before anything is written."""
     if args.num_gpus > max(torch.cuda.device_count(), 1):
         raise UserError(f"--num-gpus {args.num_gpus}, but this machine has {torch.cuda.device_count()}")
-    refuse_not_positive(args, "batch", "size", "teacher_size")
+    refuse_not_positive(args, "batch", "size", "teacher_size", "epochs")
+    if args.name == "folder" and not args.data:
+        raise UserError("--data is missing: a FOLDER with train/<class>/ and val/<class>/; or try --name digits")
     if args.name != "digits" and not Path(args.data).is_dir():
         raise UserError(f"--data: there is no folder {args.data!r}; expected train/<class>/ and val/<class>/ in it")
     check_name(args.student, "--student")

@@ -19,9 +19,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import search
+import torch
 from demo import ROOT, run_command
 
 from kd_core.utils.arguments import count
+from kd_core.utils.errors import UserError
 
 TABLE = ROOT / "configs" / "Search" / "cifar100.yaml"
 
@@ -34,14 +36,17 @@ def main(arguments: Sequence[str] | None = None) -> str:
     parser.add_argument("--methods", nargs="+", help="methods of the table to run (default: all)")
     parser.add_argument("--graphs", action="store_true", help="SOLVER.CUDA_GRAPH True")
     parser.add_argument("--table", type=Path, default=TABLE, help="default: configs/Search/cifar100.yaml")
-    parser.add_argument("--output", type=Path, default=ROOT / "output" / "gpu_tables", help="where all of it goes")
+    parser.add_argument("--output", type=Path, help="where all of it goes (default: output/gpu_tables/TABLE)")
     parser.add_argument("options", nargs="*", metavar="KEY VALUE", help="config keys to override, in every training")
     args = parser.parse_intermixed_args(arguments)
+    if not torch.cuda.is_available() and "DEVICE" not in args.options[::2]:
+        raise UserError("torch finds no GPU here: take tools/search.py, or add DEVICE cpu")
+    output = args.output or ROOT / "output" / "gpu_tables" / args.table.stem
     words = ["DATA.RESIDENT", "True", *args.options]
     if args.graphs:
         words += ["SOLVER.CUDA_GRAPH", "True"]
     methods = ["--methods", *args.methods] if args.methods else []
-    options = ["--jobs", str(args.jobs), "--minutes", str(args.minutes), "--output", str(args.output)]
+    options = ["--jobs", str(args.jobs), "--minutes", str(args.minutes), "--output", str(output)]
     return search.main([str(args.table), *words, *options, *methods])
 
 

@@ -102,7 +102,7 @@ class Results:
         found = json.loads(self.path.read_text(encoding="utf-8"))
         for name, value in self.identity.items():
             if found[name] != value:
-                raise UserError(f"{self.path} is of another {name}: remove its folder, or choose another --output")
+                raise UserError(f"{self.path} is of another {name}: choose another --output, or remove its folder")
         self.entries = {entry["training"]: entry for entry in found["trainings"]}
 
     def check(self, key: str, config: str, words: Sequence[str], file_too: bool) -> None:

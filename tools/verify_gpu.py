@@ -36,6 +36,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from kd_core.utils.arguments import count
 from kd_core.utils.errors import UserError, exit_on_user_error, one_line
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -417,8 +418,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20, help="time limit (default: %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="WORD", help=ONLY)
-    parser.add_argument("--steps", type=int, default=20, help="training steps to compare (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=20, help="pairs of steps that are timed (default: %(default)s)")
+    parser.add_argument("--steps", type=count, default=20, help="training steps to compare (default: %(default)s)")
+    parser.add_argument("--rounds", type=count, default=20, help="pairs of steps that are timed (default: %(default)s)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a self-test of this tool")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--row", help=argparse.SUPPRESS)

@@ -37,6 +37,8 @@ def merge_mapping(cfg: CfgNode, values: dict[str, Any], source: str) -> None:
 
 def merge_list(cfg: CfgNode, words: Sequence[str]) -> None:
     """Merge the `KEY VALUE` words of a command line into `cfg`; errors as in `merge_mapping`."""
+    if late := [word for word in words if word.startswith("--")]:
+        raise UserError(f"{COMMAND_LINE}: {late[0]} comes after KEY VALUE words: options go before them")
     if len(words) % 2:
         raise UserError(
             f"Overrides come as KEY VALUE pairs, but {' '.join(words)!r} has an odd number of words; a list needs "

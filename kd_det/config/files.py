@@ -24,7 +24,8 @@ def merge_file(cfg: CfgNode, path: str) -> None:
     zoo = Path(model_zoo.__file__).parent / "configs"
     values = read_yaml(path, CfgNode, trusted=Path(path).is_relative_to(zoo))
     if "DATA" in values:
-        raise UserError(f"{path} is a classifier's config: python -m kd_cls.train trains it")
+        told = "python -m kd_cls.train trains it, python -m kd_cls.distill distils it"
+        raise UserError(f"{path} is a classifier's config: {told}")
     version = values.get("VERSION", cfg.VERSION)
     if version == cfg.VERSION:
         return merge_mapping(cfg, values, path)

@@ -47,6 +47,7 @@ def test_numbers_that_yaml_reads_as_words_or_integers_become_floats(tmp_path: Pa
         ("{}", ["KD.LOSS.DKD.BETA", "eight"], r"KD.LOSS.DKD.BETA is 'eight', expected a number such as 8.0"),
         ("{}", ["KD.LOSS.DKD.GAMMA", "8"], r"the command line: unknown key KD.LOSS.DKD.GAMMA"),
         ("{}", ["SEED"], r"odd number of words"),
+        ("{}", ["SEED", "1", "--resume"], r"--resume comes after KEY VALUE words: options go before them"),
         ("a: [", [], r"not valid yaml"),
         ("_BASE_: gone.yaml", [], r"_BASE_ names .*gone.yaml, which does not exist"),
         ("_BASE_: bad.yaml", [], r"bad.yaml: its _BASE_ leads back to the file itself"),

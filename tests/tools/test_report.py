@@ -243,6 +243,9 @@ def test_a_page_of_docs_is_drawn_from_the_results_that_were_kept(load_tool, thre
     with pytest.raises(SystemExit, match=r"page\.md: a line .* has no <!-- end --> after it"):
         tool.main(["--page", str(page)])
     assert page.read_text() == left_open
+    page.write_text("words alone\n")
+    with pytest.raises(SystemExit, match=r"page\.md has no line <!-- drawn: .*: nothing to draw"):
+        tool.main(["--page", str(page)])
     page.write_text((asked % "seeds").replace("of: bbox/AP", "of: total_loss") + "\n<!-- end -->")
     with pytest.raises(SystemExit, match=r"three\.json has no total_loss: results of evaluations are kept, no losses"):
         tool.main(["--page", str(page)])
@@ -322,7 +325,7 @@ def test_a_search_is_drawn_from_its_results(load_tool, tmp_path):
     with pytest.raises(SystemExit, match="seeds needs of, a key of metrics"):
         load_tool("report").main(["--page", str(tmp_path / "page.md")])
     (tmp_path / "page.md").write_text(tries % "SOLVER.RATE")
-    with pytest.raises(SystemExit, match=r"no grid of .*cls_digits.yaml has SOLVER.RATE"):
+    with pytest.raises(SystemExit, match=r"page\.md: .*: no grid of .*cls_digits.yaml has SOLVER.RATE"):
         load_tool("report").main(["--page", str(tmp_path / "page.md")])
     trained[0]["overrides"] += ["SOLVER.BASE_LR", "7"]
     (tmp_path / "cls.json").write_text(json.dumps({"table": path.name, "trainings": trained}))

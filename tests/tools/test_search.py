@@ -51,8 +51,10 @@ def test_a_search_stopped_in_time_and_interrupted_resumes_counts_a_failed_try_an
     tmp_path: Path,
 ) -> None:
     """tools/gpu_tables.py begins it, tools/search.py goes on with the same options."""
-    words = ["--output", str(tmp_path / "out"), *SHORT]
+    words = ["--output", str(tmp_path / "out"), *SHORT, "DEVICE", "cpu"]
     table = write_table(tmp_path)
+    without = forked.run(["tools/gpu_tables.py", "--table", table], env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert without.returncode == 1 and "gpu_tables: torch finds no GPU here" in without.stderr
     stopped = forked.run(["tools/gpu_tables.py", "--table", table, "--minutes", 0.002, *words])
     assert stopped.returncode == 1 and "the time is over; run the same command again to resume" in stopped.stderr
     assert (tmp_path / "out" / "report.md").is_file() and not (tmp_path / "out" / "search").exists()

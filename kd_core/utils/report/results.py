@@ -68,6 +68,8 @@ def redraw(page: Path, runs_of: Callable[[Path], list[Run]], search_table: Calla
     """
     written, old = [page], page.read_text(encoding="utf-8")
     blocks = [block[0] for block in BLOCK.finditer(old)]
+    if not blocks and OPENING not in old:
+        raise UserError(f"{page} has no line {OPENING}{{…}} -->: nothing to draw")
     if len(blocks) != old.count(OPENING) or any(block.count(OPENING) > 1 for block in blocks):
         raise UserError(f"{page}: a line {OPENING}{{…}} --> has no <!-- end --> after it")
 
@@ -110,5 +112,11 @@ def redraw(page: Path, runs_of: Callable[[Path], list[Run]], search_table: Calla
         written.append(path)
         return f"![{drawn.alt}](figures/{name})"
 
-    write_text(page, BLOCK.sub(draw, old))
+    def named(block: re.Match) -> str:
+        try:
+            return draw(block)
+        except UserError as error:
+            raise error if str(page) in str(error) else UserError(f"{page}: {block[2]}: {error}") from error
+
+    write_text(page, BLOCK.sub(named, old))
     return written

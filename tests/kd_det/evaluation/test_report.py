@@ -71,6 +71,14 @@ def test_not_one_detection_is_an_ap_of_zero(finished):
     assert report.read_run(folder).ap == 0.0
 
 
+def test_a_training_of_two_iterations_which_detectron2_does_not_time_is_finished(finished):
+    folder, _ = finished
+    lines = [{"iteration": 1, **{f"bbox/{key}": 10.0 for key in report.KEYS}}]
+    (folder / "metrics.json").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    run = report.read_run(folder)
+    assert (run.ap, run.training_seconds) == (10.0, 0.0)
+
+
 def test_an_unfinished_run_is_said_to_be_one(tmp_path):
     with pytest.raises(UserError, match=r"holds no finished training: metrics.json has no bbox/AP"):
         report.read_run(tmp_path)
