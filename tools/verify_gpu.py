@@ -13,7 +13,7 @@ much as those of a second slow run whose first weights differ by a millionth, or
 
 The gain is slow step / fast step, the median of alternating pairs, in float32 (with torch's own setting of TF32) and
 under SOLVER.AMP (on a GPU). A key is worth setting where that is at least 1.03, and above 1 in three pairs of four.
-In brackets: the slow step.
+In brackets behind it: how long the slow step takes.
 
 Exit status: 0, 1 if a test fails or a fast path fails or differs, 2 without a GPU, 3 if time was up before the end.
 """
@@ -42,7 +42,6 @@ from kd_core.utils.errors import UserError, exit_on_user_error, one_line
 ROOT = Path(__file__).resolve().parents[1]
 TIME_WAS_UP = "time was up"
 WORTH = 1.03
-ONLY = "the rows whose name has one of these words (quote a whole name), also on a CPU; no tests"
 
 
 class Limits(NamedTuple):
@@ -300,16 +299,10 @@ def amp_dtype() -> str:
     return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 
-class Gain(NamedTuple):
-    """Slow step / fast step, the median and the lower quartile over pairs; and the slow step's median, in seconds."""
-
-    median: float
-    low: float
-    slow: float
-
-
-def gain(row: Row, device: str, rounds: int, work: Path, precision: str) -> Gain:
-    """Of pairs of steps, after eight of each."""
+def gain(row: Row, device: str, rounds: int, work: Path, precision: str) -> dict[str, float]:
+    """Slow step / fast step over pairs, after eight of each: the `median` and the lower quartile, `low`; and the median
+    seconds of a slow step, `slow`.
+    """
     torch.backends.cudnn.benchmark = row.network == "classifier"  # as the two packages train
     amp = [] if precision == "float32" else ["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", precision]
     slow, fast = (RUNS[row.network]([row.key, value, *amp], device, "0.0", work) for value in (row.off, row.on))
@@ -326,7 +319,7 @@ def gain(row: Row, device: str, rounds: int, work: Path, precision: str) -> Gain
     pairs = [(timed(slow), timed(fast)) for _ in range(rounds)]
     ratios = [one / other for one, other in pairs]
     low = statistics.quantiles(ratios, n=4)[0] if rounds > 1 else ratios[0]
-    return Gain(statistics.median(ratios), low, statistics.median(one for one, _ in pairs))
+    return {"median": statistics.median(ratios), "low": low, "slow": statistics.median(one for one, _ in pairs)}
 
 
 class Warnings(logging.Handler):
@@ -377,8 +370,7 @@ def verdict(row: Row, found: dict[str, Any]) -> str:
         return found.get("skipped") or f"fails: {found['error']}"
     if not Differences(**found["differences"]).within(row.limits, Differences(**found["noise"])):
         return "differs"
-    gains = {name: Gain(*numbers) for name, numbers in found["gains"].items()}
-    worth = [name for name, one in gains.items() if one.median >= WORTH and one.low > 1]
+    worth = [name for name, gain in found["gains"].items() if gain["median"] >= WORTH and gain["low"] > 1]
     return f"safe, worth it in {' and '.join(worth)}" if worth else "safe, no gain"
 
 
@@ -387,10 +379,9 @@ def cells(row: Row, found: dict[str, Any]) -> list[str]:
     if "differences" not in found:
         return [row.name, "", "", "", "", verdict(row, found)]
     ours, noise = found["differences"], found["noise"]
-    found_gains = ((name, Gain(*numbers)) for name, numbers in found["gains"].items())
-    gains = ", ".join(f"{one.median:.2f} {name} ({1e3 * one.slow:.0f} ms)" for name, one in found_gains)
+    gains = [f"{gain['median']:.2f} {name} ({1e3 * gain['slow']:.0f} ms)" for name, gain in found["gains"].items()]
     pairs = [f"{ours[name]:.1e} ({noise[name]:.1e})" for name in ("losses", "weights")]
-    return [row.name, f"{ours['logits']:.1e}", *pairs, gains, verdict(row, found)]
+    return [row.name, f"{ours['logits']:.1e}", *pairs, ", ".join(gains), verdict(row, found)]
 
 
 def run_tests(seconds: float) -> str:
@@ -417,7 +408,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20, help="time limit (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", metavar="WORD", help=ONLY)
+    told = "the rows whose name has one of these words (quote a whole name), also on a CPU; no tests"
+    parser.add_argument("--only", nargs="+", metavar="WORD", help=told)
     parser.add_argument("--steps", type=count, default=20, help="training steps to compare (default: %(default)s)")
     parser.add_argument("--rounds", type=count, default=20, help="pairs of steps that are timed (default: %(default)s)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a self-test of this tool")
